@@ -1,0 +1,144 @@
+"""A model is a folder: `config.json`, `tokenizer.safetensors`, `denoiser.safetensors`. Nothing is pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from copedit_rt.config import ModelConfig
+from copedit_rt.denoiser import MDiT3D, UNet, build_denoiser
+from copedit_rt.errors import CopeditError
+from copedit_rt.tokenizer import CoPeVAE
+
+BUILT_IN = Path(__file__).parent / "weights"
+CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
+
+
+def list_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(p.parent.name for p in BUILT_IN.glob(f"*/{CONFIG}"))
+
+
+def locate(model: str | Path) -> Path:
+    """Folder of a built-in name or a path. Raises CopeditError if it is neither."""
+    for folder in (BUILT_IN / str(model), Path(model)):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise CopeditError(
+        f"model {str(model)!r}: no folder with a {CONFIG} and no built-in name; built in are {', '.join(list_models())}"
+    )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file in one step: whatever happens, the old or the new content is there, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CopeditError(f"{path}: cannot be written ({error.strerror}); choose another folder or free some space") from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Raises CopeditError for a file that is missing, not JSON, or not a model's configuration."""
+    path = folder / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CopeditError(f"{path}: cannot be read ({error.strerror}); a model folder holds {CONFIG}") from error
+    except ValueError as error:
+        raise CopeditError(f"{path}: not valid JSON ({error}); copy the model again") from error
+    return ModelConfig.from_dict(data)
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    write_bytes(folder / CONFIG, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a safetensors file and its SHA-256. Raises CopeditError for anything else, a pickle included."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CopeditError(f"{path}: cannot be read ({error.strerror}); the model folder is incomplete") from error
+    if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise CopeditError(f"{path}: this is a pickle, which can run code; convert the weights to safetensors")
+    try:
+        return load_tensors(data), hashlib.sha256(data).hexdigest()
+    except SafetensorError as error:
+        raise CopeditError(f"{path}: not a safetensors file ({error}); copy the model again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write tensors as safetensors, the floating-point ones as dtype where one is given."""
+    plain = {
+        name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous()
+        for name, t in tensors.items()
+    }
+    write_bytes(path, save_tensors(plain))
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Load tensors into a module, whatever floating-point type they were stored in.
+
+    Raises CopeditError naming the first tensor that is missing, unknown or of a wrong shape.
+    """
+    expected = module.state_dict()
+    if missing := sorted(set(expected) - set(tensors)):
+        raise CopeditError(f"{where}: tensor {missing[0]} is missing; the weights do not belong to this {CONFIG}")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise CopeditError(f"{where}: tensor {unknown[0]} is unknown; the weights do not belong to this {CONFIG}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise CopeditError(
+                f"{where}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; "
+                f"the weights do not belong to this {CONFIG}"
+            )
+    module.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
+
+
+def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
+    """Configuration, tokenizer (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
+    config = read_config(folder)
+    tensors, digest = read_tensors(folder / TOKENIZER)
+    tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
+    fill(tokenizer, tensors, folder / TOKENIZER)
+    return config, tokenizer.eval(), digest
+
+
+def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
+    """Configuration, denoiser (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
+    config = read_config(folder)
+    tensors, digest = read_tensors(folder / DENOISER)
+    denoiser = build_denoiser(config)
+    fill(denoiser, tensors, folder / DENOISER)
+    return config, denoiser.eval(), digest
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: CoPeVAE | None = None,
+    denoiser: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder, or a part of it; weights as dtype (None: as they are)."""
+    write_config(folder, config)
+    if tokenizer is not None:
+        write_tensors(folder / TOKENIZER, tokenizer.state_dict(), dtype)
+    if denoiser is not None:
+        write_tensors(folder / DENOISER, denoiser.state_dict(), dtype)

@@ -1,0 +1,691 @@
+"""The command `copedit`. Nothing heavy is imported before a sub-command runs, so that help is instant.
+
+Exit codes: 0 done; 1 an error, told in one sentence on stderr; 2 wrong usage; 3 `inspect` flagged something;
+130 interrupted. Answers go to stdout, progress and remarks to stderr; with --json, stdout is one JSON
+document.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from copedit_rt.errors import CopeditError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from copedit_rt.config import ModelConfig
+    from copedit_rt.perception import Report
+    from copedit_rt.study import Found, Study, StudyFiles
+    from copedit_rt.synthesizer import Synthesizer
+
+FLAGGED = 3
+
+
+class _Group(TyperGroup):
+    """Commands whose CopeditError becomes one sentence and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CopeditError as error:
+            print(f"copedit: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print(
+                "copedit: interrupted; what is complete stays, repeat the command to go on", file=sys.stderr
+            )
+            raise typer.Exit(130) from None
+
+
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    cls=_Group,
+    help="Fill in what is missing from an MRI study: modalities of a brain, slices of a cardiac short-axis "
+    "stack. Not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=_SETTINGS,
+)
+train = typer.Typer(help="Train a model, stage by stage.", no_args_is_help=True, context_settings=_SETTINGS)
+app.add_typer(train, name="train")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+Input = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "-i", "--input", metavar="PATH", help="A study folder, a folder of studies, or files; repeatable."
+    ),
+]
+More = Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as after -i.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the results go.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME_OR_FOLDER", help="The model; by default one that fits the task and the files."
+    ),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; by default the model's.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Slices = Annotated[
+    str | None,
+    typer.Option(
+        "--missing-slices", metavar="3,4,5", help="Missing slices of a cardiac stack, counted from 0."
+    ),
+]
+T1 = Annotated[Path | None, typer.Option("--t1", metavar="FILE", help="Instead of -i, this T1 file.")]
+T1ce = Annotated[Path | None, typer.Option("--t1ce", metavar="FILE", help="T1 with contrast agent.")]
+T2 = Annotated[Path | None, typer.Option("--t2", metavar="FILE", help="T2.")]
+Flair = Annotated[Path | None, typer.Option("--flair", metavar="FILE", help="FLAIR.")]
+Pd = Annotated[Path | None, typer.Option("--pd", metavar="FILE", help="Proton density.")]
+Sax = Annotated[Path | None, typer.Option("--sax", metavar="FILE", help="A cardiac short-axis stack.")]
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def synth(
+    output: Output,
+    more: More = None,
+    inputs: Input = None,
+    t1: T1 = None,
+    t1ce: T1ce = None,
+    t2: T2 = None,
+    flair: Flair = None,
+    pd: Pd = None,
+    sax: Sax = None,
+    model: Model = None,
+    target: Annotated[str, typer.Option(metavar="all|t1,flair", help="What to synthesise.")] = "all",
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Draw N, write their mean and a map of their standard deviation.")
+    ] = 1,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Bring files on other grids onto the first one's.")
+    ] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Also write a PNG per study.")] = False,
+    missing_slices: Slices = None,
+    as_json: Json = False,
+) -> None:
+    """Synthesise what is missing.
+
+    Outputs are named as the inputs are, lie on the first input's grid, and mirror the folders below -i. Each
+    has a JSON sidecar. Outputs that exist are kept, so an interrupted cohort can be repeated.
+    """
+    summary = synthesise(
+        [*(inputs or ()), *(more or ())],
+        output,
+        explicit=_explicit(t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax),
+        model=model,
+        target=target,
+        steps=steps,
+        seed=seed,
+        samples=samples,
+        device=device,
+        overwrite=overwrite,
+        resample=resample,
+        preview=preview,
+        missing_slices=_numbers(missing_slices),
+        say=_nothing if as_json else typer.echo,
+    )
+    if as_json:
+        _print_json(summary)
+    if summary["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    more: More = None,
+    inputs: Input = None,
+    t1: T1 = None,
+    t1ce: T1ce = None,
+    t2: T2 = None,
+    flair: Flair = None,
+    pd: Pd = None,
+    sax: Sax = None,
+    model: Model = None,
+    device: Device = "auto",
+    missing_slices: Slices = None,
+    as_json: Json = False,
+) -> None:
+    """Compare what the network perceives with what the files say.
+
+    How many elements are missing, which, what each image looks like; blank slices and constant volumes. Exit
+    code 0 if all agree, 3 if something is flagged.
+    """
+    from rich.console import Console
+
+    found = _find(
+        [*(inputs or ()), *(more or ())], _explicit(t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
+    )
+    models = _Models(model, device)
+    reports = [_look(files, models, _numbers(missing_slices)) for files in found]
+    if as_json:
+        _print_json({"studies": [report.to_dict() for report in reports], "passed_over": _passed_over(found)})
+    else:
+        console = Console()
+        for report in reports:
+            console.print(report.render())
+    if any(report.flagged for report in reports):
+        raise typer.Exit(FLAGGED)
+
+
+@app.command()
+def demo(
+    output: Output = Path("copedit-demo"),
+    subjects: Annotated[int, typer.Option(min=1, help="Simulated brains and hearts.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Choose other subjects.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Simulated studies in, what is missing out: files, scores beside baselines, and a picture."""
+    from training import demo as body
+
+    _check_writable(output)
+    report = body.run(output, subjects=subjects, seed=seed, device=device)
+    if as_json:
+        _print_json(report)
+    else:
+        from rich.console import Console
+
+        Console().print(body.render(report))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    data: Annotated[str, typer.Option(help="What to evaluate on: held-out phantoms.")] = "phantom",
+    subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    steps: Steps = None,
+    patterns: Annotated[
+        int | None, typer.Option(min=1, help="At most N missing patterns per count; by default all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; accuracy of the heads."""
+    from training import evaluate as body
+
+    if data != "phantom":
+        raise CopeditError(
+            f"--data {data}: only the embedded data set 'phantom' can be evaluated on in this version"
+        )
+    _check_writable(output)
+    synthesizer = _Models(model, device).load(model)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("evaluating")
+        report = body.evaluate(
+            synthesizer,
+            subjects=subjects,
+            steps=steps,
+            seed=seed,
+            patterns=patterns,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    paths = body.write_report(report, output)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(body.markdown(report))
+        typer.echo("\n".join(map(str, paths)))
+
+
+Preset = Annotated[str, typer.Option(help="A preset: its model and its training settings.")]
+Data = Annotated[str, typer.Option(help="What to train on.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
+
+
+@train.command("tokenizer")
+def train_tokenizer(
+    preset: Preset, output: Output, data: Data = "phantom", override: Set = None, resume: Resume = False
+) -> None:
+    """Stage I: the autoencoder, its codebook and its prompt heads."""
+    _train("tokenizer", preset, output, data, override, resume)
+
+
+@train.command("denoiser")
+def train_denoiser(
+    preset: Preset, output: Output, data: Data = "phantom", override: Set = None, resume: Resume = False
+) -> None:
+    """Stage II: the diffusion transformer, on the latents of a trained tokenizer (--set tokenizer=FOLDER)."""
+    _train("denoiser", preset, output, data, override, resume)
+
+
+def _train(
+    stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool
+) -> None:
+    from training import trainer
+
+    _check_writable(output)
+    typer.echo(
+        trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume)
+    )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, kernels in use, models, and what each extra still needs."""
+    from copedit_rt import doctor as body
+
+    report = body.diagnose()
+    if as_json:
+        _print_json(report)
+    else:
+        from rich.console import Console
+
+        Console().print(body.render(report))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from copedit_rt import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+# -------------------------------------------------------------------------------------------------- synthesis
+
+
+def _nothing(text: str) -> None:
+    """Says nothing."""
+
+
+def synthesise(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    explicit: Mapping[str, Path] | None = None,
+    model: str | None = None,
+    target: str = "all",
+    steps: int | None = None,
+    seed: int = 0,
+    samples: int = 1,
+    device: str = "auto",
+    overwrite: bool = False,
+    resample: bool = False,
+    preview: bool = False,
+    missing_slices: Sequence[int] | None = None,
+    say: Callable[[str], None] = _nothing,
+) -> dict[str, Any]:
+    """The body of `copedit synth`; `say` hears one line per file. JSON-able.
+
+    A study that fails does not stop the others; if it is the only one, its CopeditError is raised.
+    """
+    wanted = _targets(target)
+    _check_writable(output)
+    found = _find(inputs, explicit)
+    models, err = _Models(model, device), _stderr()
+    entries: list[dict[str, Any]] = []
+    with _progress(err) as bar:
+        studies = bar.add_task("studies", total=len(found), visible=len(found) > 1)
+        sampler = bar.add_task("", total=None, visible=False)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(sampler, completed=done, total=total)
+
+        for files in found:
+            bar.update(sampler, description=files.name, completed=0, total=None, visible=True)
+            entry: dict[str, Any] = {"study": files.name, "task": files.task, "status": "failed"}
+            start = time.perf_counter()
+            try:
+                _synthesise_one(
+                    files,
+                    output,
+                    entry,
+                    models,
+                    target=wanted,
+                    options={"steps": steps, "seed": seed, "samples": samples, "progress": advance},
+                    overwrite=overwrite,
+                    resample=resample,
+                    preview=preview,
+                    missing_slices=missing_slices,
+                    several=len(found) > 1,
+                )
+            except CopeditError as error:
+                if len(found) == 1:
+                    raise
+                entry["error"] = str(error)
+            entry["seconds"] = round(time.perf_counter() - start, 3)
+            entries.append(entry)
+            _tell(entry, say, err)
+            bar.advance(studies)
+    counts = Counter(entry["status"] for entry in entries)
+    summary: dict[str, Any] = {name: counts[name] for name in ("written", "kept", "complete", "failed")}
+    if counts["complete"] == len(entries):
+        raise CopeditError(
+            f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
+        )
+    if len(entries) > 1:
+        text = f"{len(entries)} studies: {counts['written']} written, {counts['kept']} kept"
+        text += f", {counts['complete']} with nothing missing" * bool(counts["complete"])
+        err.print(f"{text}, {counts['failed']} failed", highlight=False)
+    return summary | {"studies": entries, "passed_over": _passed_over(found)}
+
+
+def _synthesise_one(
+    files: StudyFiles,
+    output: Path,
+    entry: dict[str, Any],
+    models: _Models,
+    *,
+    target: Sequence[str] | None,
+    options: Mapping[str, Any],
+    overwrite: bool,
+    resample: bool,
+    preview: bool,
+    missing_slices: Sequence[int] | None,
+    several: bool,
+) -> None:
+    """Write one study's outputs and fill in its entry."""
+    name, config = models.choose(files.task, files.files)
+    entry["model"] = name
+    # A model for the other task is refused where every study is prepared.
+    outputs = files.outputs(output, config.elements) if config.task == files.task else {}
+    if target is not None:
+        _check_target(files, config, target)
+        outputs = {element: path for element, path in outputs.items() if element in target}
+    if not outputs and several and not files.problem and set(files.files) == set(config.elements):
+        entry["status"] = "complete"
+        return
+    entry["outputs"] = {element: str(path) for element, path in outputs.items()}
+    sidecars = {element: files.naming.path(output, element, ending=".json") for element in outputs}
+    entry["sidecars"] = {element: str(path) for element, path in sidecars.items()}
+    done = [] if overwrite else [element for element, path in outputs.items() if path.exists()]
+    if outputs and len(done) == len(outputs):
+        entry["status"] = "kept"
+        return
+    study = files.read(missing_slices=missing_slices, resample=resample)
+    # What exists stays as it is, though it is sampled again beside the others: elements depend on each other.
+    todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
+    result = _out_of_memory(
+        files.name, lambda: models.load(name).synthesize(study, target=todo or None, **options)
+    )
+    entry["notes"] = list(result.study.notes)
+    entry["perception"] = result.perception.to_dict()
+    entry["record"] = result.record
+    if preview:
+        from copedit_rt import preview as picture
+
+        entry["preview"] = str(output / files.naming.subfolder / f"{files.name}_preview.png")
+        picture.save(picture.draw(result.study, model=config.name), Path(entry["preview"]))
+    # Each image is written after all that belongs to it: where there is an image, it is complete.
+    result.study.write(output, model=config.name, record=result.record, std=result.std or None)
+    entry["status"] = "written"
+    entry["kept"] = done
+
+
+def _out_of_memory(name: str, work: Callable[[], Any]) -> Any:
+    """work(), a lack of memory told as a CopeditError."""
+    try:
+        return work()
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch raises RuntimeError on the CPU and a subclass on CUDA
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        raise CopeditError(
+            f"{name}: memory ran out; use a smaller model with --model, fewer --samples, or another --device"
+        ) from error
+
+
+def _tell(entry: Mapping[str, Any], say: Callable[[str], None], err: Console) -> None:
+    """One study's outcome: files to `say`, what went wrong to stderr."""
+    name = entry["study"]
+    for note in entry.get("notes", ()):
+        err.print(f"{name}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if entry["status"] == "failed":
+        err.print(f"copedit: {entry['error']}", style="red", markup=False, highlight=False, soft_wrap=True)
+    elif entry["status"] == "complete":
+        say(f"{name}: nothing is missing")
+    else:
+        kept = entry["outputs"] if entry["status"] == "kept" else entry["kept"]
+        for element, path in entry["outputs"].items():
+            outcome = "kept (--overwrite replaces it)" if element in kept else "written"
+            say(f"{name}: {element} {outcome}: {path}")
+        if "preview" in entry:
+            say(f"{name}: picture written: {entry['preview']}")
+
+
+def _targets(text: str) -> list[str] | None:
+    """--target as elements; None for all."""
+    if text.strip().lower() == "all":
+        return None
+    from copedit_rt.study import modality
+
+    return [modality(part) for part in text.split(",")]
+
+
+def _check_target(files: StudyFiles, config: ModelConfig, target: Sequence[str]) -> None:
+    if files.task == "cardiac":
+        raise CopeditError(
+            f"{files.name} is a cardiac stack; name slices with --missing-slices, not --target"
+        )
+    for element in target:
+        if element not in config.elements:
+            known = ", ".join(config.elements)
+            raise CopeditError(
+                f"--target {element}: the model {config.name} knows {known} only; choose one of them"
+            )
+        if element in files.files:
+            there = files.files[element]
+            raise CopeditError(
+                f"--target {element}: {files.name} has it already ({there}); choose what is missing"
+            )
+
+
+# ------------------------------------------------------------------------------------------------- inspection
+
+
+def _look(files: StudyFiles, models: _Models, missing_slices: Sequence[int] | None) -> Report:
+    """What the files of one study say and what the network perceives. Bad files are findings, not errors."""
+    from copedit_rt.perception import Finding, Report, contradictions, examine
+
+    shown = {element: path.name for element, path in files.files.items()}
+    study, unreadable = _read_what_can_be_read(files, missing_slices)
+    findings = [Finding("unreadable", text) for text in unreadable]
+    findings += [Finding("note", note, flag=False) for note in study.notes]
+    findings += examine(study.volumes, shown, task=files.task)
+    constant = {f.element for f in findings if f.kind == "constant" and f.element}
+    study = _only_finite(study, constant)
+    name, config = models.choose(files.task, files.files)
+    report = Report(files.name, files.task, shown, (), study.missing_slices, None, findings)
+    if files.task == "brain":
+        report.missing = tuple(element for element in config.elements if element not in files.files)
+    if study.volumes:
+        try:
+            report.perception = models.load(name).perceive(study)
+        except CopeditError as error:
+            findings.append(Finding("unperceived", str(error)))
+        else:
+            if files.task == "cardiac":
+                report.missing = tuple(e for e in config.elements if e not in report.perception.identity)
+            findings += contradictions(report.perception, shown, task=files.task)
+    return report
+
+
+def _read_what_can_be_read(
+    files: StudyFiles, missing_slices: Sequence[int] | None
+) -> tuple[Study, list[str]]:
+    """The study without the files that cannot be read, and a sentence for each of these."""
+    options: dict[str, Any] = {"missing_slices": missing_slices, "resample": True, "check_content": False}
+    sentences = [files.problem] if files.problem else []
+    files = replace(files, problem=None)
+    try:
+        return files.read(**options), sentences
+    except CopeditError:
+        good = {}
+        for element, path in files.files.items():
+            try:
+                replace(files, files={element: path}).read(**options)
+                good[element] = path
+            except CopeditError as error:
+                sentences.append(str(error))
+        if not good or len(good) == len(files.files):
+            raise
+        return replace(files, files=good).read(**options), sentences
+
+
+def _only_finite(study: Study, left_out: set[str]) -> Study:
+    """The study as the network can look at it: without constant volumes, NaN and infinities as 0."""
+    import numpy as np
+
+    volumes = {
+        name: replace(volume, data=np.nan_to_num(volume.data, nan=0.0, posinf=0.0, neginf=0.0))
+        for name, volume in study.volumes.items()
+        if name not in left_out
+    }
+    return replace(study, volumes=volumes)
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+class _Models:
+    """Chooses models and loads each once."""
+
+    def __init__(self, model: str | None, device: str) -> None:
+        self._model, self._device = model, device
+        self._loaded: dict[str, Synthesizer] = {}
+
+    def choose(self, task: str, elements: Mapping[str, Any]) -> tuple[str, ModelConfig]:
+        """The model that was asked for, or the first built in for the task that knows all the elements."""
+        from copedit_rt import checkpoint
+
+        if self._model is not None:
+            return self._model, checkpoint.read_config(checkpoint.locate(self._model))
+        configs = {name: checkpoint.read_config(checkpoint.locate(name)) for name in checkpoint.list_models()}
+        configs = {name: config for name, config in configs.items() if config.task == task}
+        if not configs:
+            raise CopeditError(f"no model for {task} MRI is built in; name a model folder with --model")
+        for name, config in configs.items():
+            if task == "cardiac" or set(elements) <= set(config.elements):
+                return name, config
+        return next(iter(configs.items()))
+
+    def load(self, name: str) -> Synthesizer:
+        from copedit_rt.synthesizer import Synthesizer
+
+        if name not in self._loaded:
+            self._loaded[name] = Synthesizer.load(name, device=self._device)
+        return self._loaded[name]
+
+
+def _find(inputs: Sequence[Path], explicit: Mapping[str, Path] | None) -> Found:
+    from copedit_rt.study import find_studies
+
+    found = find_studies(inputs, explicit)
+    for reason, paths in _passed_over(found).items():
+        files = "a file" if len(paths) == 1 else f"{len(paths)} files"
+        _stderr().print(
+            f"passed over {files}: {reason} ({paths[0]}{', ...' * (len(paths) > 1)})",
+            style="dim",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return found
+
+
+def _passed_over(found: Found) -> dict[str, list[str]]:
+    """Reason -> the files that were passed over for it."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in found.skipped:
+        reasons.setdefault(reason, []).append(str(path))
+    return reasons
+
+
+def _explicit(**files: Path | None) -> dict[str, Path] | None:
+    return {name: path for name, path in files.items() if path is not None} or None
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """3,4,5 or 3-5 as integers."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise CopeditError(
+                f"--missing-slices {text}: expected numbers such as 3,4,5 or 3-5, counted from 0"
+            )
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _check_writable(folder: Path) -> None:
+    """CopeditError if files could not be written below a folder; leaves no trace."""
+    ancestor = folder.absolute()
+    while not ancestor.exists() and ancestor != ancestor.parent:
+        ancestor = ancestor.parent
+    try:
+        if not ancestor.is_dir():
+            raise NotADirectoryError(20, "not a folder")
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise CopeditError(
+            f"cannot write to {folder} ({ancestor}: {reason}); choose another folder with -o"
+        ) from error
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _progress(console: Console) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, default=str, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""What a model is: frozen dataclasses, their JSON form and the presets.
+
+Numbers are those of the paper (Tables 13 to 15) with the corrections that reproduce its own parameter counts; see
+`PRESETS`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from copedit_rt.errors import CopeditError
+
+Triple = tuple[int, int, int]
+Prompts = Literal["full", "none", "mask", "no-count", "no-position", "no-contrast"]
+Injection = Literal["across", "within", "both"]
+Backbone = Literal["mdit3d", "dit3d", "dit", "unet"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Deterministic steps from a file to the model grid (Appendix B.1), shared by training and inference.
+
+    field_of_view: crop about the volume's centre in mm along RAS x, y, z; None keeps the whole extent of that axis.
+    percentiles: the intensities that become 0 and 1.
+    """
+
+    version: int = 1
+    field_of_view: tuple[float, float, float | None] = (192.0, 192.0, 90.0)
+    percentiles: tuple[float, float] = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """CoPeVAE (Section 3.2, Tables 13 and 14).
+
+    channels, strides: one entry a level; a stride of 2 is a convolution of kernel 4, a stride of 1 of kernel 3.
+    prompt_channels: the two convolutions of a prompt encoder.
+    """
+
+    channels: tuple[int, ...] = (256, 384, 512)
+    strides: tuple[Triple, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
+    residual_units: int = 3
+    residual_channels: int = 256
+    latent_channels: int = 8
+    codes: int = 8192
+    prompt_channels: tuple[int, int] = (128, 256)
+    prompt_dim: int = 512
+    contrast_dim: int = 128
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.strides):
+            raise CopeditError(f"tokenizer: {len(self.channels)} channels but {len(self.strides)} strides; give one each")
+
+    @property
+    def compression(self) -> Triple:
+        """Voxels per latent position along each axis."""
+        return typing.cast(Triple, tuple(math.prod(s[a] for s in self.strides) for a in range(3)))
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """MDiT3D (Section 3.3, Table 15) and its ablations (Tables 4, 7 and 8).
+
+    prompts: which of the prompts condition the network; "mask" replaces them by a one-hot mask code.
+    injection: the blocks that receive them. Only "mdit3d" has both kinds; the other backbones take them everywhere.
+    """
+
+    width: int = 768
+    heads: int = 12
+    blocks: int = 16
+    patch: Triple = (2, 2, 2)
+    backbone: Backbone = "mdit3d"
+    prompts: Prompts = "full"
+    injection: Injection = "across"
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 8:
+            raise CopeditError(
+                f"denoiser: width {self.width} over {self.heads} heads must give a head dimension divisible by 8"
+            )
+        for name, kind in (("backbone", Backbone), ("prompts", Prompts), ("injection", Injection)):
+            if getattr(self, name) not in typing.get_args(kind):
+                raise CopeditError(
+                    f"denoiser: {name} {getattr(self, name)!r} is unknown; choose one of {', '.join(typing.get_args(kind))}"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """SwiGLU width: 8/3 of the model's, as that keeps the parameters of a 4x MLP."""
+        return self.width * 8 // 3
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Scaled-linear schedule (Appendix B.3) and the sampler's default."""
+
+    train_steps: int = 500
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    steps: int = 200
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model; `config.json` of a model folder.
+
+    elements: names of the m elements, index = identity. image: (H, W, D) voxels of one element on the model grid.
+    """
+
+    name: str
+    task: Literal["brain", "cardiac"]
+    elements: tuple[str, ...]
+    image: Triple
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def __post_init__(self) -> None:
+        if self.task not in ("brain", "cardiac"):
+            raise CopeditError(f"model {self.name}: task {self.task!r} is unknown; it must be brain or cardiac")
+        if not 2 <= len(self.elements) <= 8:
+            raise CopeditError(f"model {self.name}: {len(self.elements)} elements; 2 to 8 are supported")
+        if any(n % c for n, c in zip(self.image, self.tokenizer.compression, strict=True)):
+            raise CopeditError(f"model {self.name}: image {self.image} does not divide by {self.tokenizer.compression}")
+        if any(n % p for n, p in zip(self.latent, self.denoiser.patch, strict=True)):
+            raise CopeditError(f"model {self.name}: latent {self.latent} does not divide by patch {self.denoiser.patch}")
+
+    @property
+    def latent(self) -> Triple:
+        """(h, w, d) of one element's latent."""
+        return typing.cast(Triple, tuple(n // c for n, c in zip(self.image, self.tokenizer.compression, strict=True)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Raises CopeditError for a missing, unknown or ill-typed field."""
+        return _build(cls, data, "config")
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        if name not in PRESETS:
+            raise CopeditError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+def _build(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise CopeditError(f"{where}: expected an object, found {data!r}")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(data) - set(hints)):
+        raise CopeditError(f"{where}: unknown field {unknown[0]!r}; it was written by another version or by hand")
+    try:
+        return cls(**{k: _value(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+    except TypeError as error:
+        raise CopeditError(f"{where}: {str(error).replace('__init__() ', '')}") from error
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(_value(k, v, where) for k, v in zip(kinds, value, strict=True))
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise CopeditError(f"{where}: {value!r} is not a valid {getattr(kind, '__name__', kind)}")
+
+
+_BRATS = ("t1", "t1ce", "t2", "flair")
+_SLABS = ("slab0", "slab1", "slab2", "slab3")
+
+# brain-brats and brain-ixi: the paper's B models. cardiac: its C models at width 384 with 6 heads, which is what its
+# own 33.0 M parameters and 104 GFLOP fit (Table 15 prints 576 and 12). The field of view of brain-ixi is 192 x 192 x 80
+# voxels at IXI's 0.9375 x 0.9375 x 1.25 mm. demo-*: small enough to train on two CPU cores in under an hour.
+PRESETS: dict[str, ModelConfig] = {
+    config.name: config
+    for config in (
+        ModelConfig("brain-brats", "brain", _BRATS, (192, 192, 64)),
+        ModelConfig(
+            "brain-ixi",
+            "brain",
+            ("t1", "t2", "pd"),
+            (192, 192, 64),
+            preprocessing=Preprocessing(field_of_view=(180.0, 180.0, 100.0)),
+        ),
+        ModelConfig(
+            "cardiac",
+            "cardiac",
+            _SLABS,
+            (192, 192, 8),
+            TokenizerConfig(channels=(32, 64, 128)),
+            DenoiserConfig(width=384, heads=6, blocks=12, patch=(1, 1, 1)),
+            DiffusionConfig(steps=250),
+            Preprocessing(field_of_view=(288.0, 288.0, None)),
+        ),
+        ModelConfig(
+            "demo-brain",
+            "brain",
+            _BRATS,
+            (96, 96, 32),
+            TokenizerConfig(
+                channels=(32, 64, 96),
+                strides=((2, 2, 2), (2, 2, 2), (1, 1, 1)),
+                residual_units=1,
+                residual_channels=32,
+                codes=2048,
+                prompt_channels=(32, 64),
+                prompt_dim=128,
+                contrast_dim=64,
+            ),
+            DenoiserConfig(width=192, heads=6, blocks=8, patch=(2, 2, 2)),
+            DiffusionConfig(steps=20),
+            Preprocessing(field_of_view=(192.0, 192.0, 160.0)),
+        ),
+        ModelConfig(
+            "demo-cardiac",
+            "cardiac",
+            _SLABS,
+            (96, 96, 4),
+            TokenizerConfig(
+                channels=(32, 64, 96),
+                strides=((2, 2, 2), (2, 2, 2), (1, 1, 1)),
+                residual_units=1,
+                residual_channels=32,
+                codes=2048,
+                prompt_channels=(32, 64),
+                prompt_dim=128,
+                contrast_dim=64,
+            ),
+            DenoiserConfig(width=192, heads=6, blocks=8, patch=(1, 1, 1)),
+            DiffusionConfig(steps=20),
+            Preprocessing(field_of_view=(288.0, 288.0, None)),
+        ),
+    )
+}

@@ -1,0 +1,201 @@
+"""What is installed: versions, devices, kernels in use, models, and what each extra still needs.
+
+Nothing here fails because something is missing: that is what it reports.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+DISTRIBUTION = "copedit"
+# What each extra adds, should the installed metadata not tell (a bare checkout on the path).
+EXTRAS = {
+    "train": ["monai", "torchmetrics", "tensorboard"],
+    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "tensorrt": ["tensorrt"],
+    "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
+}
+RUNTIME = ["torch", "triton", "einops", "numpy", "scipy", "nibabel", "safetensors", "typer", "rich", "pillow"]
+
+
+def diagnose() -> dict[str, Any]:
+    """JSON-able: copedit, python, platform, packages, devices, kernels, models, extras, problems."""
+    problems: list[str] = []
+    report: dict[str, Any] = {
+        "copedit": _own_version(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": {name: version(name) for name in RUNTIME},
+        "devices": _devices(problems),
+        "kernels": _kernels(problems),
+        "models": _models(problems),
+        "extras": _extras(),
+    }
+    for name, found in report["packages"].items():
+        # Triton is only published for Linux; elsewhere the reference runs.
+        if found is None and not (name == "triton" and platform.system() != "Linux"):
+            problems.append(f"{name} is not installed: {_pip([name])}")
+    return report | {"problems": problems}
+
+
+def version(name: str) -> str | None:
+    """Version of an installed distribution, None if there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _own_version() -> str:
+    from copedit_rt import __version__
+
+    return __version__
+
+
+def _pip(requirements: list[str]) -> str:
+    quoted = [f"'{r}'" if re.search(r"[<>=!~\[; ]", r) else r for r in requirements]
+    return f"{sys.executable} -m pip install {' '.join(quoted)}"
+
+
+def _devices(problems: list[str]) -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
+    devices[0]["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        import torch
+
+        devices[0]["threads"] = torch.get_num_threads()
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+            devices.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_gib": round(total / 2**30, 1),
+                    "free_gib": round(free / 2**30, 1),
+                }
+            )
+    except Exception as error:  # a broken driver must not stop the report
+        problems.append(f"torch cannot list the devices: {_first_line(error)}")
+    return devices
+
+
+def _kernels(problems: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"COPEDIT_KERNELS": os.environ.get("COPEDIT_KERNELS"), "in_use": None}
+    try:
+        import kernels
+
+        found["in_use"] = kernels.implementation()
+    except Exception as error:
+        problems.append(f"the kernels cannot be loaded: {_first_line(error)}")
+    return found
+
+
+def _models(problems: list[str]) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = []
+    try:
+        from copedit_rt import checkpoint
+
+        for name in checkpoint.list_models():
+            folder = checkpoint.locate(name)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            try:
+                config = checkpoint.read_config(folder)
+                models.append(
+                    {
+                        "name": name,
+                        "task": config.task,
+                        "elements": list(config.elements),
+                        "mib": round(size / 2**20, 1),
+                    }
+                )
+                for part in (checkpoint.TOKENIZER, checkpoint.DENOISER):
+                    if not (folder / part).is_file():
+                        problems.append(f"model {name} has no {part}: install copedit again")
+            except Exception as error:
+                problems.append(f"model {name}: {_first_line(error)}")
+    except Exception as error:
+        problems.append(f"the models cannot be listed: {_first_line(error)}")
+    if not models:
+        problems.append(
+            "no built-in model was found: install copedit again, or name a model folder with --model"
+        )
+    return models
+
+
+def _extras() -> dict[str, Any]:
+    """Per extra: the packages it has and lacks, and the command that adds what it lacks."""
+    wanted: dict[str, list[str]] = {}
+    try:
+        for line in importlib.metadata.requires(DISTRIBUTION) or []:
+            if match := re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line):
+                wanted.setdefault(match[1], []).append(line.split(";")[0].strip())
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    extras = {}
+    for extra, requirements in (wanted or EXTRAS).items():
+        names = {re.split(r"[\s<>=!~\[(]", r)[0]: r for r in requirements}
+        missing = [r for name, r in names.items() if version(name) is None]
+        extras[extra] = {
+            "installed": {name: version(name) for name in names if version(name) is not None},
+            "missing": missing,
+            "install": _pip(missing) if missing else None,
+        }
+    return extras
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def render(report: dict[str, Any]) -> RenderableType:
+    """The report as Rich text."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def grid() -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        return table
+
+    top = grid()
+    top.add_row("copedit", report["copedit"])
+    top.add_row("python", f"{report['python']}  {report['executable']}")
+    top.add_row("platform", report["platform"])
+    top.add_row("packages", ", ".join(f"{n} {v or 'missing'}" for n, v in report["packages"].items()))
+    for device in report["devices"]:
+        memory = f", {device['memory_gib']} GiB, {device['free_gib']} free" if "memory_gib" in device else ""
+        cores = f", {device['cores']} cores" if "cores" in device else ""
+        capability = f", compute capability {device['capability']}" if "capability" in device else ""
+        top.add_row(device["device"], Text(f"{device['name']}{cores}{capability}{memory}"))
+    if len(report["devices"]) == 1:
+        top.add_row("cuda", "no CUDA device: everything runs on the CPU")
+    setting = report["kernels"]["COPEDIT_KERNELS"]
+    top.add_row(
+        "kernels",
+        f"{report['kernels']['in_use']} (COPEDIT_KERNELS {'not set' if setting is None else setting})",
+    )
+    for model in report["models"]:
+        top.add_row(
+            "model", f"{model['name']}: {model['task']}, {' '.join(model['elements'])}, {model['mib']} MiB"
+        )
+    for extra, state in report["extras"].items():
+        if state["missing"]:
+            top.add_row(f"extra {extra}", Text(f"missing {', '.join(state['missing'])}\n{state['install']}"))
+        else:
+            top.add_row(f"extra {extra}", "complete")
+    lines: list[RenderableType] = [top]
+    lines += [Text(f"! {problem}", style="red") for problem in report["problems"]]
+    return Group(*lines)

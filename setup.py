@@ -1,0 +1,64 @@
+"""Packaging of CoPeDiT: four top-level packages, one console command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+PACKAGES = ("kernels", "copedit_rt", "training", "bench")
+
+# Read, not imported: importing the package would need torch at build time.
+version = re.search(r'^__version__ = "(.+)"$', (ROOT / "copedit_rt/__init__.py").read_text("utf-8"), re.M)
+if version is None:
+    raise SystemExit("copedit_rt/__init__.py has no line of the form __version__ = \"...\"")
+
+setup(
+    name="copedit",
+    version=version[1],
+    description="Fills in the missing modalities or slices of an MRI study",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+    packages=find_packages(include=[p for name in PACKAGES for p in (name, f"{name}.*")]),
+    include_package_data=False,  # what is shipped is named here, not in a second file
+    package_data={
+        "copedit_rt": [
+            "py.typed",
+            "weights/**/*.json",
+            "weights/**/*.safetensors",
+            "weights/**/*.md",
+        ],
+        "training": ["presets/*.toml"],
+    },
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "einops",
+        "numpy",
+        "scipy",
+        "nibabel",
+        "safetensors",
+        "typer",
+        "rich",
+        "pillow",
+    ],
+    extras_require={
+        "train": ["monai", "torchmetrics", "tensorboard"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],
+        "tensorrt": ["tensorrt"],
+        "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "torchmetrics"],
+    },
+    entry_points={"console_scripts": ["copedit = copedit_rt.cli:main"]},
+)

@@ -1,0 +1,237 @@
+"""Both stages on a tiny model: what is learnt, resumed, refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_rt import checkpoint
+from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.errors import CopeditError
+from training import trainer
+from training.data import draw_observed, model_images, phantom_images
+from training.losses import EMACodebook, pretext_losses
+from training.settings import Settings, load_settings
+
+TINY = ModelConfig(
+    "tiny",
+    "brain",
+    ("t1", "t2"),
+    (16, 16, 8),
+    TokenizerConfig(
+        channels=(8, 8),
+        strides=((2, 2, 2), (2, 2, 2)),
+        residual_units=1,
+        residual_channels=8,
+        codes=32,
+        prompt_channels=(8, 8),
+        prompt_dim=16,
+        contrast_dim=8,
+    ),
+    DenoiserConfig(width=32, heads=2, blocks=2, patch=(2, 2, 2)),
+)
+HEART = dataclasses.replace(
+    TINY,
+    name="tiny-heart",
+    task="cardiac",
+    elements=("slab0", "slab1", "slab2"),
+    image=(16, 16, 4),
+    denoiser=dataclasses.replace(TINY.denoiser, patch=(1, 1, 1)),
+)
+SMALL = ("dtype=float32", "batch_size=2", "subjects=4", "checkpoint_every=2", "warmup=2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smooth_subjects():
+    """Random smooth volumes in place of phantoms, which cost 0.3 s each."""
+    patch = pytest.MonkeyPatch()
+
+    def images(config, subjects, cache, progress=None):
+        rng = np.random.default_rng(0)
+        coarse = rng.random((subjects, len(config.elements), 1, 4, 4, config.image[2] // 2), dtype=np.float32)
+        return coarse.repeat(4, 3).repeat(4, 4).repeat(2, 5)
+
+    patch.setattr(trainer, "phantom_images", images)
+    yield
+    patch.undo()
+
+
+def train(stage, folder, *overrides, config=TINY, resume=False):
+    preset = "demo-cardiac" if config.task == "cardiac" else "demo-brain"
+    return trainer.run(stage, preset, folder, overrides=(*SMALL, *overrides), config=config, resume=resume)
+
+
+def losses(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b, name):
+    first, second = (checkpoint.read_tensors(folder / name)[0] for folder in (a, b))
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("config", [TINY, HEART], ids=lambda c: c.task)
+def test_both_stages_learn_and_give_a_model_that_loads(tmp_path, config):
+    tokenizer = train("tokenizer", tmp_path / "a", "steps=60", "lr=5e-3", config=config)
+    log = losses(tmp_path / "a")
+    assert np.mean([x["l1"] for x in log[-5:]]) < 0.7 * np.mean([x["l1"] for x in log[:5]])
+    model = train("denoiser", tmp_path / "b", "steps=60", "lr=5e-3", f"tokenizer={tokenizer}", config=config)
+    log = losses(tmp_path / "b")
+    assert np.mean([x["mse"] for x in log[-5:]]) < 0.8 * np.mean([x["mse"] for x in log[:5]])
+    loaded, vae, _ = checkpoint.load_tokenizer(model)
+    assert loaded == config
+    assert (vae.latent_std != 1).all() and (vae.latent_std > 0).all()
+    checkpoint.load_denoiser(model)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
+    extra = ("steps=5",)
+    if stage == "denoiser":
+        extra += (f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2')}",)
+    whole = train(stage, tmp_path / "whole", *extra)
+
+    class Stop(Exception):
+        pass
+
+    kind = {"tokenizer": trainer.TokenizerTask, "denoiser": trainer.DenoiserTask}[stage]
+    original = kind.after_step
+
+    def after_step(self, step):
+        original(self, step)
+        if step == 3:  # after the checkpoint at 2, before the one at 4
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "after_step", after_step)
+        with pytest.raises(Stop):
+            train(stage, tmp_path / "stopped", *extra)
+    resumed = train(stage, tmp_path / "stopped", *extra, resume=True)
+    assert same_weights(whole, resumed, f"{stage}.safetensors")
+    assert [p.name for p in sorted((tmp_path / "stopped").glob("checkpoint-*"))] == [
+        "checkpoint-00000004",
+        "checkpoint-00000005",
+    ]
+
+
+def test_seeds_differ(tmp_path):
+    a, b, c = (train("tokenizer", tmp_path / n, "steps=2", f"seed={s}") for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert same_weights(a, b, "tokenizer.safetensors")
+    assert not same_weights(a, c, "tokenizer.safetensors")
+
+
+def test_a_run_folder_is_not_overwritten_nor_resumed_with_other_settings(tmp_path):
+    train("tokenizer", tmp_path / "a", "steps=2")
+    with pytest.raises(CopeditError, match="holds a run already; add --resume"):
+        train("tokenizer", tmp_path / "a", "steps=2")
+    with pytest.raises(CopeditError, match="other settings"):
+        train("tokenizer", tmp_path / "a", "steps=3", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_terms(tmp_path, monkeypatch):
+    def broken(*args):
+        return torch.tensor(float("nan"), requires_grad=True), {"l1": float("nan"), "count": 1.0}
+
+    monkeypatch.setattr(trainer.TokenizerTask, "loss", broken)
+    with pytest.raises(CopeditError, match=r"step 0: the loss is nan .*'l1': nan"):
+        train("tokenizer", tmp_path / "a", "steps=2")
+
+
+def test_bad_settings_are_named(tmp_path):
+    for override, message in (
+        ("speed=3", "--set speed=3: expected key=value"),
+        ("steps=many", "'many' is not a valid int"),
+        ("steps=0", "steps = 0: must be at least 1"),
+        ("dtype=int8", "dtype = 'int8'"),
+    ):
+        with pytest.raises(CopeditError, match=message):
+            load_settings("tokenizer", "demo-brain", [override])
+    with pytest.raises(CopeditError, match="preset 'nope' has no training settings; choose one of demo-brain"):
+        load_settings("tokenizer", "nope")
+    with pytest.raises(CopeditError, match="needs its tokenizer"):
+        train("denoiser", tmp_path / "a", "steps=2")
+    with pytest.raises(CopeditError, match="only the embedded data set"):
+        trainer.run("tokenizer", "demo-brain", tmp_path / "b", data="/nowhere")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    vae = train("tokenizer", tmp_path / "a", "steps=1")
+    other = dataclasses.replace(TINY, elements=("t1", "flair"))
+    with pytest.raises(CopeditError, match="its tokenizer is not the one of preset"):
+        train("denoiser", tmp_path / "b", "steps=1", f"tokenizer={vae}", config=other)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    settings = Settings(steps=110, batch_size=1, lr=2.0, warmup=10)
+    rates = [trainer.learning_rate(settings, step) for step in range(111)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0) and rates[110] == pytest.approx(0.0, abs=1e-12)
+    assert max(rates) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_patterns_are_uniform_in_count_then_in_subset(consecutive):
+    drawn = (~draw_observed(np.random.default_rng(0), 12_000, 4, consecutive)).int().numpy()
+    counts = np.bincount(drawn.sum(1), minlength=5)
+    assert counts[0] == counts[4] == 0
+    np.testing.assert_allclose(counts[1:4] / len(drawn), 1 / 3, atol=0.02)
+    pairs = {tuple(row) for row in drawn[drawn.sum(1) == 2]}
+    assert len(pairs) == (3 if consecutive else 6)
+    one = drawn[drawn.sum(1) == 1].mean(0)
+    np.testing.assert_allclose(one, 0.25, atol=0.03)
+    if consecutive:
+        edges = np.abs(np.diff(np.pad(drawn, ((0, 0), (1, 1))), axis=1)).sum(1)
+        assert (edges == 2).all()
+
+
+def test_codebook_starts_from_data_follows_its_vectors_and_revives_the_dead():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(500, 3, generator=generator)
+    learner, codes = EMACodebook(4, 3, decay=0.5), torch.zeros(4, 3)
+    learner.start(z, codes, generator)
+    assert torch.cdist(codes, z).min(1).values.max() < 0.1
+    codes[3] = 100.0
+    learner.total[3] = 100.0
+    index = torch.cdist(z, codes).argmin(1)
+    before = codes[0].clone()
+    perplexity = learner.update(z, index, codes, generator)
+    n = int((index == 0).sum())
+    torch.testing.assert_close(codes[0], (0.5 * before + 0.5 * z[index == 0].sum(0)) / (0.5 + 0.5 * n))
+    assert torch.cdist(codes[3:], z).min() < 0.1, "a code without vectors must be restarted"
+    share = np.bincount(index.numpy(), minlength=4) / 500
+    assert perplexity == pytest.approx(np.exp(-sum(p * np.log(p) for p in share if p)), rel=1e-5)
+
+
+def test_pretext_losses_are_those_of_the_heads():
+    torch.manual_seed(0)
+    from copedit_rt.tokenizer import CoPeVAE
+
+    vae = CoPeVAE(TINY.tokenizer, 2).eval()
+    z = torch.randn(3, 2, 8, 4, 4, 2)
+    observed = torch.tensor([[True, False], [False, True], [True, False]])
+    terms = pretext_losses(vae, z, observed)
+    count, which, anchor = vae.assess(vae.prompts(z, observed))
+    other = vae.assess(vae.prompts(z, ~observed))[2]
+    p = which.sigmoid().double()
+    missing = (~observed).double()
+    bce = -(missing * p.log() + (1 - missing) * (1 - p).log()).mean()
+    assert terms["position"].item() == pytest.approx(bce.item(), rel=1e-5)
+    assert terms["count"].item() == 0.0, "two elements: one is missing, the only class"
+    a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (anchor, other))
+    similarity = torch.exp(a @ b.T / 0.2)
+    nce = -(similarity.diagonal() / similarity.sum(1)).log().mean()
+    assert terms["contrast"].item() == pytest.approx(nce.item(), rel=1e-5)
+
+
+def test_phantom_images_are_the_runtimes_preprocessing_and_cached(tmp_path):
+    config = dataclasses.replace(ModelConfig.preset("demo-brain"), image=(32, 32, 8))
+    images = phantom_images(config, 2, tmp_path / "p.npy")
+    assert images.shape == (2, 4, 1, 32, 32, 8) and images.dtype == np.float16
+    np.testing.assert_allclose(images[1], model_images(config, 1), atol=1e-3)
+    stamp = (tmp_path / "p.npy").stat().st_mtime_ns
+    phantom_images(config, 2, tmp_path / "p.npy")
+    assert (tmp_path / "p.npy").stat().st_mtime_ns == stamp
+    assert phantom_images(config, 1, tmp_path / "p.npy").shape[0] == 1

@@ -1,0 +1,1 @@
+"""Training of both stages, evaluation and the embedded phantom."""

@@ -1,0 +1,80 @@
+"""Losses of stage I (Section 3.2, equations 1 to 4) and the learning of its codebook."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from copedit_rt.tokenizer import CoPeVAE
+
+COMMITMENT = 0.25
+PRETEXT = 0.01  # lambda of equation 4
+TEMPERATURE = 0.2
+
+
+class EMACodebook(nn.Module):
+    """Learns a tokenizer's codes as moving averages of the vectors that choose them (van den Oord et al. 2017, A.1).
+
+    The codes start as vectors of the first batch, each with a count of one; codes whose count falls below
+    `restart_below` become vectors of the current batch. Zero counts and random codes end with under 1 % of codes in use.
+    """
+
+    count: Tensor
+    total: Tensor
+    started: Tensor
+
+    def __init__(self, codes: int, channels: int, decay: float = 0.99, restart_below: float = 1.0):
+        super().__init__()
+        self.decay, self.restart_below = decay, restart_below
+        self.register_buffer("count", torch.ones(codes))
+        self.register_buffer("total", torch.zeros(codes, channels))
+        self.register_buffer("started", torch.tensor(False))
+
+    @torch.no_grad()
+    def start(self, z: Tensor, codebook: Tensor, generator: torch.Generator) -> None:
+        """Take codes from z [N, d] once, before the first quantisation."""
+        if not self.started:
+            self.total.copy_(_pick(z, len(codebook), generator))
+            codebook.copy_(self.total)
+            self.started.fill_(True)
+
+    @torch.no_grad()
+    def update(self, z: Tensor, index: Tensor, codebook: Tensor, generator: torch.Generator) -> float:
+        """Move codebook [K, d] towards z [N, d] by index [N]; returns the batch's perplexity (1 to K)."""
+        count = torch.bincount(index, minlength=len(codebook)).to(z.dtype)
+        self.count.lerp_(count, 1 - self.decay)
+        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, index, z), 1 - self.decay)
+        dead = self.count < self.restart_below
+        self.total[dead] = _pick(z, int(dead.sum()), generator)
+        self.count[dead] = 1.0
+        codebook.copy_(self.total / self.count[:, None])
+        share = count / count.sum()
+        return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+
+
+def _pick(z: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    # With replacement and a little noise, so that repeated background vectors do not become identical codes.
+    chosen = z[torch.randint(len(z), (n,), generator=generator)]
+    return chosen + 0.01 * z.std() * torch.randn(chosen.shape, generator=generator)
+
+
+def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str, Tensor]:
+    """Terms of equation 4 for latents [B, m, 8, h, w, d]: count (cross-entropy), position (multi-label binary
+    cross-entropy) and contrast (InfoNCE over the batch: a subject's observed part against every missing part)."""
+    prompts = tokenizer.prompts(z, observed)
+    count, which, anchor = (logits.float() for logits in tokenizer.assess(prompts))
+    missing = ~observed
+    other = tokenizer.assess(tokenizer.prompts(z, missing))[2].float()
+    similarity = F.normalize(anchor, dim=1) @ F.normalize(other, dim=1).T / TEMPERATURE
+    return {
+        "count": F.cross_entropy(count, missing.sum(1) - 1),
+        "position": F.binary_cross_entropy_with_logits(which, missing.float()),
+        "contrast": F.cross_entropy(similarity, torch.arange(len(z), device=z.device)),
+    }
+
+
+def weigh(terms: dict[str, Tensor]) -> Tensor:
+    """Total of stage I. The perceptual and adversarial terms need weights and a discriminator and are not here yet."""
+    pretext = terms["count"] + 0.5 * terms["position"] + 0.5 * terms["contrast"]
+    return terms["l1"] + COMMITMENT * terms["commitment"] + PRETEXT * pretext

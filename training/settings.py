@@ -1,0 +1,66 @@
+"""What a training run is told: one TOML per preset, any field of it set on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from copedit_rt.errors import CopeditError
+
+Stage = Literal["tokenizer", "denoiser"]
+_PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of one stage.
+
+    steps, batch_size (subjects), lr (peak of a linear warm-up and cosine decay), warmup (steps), seed.
+    subjects: simulated subjects to train on. dtype: autocast type, "float32" or "bfloat16".
+    clip: gradient norm. ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
+    checkpoint_every, keep: how often, and how many checkpoints stay.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int = 100
+    seed: int = 0
+    subjects: int = 256
+    dtype: str = "bfloat16"
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    ema: float = 0.9999
+    tokenizer: str = ""
+    checkpoint_every: int = 250
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "subjects", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise CopeditError(f"dtype = {self.dtype!r}: must be float32 or bfloat16")
+
+
+def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a preset with `key=value` overrides. Raises CopeditError for an unknown preset, key or value."""
+    path = _PRESETS / f"{preset}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.toml")))
+        raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
+    values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
+    kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in dataclasses.fields(Settings)}
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or key not in kinds:
+            raise CopeditError(f"--set {item}: expected key=value with a key among {', '.join(kinds)}")
+        try:
+            values[key] = kinds[key](text)
+        except ValueError as error:
+            raise CopeditError(f"--set {item}: {text!r} is not a valid {kinds[key].__name__}") from error
+    return Settings(**values)

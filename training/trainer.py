@@ -1,0 +1,278 @@
+"""Both training stages on one device: a loop that can be stopped anywhere and goes on exactly where it was.
+
+Everything random at step i is drawn from generators seeded by (seed, i), so a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+from copedit_rt.denoiser import build_denoiser
+from copedit_rt.diffusion import add_noise, alpha_bar
+from copedit_rt.errors import CopeditError
+from copedit_rt.tokenizer import CoPeVAE
+from training.data import draw_observed, phantom_images
+from training.losses import EMACodebook, pretext_losses, weigh
+from training.settings import Settings, Stage, load_settings
+
+Terms = dict[str, float]
+
+
+class Task(nn.Module, ABC):
+    """What is trained: its weights are all that a checkpoint needs besides the optimizer."""
+
+    @abstractmethod
+    def loss(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        """Loss of one freshly drawn batch, and what goes to the log."""
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the model folder of the finished run."""
+
+
+class TokenizerTask(Task):
+    """Stage I: L1 + vector quantisation + pretext tasks (equation 4)."""
+
+    def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
+        super().__init__()
+        self.config, self.settings, self.images = config, settings, images
+        self.tokenizer = CoPeVAE(config.tokenizer, len(config.elements)).to(memory_format=torch.channels_last_3d)
+        self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
+
+    def loss(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        batch = self.settings.batch_size
+        chosen = rng.choice(len(self.images), batch, replace=len(self.images) < batch)
+        images = torch.from_numpy(np.asarray(self.images[np.sort(chosen)])).float()
+        # Left and right are interchangeable in a brain, not in a chest.
+        cardiac = self.config.task == "cardiac"
+        if not cardiac:
+            flip = torch.from_numpy(rng.random(batch) < 0.5)
+            images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
+        observed = draw_observed(rng, batch, images.shape[1], consecutive=cardiac)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            z = self.tokenizer.encode(images)
+            terms = pretext_losses(self.tokenizer, z, observed)
+            wide = z.float()
+            vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
+            self.codebook.start(vectors, self.tokenizer.codebook, generator)
+            codes, index = self.tokenizer.quantise(wide.detach())
+            terms["commitment"] = (wide - codes).square().mean()
+            # Straight through: the decoder sees the codes, the encoder the decoder's gradient.
+            output = self.tokenizer.decode(wide + (codes - wide).detach(), joint=cardiac)
+        perplexity = self.codebook.update(vectors, index.flatten(), self.tokenizer.codebook, generator)
+        error = output.float() - images
+        terms["l1"] = error.abs().mean()
+        log = {name: term.item() for name, term in terms.items()}
+        psnr = -10 * math.log10(error.detach().square().mean().item())
+        return weigh(terms), log | {"psnr": psnr, "perplexity": perplexity}
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """Measure the latents' mean and deviation per channel on the training images, then write the folder."""
+        self.tokenizer.eval()
+        z = torch.cat([self.tokenizer.encode(torch.from_numpy(np.asarray(x))[None].float()) for x in self.images[:64]])
+        flat = z.movedim(2, -1).flatten(0, -2)
+        self.tokenizer.latent_mean.copy_(flat.mean(0))
+        self.tokenizer.latent_std.copy_(flat.std(0).clamp_min(1e-6))
+        self.tokenizer.train()
+        checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+
+
+class DenoiserTask(Task):
+    """Stage II: mean squared error of the predicted clean latents, all elements (equation 5)."""
+
+    def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE):
+        super().__init__()
+        self.config, self.settings = config, settings
+        self.denoiser = build_denoiser(config)
+        self.average = build_denoiser(config).requires_grad_(False)
+        self.average.load_state_dict(self.denoiser.state_dict())
+        # The tokenizer is frozen: latents and the prompts of single elements are computed once. Kept out of the
+        # module, so that checkpoints hold neither.
+        self.__dict__["frozen"] = tokenizer.requires_grad_(False)
+        self.latents, self.prompts = self._encode(images)
+        self.levels = torch.from_numpy(alpha_bar(config.diffusion)).float()
+
+    @torch.no_grad()
+    def _encode(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+        flips = (False, True) if self.config.task == "brain" else (False,)
+        latents, prompts = [], []
+        for i in range(len(images)):
+            for flip in flips:
+                x = torch.from_numpy(np.asarray(images[i : i + 1])).float()
+                z = self.frozen.encode(x.flip(3) if flip else x)
+                # Prompts are means over observed elements, so those of each element alone are all that is needed.
+                alone = self.frozen.prompts(z[0][:, None], torch.ones(z.shape[1], 1, dtype=torch.bool))
+                latents.append(self.frozen.normalise(z).half())
+                prompts.append(alone[None])
+        return torch.cat(latents), torch.cat(prompts)
+
+    def loss(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        batch = self.settings.batch_size
+        chosen = torch.from_numpy(rng.choice(len(self.latents), batch, replace=len(self.latents) < batch))
+        z0 = self.latents[chosen].float()
+        observed = draw_observed(rng, batch, z0.shape[1], consecutive=self.config.task == "cardiac")
+        weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
+        prompts = (self.prompts[chosen] * weight).sum(1)
+        t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
+        zt = add_noise(z0, torch.randn(z0.shape, generator=generator), self.levels[t], observed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            x0 = self.denoiser(zt, t, prompts, observed)
+        error = (x0.float() - z0).square().mean((2, 3, 4, 5))
+        loss = error.mean()
+        return loss, {"mse": loss.item(), "mse_missing": error.detach()[~observed].mean().item()}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        # A short ramp, so that the average forgets the random start.
+        decay = min(self.settings.ema, (1 + step) / (10 + step))
+        for slow, fast in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
+            slow.lerp_(fast, 1 - decay)
+
+    def export(self, folder: Path) -> None:
+        checkpoint.save(folder, self.config, tokenizer=self.frozen, denoiser=self.average)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then a cosine to zero (Tables 14 and 15)."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def run(
+    stage: Stage,
+    preset: str,
+    output: Path,
+    data: str = "phantom",
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    config: ModelConfig | None = None,
+) -> Path:
+    """Train one stage and return the model folder `output/model`.
+
+    config replaces the preset's model (its training settings stay). Raises CopeditError for bad settings, an output
+    folder in use, or a loss that is not finite.
+    """
+    if data != "phantom":
+        raise CopeditError(f"--data {data}: only the embedded data set 'phantom' can be trained on in this version")
+    settings = load_settings(stage, preset, overrides)
+    config = config or ModelConfig.preset(preset)
+    described = {"stage": stage, "settings": dataclasses.asdict(settings), "model": config.to_dict()}
+    _claim(output, described, resume)
+    console = Console(stderr=True)
+    console.print_json(data=described["settings"])
+
+    torch.manual_seed(settings.seed)
+    with _progress(console) as bar:
+        drawing = bar.add_task("simulating subjects", total=settings.subjects, note="")
+        images = phantom_images(
+            config, settings.subjects, output / "phantom.npy", lambda i, _: bar.update(drawing, completed=i)
+        )
+    task: Task
+    if stage == "tokenizer":
+        task = TokenizerTask(config, settings, images)
+    else:
+        if not settings.tokenizer:
+            raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
+        trained, tokenizer, _ = checkpoint.load_tokenizer(checkpoint.locate(settings.tokenizer))
+        if (trained.tokenizer, trained.elements, trained.image) != (config.tokenizer, config.elements, config.image):
+            raise CopeditError(f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again")
+        task = DenoiserTask(config, settings, images, tokenizer)
+
+    weights = [p for p in task.parameters() if p.requires_grad]
+    kind = torch.optim.Adam if stage == "tokenizer" else torch.optim.AdamW
+    optimizer = kind(weights, lr=settings.lr, weight_decay=settings.weight_decay)
+    start = _restore(output, task, optimizer) if resume else 0
+    with _progress(console) as bar, open(output / "log.jsonl", "a", buffering=1, encoding="utf-8") as log:
+        shown = bar.add_task(stage, total=settings.steps, completed=start, note="")
+        for step in range(start, settings.steps):
+            began = time.perf_counter()
+            rng = np.random.default_rng((settings.seed, step))
+            generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            loss, terms = task.loss(rng, generator)
+            if not math.isfinite(loss.item()):
+                raise CopeditError(f"step {step}: the loss is {loss.item()} ({terms}); resume with a lower lr")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(weights, settings.clip)
+            optimizer.step()
+            task.after_step(step)
+            terms |= {"loss": loss.item(), "gradient": norm.item(), "seconds": time.perf_counter() - began}
+            log.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
+            bar.update(shown, advance=1, note=" ".join(f"{k} {v:.3g}" for k, v in terms.items()))
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                _store(output, step + 1, task, optimizer, settings.keep)
+    task.export(output / "model")
+    return output / "model"
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+
+
+def _claim(output: Path, described: dict[str, Any], resume: bool) -> None:
+    path = output / "run.json"
+    if not path.exists():
+        checkpoint.write_bytes(path, (json.dumps(described, indent=2) + "\n").encode())
+    elif not resume:
+        raise CopeditError(f"{output}: holds a run already; add --resume to go on with it, or choose another folder")
+    elif json.loads(path.read_text()) != json.loads(json.dumps(described)):
+        raise CopeditError(f"{output}: was started with other settings (see {path}); resume with the same ones")
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return sorted(output.glob("checkpoint-*[0-9]"))
+
+
+def _store(output: Path, step: int, task: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
+    """A folder of safetensors, complete or absent: written under another name, then renamed."""
+    folder = output / f"checkpoint-{step:08d}"
+    temporary = output / f"{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    checkpoint.write_tensors(temporary / "task.safetensors", task.state_dict())
+    states = optimizer.state_dict()["state"]
+    flat = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
+    checkpoint.write_tensors(temporary / "optimizer.safetensors", flat)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    for old in _checkpoints(output)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _restore(output: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint; returns the number of steps done."""
+    found = _checkpoints(output)
+    if not found:
+        return 0
+    checkpoint.fill(task, checkpoint.read_tensors(found[-1] / "task.safetensors")[0], found[-1])
+    flat, _ = checkpoint.read_tensors(found[-1] / "optimizer.safetensors")
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        states.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(found[-1].name.removeprefix("checkpoint-"))
