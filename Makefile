@@ -53,6 +53,6 @@ $(VENV)/installed: $(VENV)/created $(METADATA)
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	@echo "==> installing the test tools"
-	$(INSTALL) --quiet -e ".[test]"
+	@echo "==> installing the test tools and the extra \`train\`"
+	$(INSTALL) --quiet -e ".[test,train]"
 	@touch $@

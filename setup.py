@@ -11,7 +11,7 @@ PACKAGES = ("kernels", "copedit_rt", "training", "bench")
 # Read, not imported: importing the package would need torch at build time.
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "copedit_rt/__init__.py").read_text("utf-8"), re.M)
 if version is None:
-    raise SystemExit("copedit_rt/__init__.py has no line of the form __version__ = \"...\"")
+    raise SystemExit('copedit_rt/__init__.py has no line of the form __version__ = "..."')
 
 setup(
     name="copedit",

@@ -50,7 +50,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CopeditError(f"{path}: cannot be written ({error.strerror}); choose another folder or free some space") from error
+        raise CopeditError(
+            f"{path}: cannot be written ({error.strerror}); choose another folder or free some space"
+        ) from error
 
 
 def read_config(folder: Path) -> ModelConfig:

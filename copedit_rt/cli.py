@@ -43,9 +43,7 @@ class _Group(TyperGroup):
             print(f"copedit: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print(
-                "copedit: interrupted; what is complete stays, repeat the command to go on", file=sys.stderr
-            )
+            print("copedit: interrupted; what is complete stays, repeat the command to go on", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -72,26 +70,20 @@ def main() -> None:
 
 Input = Annotated[
     list[Path] | None,
-    typer.Option(
-        "-i", "--input", metavar="PATH", help="A study folder, a folder of studies, or files; repeatable."
-    ),
+    typer.Option("-i", "--input", metavar="PATH", help="A study folder, a folder of studies, or files; repeatable."),
 ]
 More = Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as after -i.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the results go.")]
 Model = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME_OR_FOLDER", help="The model; by default one that fits the task and the files."
-    ),
+    typer.Option(metavar="NAME_OR_FOLDER", help="The model; by default one that fits the task and the files."),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; by default the model's.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Slices = Annotated[
     str | None,
-    typer.Option(
-        "--missing-slices", metavar="3,4,5", help="Missing slices of a cardiac stack, counted from 0."
-    ),
+    typer.Option("--missing-slices", metavar="3,4,5", help="Missing slices of a cardiac stack, counted from 0."),
 ]
 T1 = Annotated[Path | None, typer.Option("--t1", metavar="FILE", help="Instead of -i, this T1 file.")]
 T1ce = Annotated[Path | None, typer.Option("--t1ce", metavar="FILE", help="T1 with contrast agent.")]
@@ -150,7 +142,7 @@ def synth(
         resample=resample,
         preview=preview,
         missing_slices=_numbers(missing_slices),
-        say=_nothing if as_json else typer.echo,
+        say=_nothing if as_json else print,
     )
     if as_json:
         _print_json(summary)
@@ -180,11 +172,10 @@ def inspect(
     """
     from rich.console import Console
 
-    found = _find(
-        [*(inputs or ()), *(more or ())], _explicit(t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
-    )
+    found = _find([*(inputs or ()), *(more or ())], _explicit(t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax))
     models = _Models(model, device)
-    reports = [_look(files, models, _numbers(missing_slices)) for files in found]
+    slices = _numbers(missing_slices)
+    reports = [_look(files, models, slices, several=len(found) > 1) for files in found]
     if as_json:
         _print_json({"studies": [report.to_dict() for report in reports], "passed_over": _passed_over(found)})
     else:
@@ -199,7 +190,7 @@ def inspect(
 def demo(
     output: Output = Path("copedit-demo"),
     subjects: Annotated[int, typer.Option(min=1, help="Simulated brains and hearts.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Choose other subjects.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Other subjects; that of 12 has a lesion.")] = 12,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -234,9 +225,7 @@ def evaluate(
     from training import evaluate as body
 
     if data != "phantom":
-        raise CopeditError(
-            f"--data {data}: only the embedded data set 'phantom' can be evaluated on in this version"
-        )
+        raise CopeditError(f"--data {data}: only the embedded data set 'phantom' can be evaluated on in this version")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
     with _progress(_stderr()) as bar:
@@ -259,9 +248,7 @@ def evaluate(
 
 Preset = Annotated[str, typer.Option(help="A preset: its model and its training settings.")]
 Data = Annotated[str, typer.Option(help="What to train on.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
-]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 
 
@@ -281,15 +268,11 @@ def train_denoiser(
     _train("denoiser", preset, output, data, override, resume)
 
 
-def _train(
-    stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool
-) -> None:
+def _train(stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool) -> None:
     from training import trainer
 
     _check_writable(output)
-    typer.echo(
-        trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume)
-    )
+    typer.echo(trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume))
 
 
 @app.command()
@@ -376,7 +359,7 @@ def synthesise(
                     several=len(found) > 1,
                 )
             except CopeditError as error:
-                if len(found) == 1:
+                if len(found) == 1 or isinstance(error, _UnusableModel):
                     raise
                 entry["error"] = str(error)
             entry["seconds"] = round(time.perf_counter() - start, 3)
@@ -429,11 +412,12 @@ def _synthesise_one(
         entry["status"] = "kept"
         return
     study = files.read(missing_slices=missing_slices, resample=resample)
+    if several and files.task == "cardiac" and not study.missing_slices:
+        entry["status"] = "complete"
+        return
     # What exists stays as it is, though it is sampled again beside the others: elements depend on each other.
     todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
-    result = _out_of_memory(
-        files.name, lambda: models.load(name).synthesize(study, target=todo or None, **options)
-    )
+    result = _out_of_memory(files.name, lambda: models.load(name).synthesize(study, target=todo or None, **options))
     entry["notes"] = list(result.study.notes)
     entry["perception"] = result.perception.to_dict()
     entry["record"] = result.record
@@ -452,11 +436,10 @@ def _out_of_memory(name: str, work: Callable[[], Any]) -> Any:
     """work(), a lack of memory told as a CopeditError."""
     try:
         return work()
-    except (
-        MemoryError,
-        RuntimeError,
-    ) as error:  # torch raises RuntimeError on the CPU and a subclass on CUDA
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+    except (MemoryError, RuntimeError) as error:
+        # What torch raises: a RuntimeError on the CPU, a subclass of it on CUDA.
+        torch_says = ("out of memory", "allocate memory")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in torch_says):
             raise
         raise CopeditError(
             f"{name}: memory ran out; use a smaller model with --model, fewer --samples, or another --device"
@@ -492,31 +475,33 @@ def _targets(text: str) -> list[str] | None:
 
 def _check_target(files: StudyFiles, config: ModelConfig, target: Sequence[str]) -> None:
     if files.task == "cardiac":
-        raise CopeditError(
-            f"{files.name} is a cardiac stack; name slices with --missing-slices, not --target"
-        )
+        raise CopeditError(f"{files.name} is a cardiac stack; name slices with --missing-slices, not --target")
     for element in target:
         if element not in config.elements:
             known = ", ".join(config.elements)
-            raise CopeditError(
-                f"--target {element}: the model {config.name} knows {known} only; choose one of them"
-            )
+            raise _UnusableModel(f"--target {element}: the model {config.name} knows {known} only; choose one of them")
         if element in files.files:
             there = files.files[element]
-            raise CopeditError(
-                f"--target {element}: {files.name} has it already ({there}); choose what is missing"
-            )
+            raise CopeditError(f"--target {element}: {files.name} has it already ({there}); choose what is missing")
 
 
 # ------------------------------------------------------------------------------------------------- inspection
 
 
-def _look(files: StudyFiles, models: _Models, missing_slices: Sequence[int] | None) -> Report:
-    """What the files of one study say and what the network perceives. Bad files are findings, not errors."""
+def _look(files: StudyFiles, models: _Models, missing_slices: Sequence[int] | None, *, several: bool) -> Report:
+    """What the files of one study say and what the network perceives.
+
+    Bad files are findings; only where nothing can be read, of a single study, is that an error.
+    """
     from copedit_rt.perception import Finding, Report, contradictions, examine
 
     shown = {element: path.name for element, path in files.files.items()}
-    study, unreadable = _read_what_can_be_read(files, missing_slices)
+    try:
+        study, unreadable = _read_what_can_be_read(files, missing_slices)
+    except CopeditError as error:
+        if not several:
+            raise
+        return Report(files.name, files.task, shown, findings=[Finding("unreadable", str(error))])
     findings = [Finding("unreadable", text) for text in unreadable]
     findings += [Finding("note", note, flag=False) for note in study.notes]
     findings += examine(study.volumes, shown, task=files.task)
@@ -527,8 +512,9 @@ def _look(files: StudyFiles, models: _Models, missing_slices: Sequence[int] | No
     if files.task == "brain":
         report.missing = tuple(element for element in config.elements if element not in files.files)
     if study.volumes:
+        network = models.load(name)
         try:
-            report.perception = models.load(name).perceive(study)
+            report.perception = network.perceive(study)
         except CopeditError as error:
             findings.append(Finding("unperceived", str(error)))
         else:
@@ -538,9 +524,7 @@ def _look(files: StudyFiles, models: _Models, missing_slices: Sequence[int] | No
     return report
 
 
-def _read_what_can_be_read(
-    files: StudyFiles, missing_slices: Sequence[int] | None
-) -> tuple[Study, list[str]]:
+def _read_what_can_be_read(files: StudyFiles, missing_slices: Sequence[int] | None) -> tuple[Study, list[str]]:
     """The study without the files that cannot be read, and a sentence for each of these."""
     options: dict[str, Any] = {"missing_slices": missing_slices, "resample": True, "check_content": False}
     sentences = [files.problem] if files.problem else []
@@ -575,6 +559,10 @@ def _only_finite(study: Study, left_out: set[str]) -> Study:
 # ---------------------------------------------------------------------------------------------------- helpers
 
 
+class _UnusableModel(CopeditError):
+    """No other study would fare better."""
+
+
 class _Models:
     """Chooses models and loads each once."""
 
@@ -587,7 +575,10 @@ class _Models:
         from copedit_rt import checkpoint
 
         if self._model is not None:
-            return self._model, checkpoint.read_config(checkpoint.locate(self._model))
+            try:
+                return self._model, checkpoint.read_config(checkpoint.locate(self._model))
+            except CopeditError as error:
+                raise _UnusableModel(error) from error
         configs = {name: checkpoint.read_config(checkpoint.locate(name)) for name in checkpoint.list_models()}
         configs = {name: config for name, config in configs.items() if config.task == task}
         if not configs:
@@ -601,7 +592,10 @@ class _Models:
         from copedit_rt.synthesizer import Synthesizer
 
         if name not in self._loaded:
-            self._loaded[name] = Synthesizer.load(name, device=self._device)
+            try:
+                self._loaded[name] = Synthesizer.load(name, device=self._device)
+            except CopeditError as error:
+                raise _UnusableModel(error) from error
         return self._loaded[name]
 
 
@@ -641,9 +635,7 @@ def _numbers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise CopeditError(
-                f"--missing-slices {text}: expected numbers such as 3,4,5 or 3-5, counted from 0"
-            )
+            raise CopeditError(f"--missing-slices {text}: expected numbers such as 3,4,5 or 3-5, counted from 0")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
 
@@ -660,9 +652,7 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise CopeditError(
-            f"cannot write to {folder} ({ancestor}: {reason}); choose another folder with -o"
-        ) from error
+        raise CopeditError(f"cannot write to {folder} ({ancestor}: {reason}); choose another folder with -o") from error
 
 
 def _stderr() -> Console:
@@ -680,7 +670,11 @@ def _progress(console: Console) -> Any:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    # Rich would send stdout to its own console, stderr: right on a terminal, a loss where stdout is a file.
+    redirect = sys.stdout.isatty()
+    return Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=redirect
+    )
 
 
 def _print_json(data: Any) -> None:

@@ -55,7 +55,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.strides):
-            raise CopeditError(f"tokenizer: {len(self.channels)} channels but {len(self.strides)} strides; give one each")
+            raise CopeditError(
+                f"tokenizer: {len(self.channels)} channels but {len(self.strides)} strides; give one each"
+            )
 
     @property
     def compression(self) -> Triple:
@@ -86,9 +88,8 @@ class DenoiserConfig:
             )
         for name, kind in (("backbone", Backbone), ("prompts", Prompts), ("injection", Injection)):
             if getattr(self, name) not in typing.get_args(kind):
-                raise CopeditError(
-                    f"denoiser: {name} {getattr(self, name)!r} is unknown; choose one of {', '.join(typing.get_args(kind))}"
-                )
+                known = ", ".join(typing.get_args(kind))
+                raise CopeditError(f"denoiser: {name} {getattr(self, name)!r} is unknown; choose one of {known}")
 
     @property
     def head_dim(self) -> int:
@@ -134,7 +135,9 @@ class ModelConfig:
         if any(n % c for n, c in zip(self.image, self.tokenizer.compression, strict=True)):
             raise CopeditError(f"model {self.name}: image {self.image} does not divide by {self.tokenizer.compression}")
         if any(n % p for n, p in zip(self.latent, self.denoiser.patch, strict=True)):
-            raise CopeditError(f"model {self.name}: latent {self.latent} does not divide by patch {self.denoiser.patch}")
+            raise CopeditError(
+                f"model {self.name}: latent {self.latent} does not divide by patch {self.denoiser.patch}"
+            )
 
     @property
     def latent(self) -> Triple:
@@ -221,16 +224,17 @@ PRESETS: dict[str, ModelConfig] = {
             _BRATS,
             (96, 96, 32),
             TokenizerConfig(
-                channels=(32, 64, 96),
-                strides=((2, 2, 2), (2, 2, 2), (1, 1, 1)),
+                channels=(16, 64, 96),
+                strides=((2, 2, 1), (2, 2, 1), (1, 1, 1)),
                 residual_units=1,
                 residual_channels=32,
-                codes=2048,
+                latent_channels=4,
+                codes=1024,
                 prompt_channels=(32, 64),
                 prompt_dim=128,
                 contrast_dim=64,
             ),
-            DenoiserConfig(width=192, heads=6, blocks=8, patch=(2, 2, 2)),
+            DenoiserConfig(width=192, heads=6, blocks=8, patch=(2, 2, 8)),
             DiffusionConfig(steps=20),
             Preprocessing(field_of_view=(192.0, 192.0, 160.0)),
         ),

@@ -135,9 +135,8 @@ class MDiT3D(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         # adaLN-zero: every block starts as the identity and the output at zero.
-        for block in self.blocks:
-            nn.init.zeros_(block.modulation.weight)
-        for layer in (self.final_modulation, self.final):
+        modulations = [block.modulation for block in self.blocks if isinstance(block, Block)]
+        for layer in (*modulations, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)
 
     def condition(self, t: Tensor, prompts: Tensor | None, observed: Tensor) -> tuple[Tensor, Tensor]:

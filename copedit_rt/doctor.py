@@ -127,9 +127,7 @@ def _models(problems: list[str]) -> list[dict[str, Any]]:
     except Exception as error:
         problems.append(f"the models cannot be listed: {_first_line(error)}")
     if not models:
-        problems.append(
-            "no built-in model was found: install copedit again, or name a model folder with --model"
-        )
+        problems.append("no built-in model was found: install copedit again, or name a model folder with --model")
     return models
 
 
@@ -188,9 +186,7 @@ def render(report: dict[str, Any]) -> RenderableType:
         f"{report['kernels']['in_use']} (COPEDIT_KERNELS {'not set' if setting is None else setting})",
     )
     for model in report["models"]:
-        top.add_row(
-            "model", f"{model['name']}: {model['task']}, {' '.join(model['elements'])}, {model['mib']} MiB"
-        )
+        top.add_row("model", f"{model['name']}: {model['task']}, {' '.join(model['elements'])}, {model['mib']} MiB")
     for extra, state in report["extras"].items():
         if state["missing"]:
             top.add_row(f"extra {extra}", Text(f"missing {', '.join(state['missing'])}\n{state['install']}"))

@@ -51,9 +51,7 @@ class Perception:
         return cls(
             count=_softmax(count),
             missing=(0.5 * (1 + np.tanh(position / 2))).tolist(),
-            identity={
-                name: _softmax(-np.asarray(logits, dtype=np.float64)) for name, logits in alone.items()
-            },
+            identity={name: _softmax(-np.asarray(logits, dtype=np.float64)) for name, logits in alone.items()},
             elements=tuple(elements),
         )
 

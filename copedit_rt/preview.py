@@ -68,9 +68,7 @@ def save(picture: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CopeditError(
-            f"cannot write {path}: {error.strerror}; choose another output folder with -o"
-        ) from error
+        raise CopeditError(f"cannot write {path}: {error.strerror}; choose another output folder with -o") from error
     write_atomically(path, content.getvalue())
 
 
@@ -136,9 +134,7 @@ def _heart(study: Study, truth: Mapping[str, np.ndarray]) -> Image.Image:
         sides = zooms[[1 - axis, 2]] * scale * 1.25
         panel = _panel(image.take(image.shape[axis] // 2, axis), sides, heat=label == "|difference|")
         made = label == "synthesised"
-        return _captioned(
-            _marked(panel, missing if made else [], count), "long axis" + f" · {role}" * bool(role), made
-        )
+        return _captioned(_marked(panel, missing if made else [], count), "long axis" + f" · {role}" * bool(role), made)
 
     rows = [
         [cell("synthesised", z, "synthesised" if z in missing else "") for z in run.tolist()]
@@ -149,9 +145,7 @@ def _heart(study: Study, truth: Mapping[str, np.ndarray]) -> Image.Image:
     else:
         shown = [missing[i] for i in np.linspace(0, len(missing) - 1, min(6, len(missing))).astype(int)]
         for label in images:
-            rows.append(
-                [*(cell(label, z, label) for z in shown), *(cut(label, axis, label) for axis in (0, 1))]
-            )
+            rows.append([*(cell(label, z, label) for z in shown), *(cut(label, axis, label) for axis in (0, 1))])
     return stack([_side_by_side(row) for row in rows])
 
 
@@ -190,9 +184,7 @@ def _captioned(panel: Image.Image, caption: str, made: bool = False, frame: bool
     pen = ImageDraw.Draw(page)
     _centred(pen, page.width / 2, 0, caption, SYNTHETIC if made else FAINT)
     if frame:
-        pen.rectangle(
-            (left - 2, LINE - 2, left + panel.width + 1, LINE + panel.height + 1), outline=SYNTHETIC, width=2
-        )
+        pen.rectangle((left - 2, LINE - 2, left + panel.width + 1, LINE + panel.height + 1), outline=SYNTHETIC, width=2)
     return page
 
 

@@ -128,13 +128,11 @@ def read_volume(path: Path, *, keep_raw: bool = False) -> Volume:
     try:
         affine = np.asarray(header.get_best_affine(), np.float64)
         slope, inter = header.get_slope_inter()
-    except HeaderDataError as error:
-        raise CopeditError(
-            f"{path}: its header is damaged ({error}); export or convert the image again"
-        ) from error
+        offset = max(int(header.get_data_offset()), int(header.single_vox_offset))
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise CopeditError(f"{path}: its header is damaged ({error}); export or convert the image again") from error
     _check_affine(path, affine)
     dtype, count = header.get_data_dtype(), int(np.prod(shape))
-    offset = max(int(header.get_data_offset()), int(header.single_vox_offset))
     content, digest = _read_content(path, offset + count * dtype.itemsize)
     raw = np.frombuffer(content, dtype, count, offset).reshape(shape, order="F")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -153,23 +151,19 @@ def _read_header(path: Path) -> nib.Nifti1Header:
     if size not in (348, 540):
         size = int.from_bytes(start[:4], "big")
     kind = {348: nib.Nifti1Header, 540: nib.Nifti2Header}.get(size)
+    if kind and len(start) < kind.single_vox_offset:
+        raise CopeditError(f"{path} is truncated: it ends within its header; copy or download it again")
     magic = start[344:348] if size == 348 else start[4:8]
     if magic[:3] in (b"ni1", b"ni2"):
         raise CopeditError(f"{path} is the header of a .hdr/.img pair; convert the pair to one .nii.gz file")
     if kind is None or magic[:3] not in (b"n+1", b"n+2"):
-        raise CopeditError(
-            f"{path} is not a NIfTI file; convert it to .nii.gz, DICOM for example with dcm2niix"
-        )
-    if len(start) < kind.single_vox_offset:
-        raise CopeditError(f"{path} is truncated: it ends within its header; copy or download it again")
+        raise CopeditError(f"{path} is not a NIfTI file; convert it to .nii.gz, DICOM for example with dcm2niix")
     try:
         # check=False: nibabel would repair zero voxel sizes, and that is for the user to see
         with _open(path) as file:
             return kind.from_fileobj(file, check=False)
     except (HeaderDataError, ValueError, EOFError, zlib.error, OSError) as error:
-        raise CopeditError(
-            f"{path}: its header is damaged ({error}); copy or export the image again"
-        ) from error
+        raise CopeditError(f"{path}: its header is damaged ({error}); copy or export the image again") from error
 
 
 def _peek(path: Path, count: int = 544) -> bytes:
@@ -178,9 +172,7 @@ def _peek(path: Path, count: int = 544) -> bytes:
         with _open(path) as file:
             return file.read(count)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CopeditError(
-            f"{path} is a truncated or damaged gzip file; copy or download it again"
-        ) from error
+        raise CopeditError(f"{path} is a truncated or damaged gzip file; copy or download it again") from error
     except OSError as error:
         raise CopeditError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -204,9 +196,7 @@ def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, ...]:
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
     except (HeaderDataError, KeyError, ValueError) as error:
-        raise CopeditError(
-            f"{path}: its header is damaged ({error}); copy or export the image again"
-        ) from error
+        raise CopeditError(f"{path}: its header is damaged ({error}); copy or export the image again") from error
     size = " x ".join(map(str, shape)) or "none"
     if any(n <= 0 for n in shape):
         raise CopeditError(f"{path} holds no voxels (its dimensions are {size}); export the image again")
@@ -214,17 +204,12 @@ def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, ...]:
         shape = shape[:-1]
     if len(shape) > 3:
         raise CopeditError(
-            f"{path} holds {int(np.prod(shape[3:]))} volumes ({size}), one is needed; split it "
-            f"and give one of them"
+            f"{path} holds {int(np.prod(shape[3:]))} volumes ({size}), one is needed; split it and give one of them"
         )
     if len(shape) < 3 or 1 in shape:
-        raise CopeditError(
-            f"{path} is a 2-D image ({size}); a 3-D volume is needed, so give the whole series"
-        )
+        raise CopeditError(f"{path} is a 2-D image ({size}); a 3-D volume is needed, so give the whole series")
     if dtype.kind not in "iuf":
-        raise CopeditError(
-            f"{path} holds {dtype} voxels; convert it to integers or floating-point grey values"
-        )
+        raise CopeditError(f"{path} holds {dtype} voxels; convert it to integers or floating-point grey values")
     count = int(np.prod([float(n) for n in shape]))
     promised = count * dtype.itemsize
     needed = promised + 12 * count  # the numbers on disk and three float32 copies
@@ -270,14 +255,12 @@ def _read_content(path: Path, size: int) -> tuple[bytes, str]:
         else:
             content = stored
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CopeditError(
-            f"{path} is a truncated or damaged gzip file; copy or download it again"
-        ) from error
+        raise CopeditError(f"{path} is a truncated or damaged gzip file; copy or download it again") from error
     except OSError as error:
         raise CopeditError(f"cannot read {path}: {error.strerror or error}") from error
     if len(content) < size:
         raise CopeditError(
-            f"{path} is truncated: {size} bytes are promised, {len(content)} are there; copy it again"
+            f"{path} is truncated: {size} bytes are promised, {len(content)} are there; copy or download it again"
         )
     return content, digest
 
@@ -404,14 +387,11 @@ class StudyFiles:
         if self.task == "cardiac":
             _read_stack(study, missing_slices or (), check_content)
         elif missing_slices:
-            raise CopeditError(
-                f"{self.name} is a brain study; missing slices can be named for cardiac stacks only"
-            )
+            raise CopeditError(f"{self.name} is a brain study; missing slices can be named for cardiac stacks only")
         else:
             _read_modalities(study, resample, check_content)
         study.notes += tuple(
-            f"{v.path} has no orientation (qform and sform codes are 0); "
-            f"taken as {''.join(nib.aff2axcodes(v.affine))}"
+            f"{v.path} has no orientation (qform and sform codes are 0); taken as {''.join(nib.aff2axcodes(v.affine))}"
             for v in volumes.values()
             if not (v.header["qform_code"] or v.header["sform_code"])
         )
@@ -489,12 +469,11 @@ def find_studies(
     studies = _group(images, roots, candidates, named, task, skipped)
     if not studies:
         where = ", ".join(map(str, roots))
-        if not candidates:
+        if not skipped:
             raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz")
         few = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        raise CopeditError(
-            f"{where}: no images found; passed over {len(skipped)} of {len(candidates)} files ({few})"
-        )
+        few += "; ..." * (len(skipped) > 3)
+        raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
     return Found(studies, sorted(skipped))
 
 
@@ -534,9 +513,7 @@ def _is_synthetic(path: Path) -> bool:
 
 def _refuse_synthetic(path: Path) -> None:
     if _is_synthetic(path):
-        raise CopeditError(
-            f"{path} is marked as synthetic by CoPeDiT in its header; give the observed image instead"
-        )
+        raise CopeditError(f"{path} is marked as synthetic by CoPeDiT in its header; give the observed image instead")
 
 
 def _group(
@@ -625,9 +602,7 @@ def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
         files[element] = path
         _refuse_synthetic(path)
     if len({path.resolve() for path in files.values()}) < len(files):
-        raise CopeditError(
-            f"one file was given for several modalities: {', '.join(map(str, files.values()))}"
-        )
+        raise CopeditError(f"one file was given for several modalities: {', '.join(map(str, files.values()))}")
     first = next(iter(files.values()))
     if STACK in files:
         if len(files) > 1:
@@ -775,9 +750,7 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
     if check_content:
         for name, volume in study.volumes.items():
             if bad := volume.data.size - int(np.isfinite(volume.data).sum()):
-                raise CopeditError(
-                    f"{volume.path}: {bad} voxels of {name} are NaN or infinite; set them to 0"
-                )
+                raise CopeditError(f"{volume.path}: {bad} voxels of {name} are NaN or infinite; set them to 0")
             if volume.data.min() == volume.data.max():
                 raise CopeditError(
                     f"{volume.path}: every voxel of {name} is {volume.data.flat[0]:g}, so it shows nothing; "
@@ -785,9 +758,7 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
                 )
     differing = [name for name in others if not geometry.same_grid(study.volumes[name], reference)]
     if differing and not resample:
-        grids = "; ".join(
-            f"{name} ({study.volumes[name].path}): {study.volumes[name].grid}" for name in differing
-        )
+        grids = "; ".join(f"{name} ({study.volumes[name].path}): {study.volumes[name].grid}" for name in differing)
         raise CopeditError(
             f"{study.name}: the files are on different grids, {first} ({reference.path}): {reference.grid}; "
             f"{grids}{_offset(reference, study.volumes[differing[0]])}; use --resample to bring all onto the "
@@ -831,9 +802,7 @@ def _read_stack(study: Study, missing_slices: Sequence[int], check_content: bool
         return
     if len(missing) == count:
         why = "blank (one value, or NaN)" if len(blank) == count else "blank or named as missing"
-        raise CopeditError(
-            f"{volume.path}: all {count} slices are {why}, so nothing is observed; give another file"
-        )
+        raise CopeditError(f"{volume.path}: all {count} slices are {why}, so nothing is observed; give another file")
     slices = np.moveaxis(volume.data, axis, 0)
     bad = [index for index in range(count) if index not in missing and not np.isfinite(slices[index]).all()]
     if bad:
@@ -897,8 +866,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _unwritable(path: Path, error: OSError) -> CopeditError:
     return CopeditError(
-        f"cannot write {path}: {error.strerror or error}; choose another output folder with -o, "
-        f"or free space there"
+        f"cannot write {path}: {error.strerror or error}; choose another output folder with -o, or free space there"
     )
 
 

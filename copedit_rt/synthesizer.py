@@ -41,7 +41,12 @@ class Synthesizer:
     """A loaded model on one device. Use it for many studies, from one thread at a time."""
 
     def __init__(
-        self, config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT3D | UNet, device: str = "auto", weights: Any = None
+        self,
+        config: ModelConfig,
+        tokenizer: CoPeVAE,
+        denoiser: MDiT3D | UNet,
+        device: str = "auto",
+        weights: Any = None,
     ):
         """weights: what identifies them, kept in the record of each result."""
         self.config = config
@@ -121,7 +126,9 @@ class Synthesizer:
         """Names of the volumes to return."""
         if self.config.task == "cardiac":
             if target:
-                raise CopeditError(f"target {', '.join(target)}: a cardiac stack is filled as a whole; leave target out")
+                raise CopeditError(
+                    f"target {', '.join(target)}: a cardiac stack is filled as a whole; leave target out"
+                )
             return [STACK]
         for name in target or ():
             if name not in self.config.elements:
@@ -146,7 +153,10 @@ class Synthesizer:
         alone = vae.assess(single)[1].float().cpu().numpy()
         names = [name for name, there in zip(config.elements, prepared.observed, strict=True) if there]
         perception = Perception.from_logits(
-            config.elements, count[0].float().cpu().numpy(), which[0].float().cpu().numpy(), dict(zip(names, alone, strict=True))
+            config.elements,
+            count[0].float().cpu().numpy(),
+            which[0].float().cpu().numpy(),
+            dict(zip(names, alone, strict=True)),
         )
         return z[None], observed[None], perception, prompts
 
@@ -213,5 +223,7 @@ def choose_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
         raise CopeditError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise CopeditError(f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use auto or cpu")
+        raise CopeditError(
+            f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use auto or cpu"
+        )
     return torch.device(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,9 +111,24 @@ class CoPeVAE(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(config.prompt_dim, n)) for n in sizes)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Without normalisation layers the scale must survive by itself: He's variance for every convolution, and
+        # residual units that start as the identity.
+        for module in (*self.encoder.modules(), *self.decoder.modules()):
+            if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+                fan = module.in_channels * math.prod(module.kernel_size)
+                if isinstance(module, nn.ConvTranspose3d):
+                    fan //= math.prod(module.stride)
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan))
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        for module in self.modules():
+            if isinstance(module, ResidualUnit):
+                nn.init.zeros_(module.conv2.weight)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, m, 1, H, W, D] in 0..1 -> latents before quantisation [B, m, 8, h, w, d]; each element by itself."""
+        """Images [B, m, 1, H, W, D] in 0..1 -> latents before quantisation [B, m, 8, h, w, d], each by itself."""
         return self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:

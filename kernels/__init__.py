@@ -35,7 +35,9 @@ def implementation() -> str:
     wanted = os.environ.get("COPEDIT_KERNELS", "auto")
     if wanted in ("auto", "reference"):
         return "reference"
-    raise ValueError(f"COPEDIT_KERNELS={wanted!r}: this version has only 'auto' and 'reference'; unset it or use one of them")
+    raise ValueError(
+        f"COPEDIT_KERNELS={wanted!r}: this version has only 'auto' and 'reference'; unset it or use one of them"
+    )
 
 
 implementation()

@@ -48,7 +48,7 @@ def phantom_images(
     """
     shape = (subjects, len(config.elements), 1, *config.image)
     if cache.exists():
-        images = np.load(cache, mmap_mode="r")
+        images = np.load(cache, mmap_mode="c")
         if images.shape == shape:
             return images
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def phantom_images(
                 progress(i + 1, subjects)
     images.flush()
     os.replace(temporary, cache)
-    return np.load(cache, mmap_mode="r")
+    return np.load(cache, mmap_mode="c")
 
 
 def draw_observed(rng: np.random.Generator, batch: int, elements: int, consecutive: bool) -> Tensor:

@@ -11,7 +11,7 @@ from copedit_rt import checkpoint, preview
 from copedit_rt.cli import synthesise
 from copedit_rt.config import ModelConfig
 from copedit_rt.study import STACK, Study, Volume, read_volume
-from training import evaluate
+from training import data, evaluate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,21 +25,22 @@ def run(
     output: Path,
     *,
     subjects: int = 1,
-    seed: int = 0,
+    seed: int = 12,
     device: str = "auto",
     models: Mapping[str, str | Path] = MODELS,
 ) -> dict[str, Any]:
     """Write, synthesise and score `subjects` brains and as many hearts; JSON-able.
 
     Below `output`: truth/ holds the complete studies, input/ the same without what was removed, output/ what
-    `synth` made of input/, demo.png a picture. seed: the first subject is HELD_OUT + seed.
+    `synth` made of input/, demo.png a picture. seed: the first
+    subject is HELD_OUT + seed; 12 is one with a lesion.
     """
     start = time.perf_counter()
     studies, pictures = [], []
     for model in models.values():
         config = checkpoint.read_config(checkpoint.locate(model))
         for i in range(subjects):
-            study, picture = _one(output, config, str(model), evaluate.HELD_OUT + seed + i, i, device)
+            study, picture = _one(output, config, str(model), data.HELD_OUT + seed + i, i, device)
             studies.append(study)
             if i == 0:
                 pictures.append(picture)
@@ -57,40 +58,34 @@ def _one(
     output: Path, config: ModelConfig, model: str, seed: int, index: int, device: str
 ) -> tuple[dict[str, Any], preview.Image.Image]:
     """One subject from phantom to scores and picture."""
-    phantom = evaluate.make_phantom(config, seed)
+    phantom = data.phantom_subject(config, seed)
     brain = config.task == "brain"
     name = f"{'brain' if brain else 'heart'}{seed}"
     truth, given = output / "truth" / name, output / "input" / name
     for folder in (truth, given):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.nii.gz"):
-            old.unlink()
-    removed = [e for e in REMOVED if e in config.elements][index % len(config.elements) :][:1]
+    removed = [REMOVED[index % len(REMOVED)]] if brain else []
     slab = config.elements[1 + index % max(1, len(config.elements) - 2)]
     slices = [] if brain else evaluate.missing_slices(config, phantom, [slab])
     files = {e: f"{name}_{e}.nii.gz" for e in config.elements} if brain else {STACK: f"{name}.nii.gz"}
     for element, file in files.items():
         volume = Volume.from_array(phantom.images[element], phantom.affine())
         volume.save(truth / file)
+        (given / file).unlink(missing_ok=True)  # of an earlier run that removed another
         if element not in removed:
             volume.data = volume.data.copy()
             volume.data[..., slices] = 0
             volume.save(given / file)
 
-    entry = synthesise([given], output / "output" / name, model=model, device=device, overwrite=True)[
-        "studies"
-    ][0]
+    summary = synthesise([given], output / "output" / name, model=model, device=device, overwrite=True)
+    (entry,) = summary["studies"]
 
     images = {element: read_volume(truth / file).data for element, file in files.items()}
     made = {element: read_volume(Path(path)).data for element, path in entry["outputs"].items()}
     if brain:
-        regression = evaluate.LinearRegression(config.elements)
-        training = (evaluate.make_phantom(config, s).images for s in range(FIT_SUBJECTS))
-        complete = ({e: evaluate.normalise(x) for e, x in images_.items()} for images_ in training)
-        regression.fit(complete, [[e for e in config.elements if e not in removed]])
-        scores = evaluate.compare_brain(
-            images, removed, made, evaluate.intensity_of(entry["record"]), regression
-        )
+        regression = evaluate.fit_regression(config, [removed], FIT_SUBJECTS)
+        intensity = evaluate.intensity_of(entry["record"])
+        scores = evaluate.compare_brain(images, removed, made, intensity, regression)
     else:
         scores = evaluate.compare_heart(images[STACK], slices, made[STACK])
     report = {

@@ -22,13 +22,13 @@ from scipy import ndimage
 from copedit_rt.errors import CopeditError
 from copedit_rt.perception import Perception, contradictions
 from copedit_rt.study import STACK, Study, Volume, write_atomically
+from training.data import HELD_OUT, phantom_subject
 
 if TYPE_CHECKING:
     from copedit_rt.config import ModelConfig
     from copedit_rt.synthesizer import Result, Synthesizer
     from training.phantom import Phantom
 
-HELD_OUT = 1_000_000  # the first seed that no training run sees
 PERCENTILES = (0.5, 99.5)
 Progress = Callable[[int, int], None]
 
@@ -46,9 +46,7 @@ def mae(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
 
 
-def ssim_map(
-    a: np.ndarray, b: np.ndarray, data_range: float = 1.0, window: int = 11, sigma: float = 1.5
-) -> np.ndarray:
+def ssim_map(a: np.ndarray, b: np.ndarray, data_range: float = 1.0, window: int = 11, sigma: float = 1.5) -> np.ndarray:
     """Structural similarity at every voxel of two volumes [X, Y, Z], float64.
 
     Wang et al. 2004: Gaussian window, K1 = 0.01, K2 = 0.03, population variances; borders mirrored. On an
@@ -87,9 +85,7 @@ def ssim3d(
     window sees the neighbouring slices too, and it is mirrored at the ends of that axis.
     """
     values = ssim_map(a, b, data_range, window, sigma)
-    inside = [
-        slice(w // 2, n - w // 2) for n, w in zip(values.shape, _windows(values.shape, window), strict=True)
-    ]
+    inside = [slice(w // 2, n - w // 2) for n, w in zip(values.shape, _windows(values.shape, window), strict=True)]
     if slices is not None:
         inside[axis] = slice(None)
     values = values[tuple(inside)]
@@ -125,19 +121,13 @@ class LinearRegression:
         self.elements = tuple(elements)
         self._moments: dict[tuple[str, ...], np.ndarray] = {}
 
-    def fit(
-        self, studies: Iterator[Mapping[str, np.ndarray]], subsets: Sequence[Sequence[str]] | None = None
-    ) -> None:
+    def fit(self, studies: Iterator[Mapping[str, np.ndarray]], subsets: Sequence[Sequence[str]] | None = None) -> None:
         """studies: complete sets of images on 0..1. subsets: the observed subsets wanted; all by default."""
-        everything = [
-            s for n in range(1, len(self.elements)) for s in itertools.combinations(self.elements, n)
-        ]
+        everything = [s for n in range(1, len(self.elements)) for s in itertools.combinations(self.elements, n)]
         wanted = everything if subsets is None else [self._key(s) for s in subsets]
         size = len(self.elements) + 1
         for images in studies:
-            table = np.stack(
-                [*(images[e].ravel() for e in self.elements), np.ones(images[self.elements[0]].size)]
-            )
+            table = np.stack([*(images[e].ravel() for e in self.elements), np.ones(images[self.elements[0]].size)])
             for subset in wanted:
                 inside = table[:, table[self._rows(subset)].any(axis=0)].astype(np.float64)
                 self._moments[subset] = self._moments.get(subset, np.zeros((size, size))) + inside @ inside.T
@@ -146,9 +136,9 @@ class LinearRegression:
         """observed: images on 0..1. Returns the target on 0..1, float32."""
         subset = self._key(observed)
         moments, rows = self._moments[subset], [*self._rows(subset), len(self.elements)]
-        weights = np.linalg.lstsq(
-            moments[np.ix_(rows, rows)], moments[rows, self.elements.index(target)], rcond=None
-        )[0]
+        weights = np.linalg.lstsq(moments[np.ix_(rows, rows)], moments[rows, self.elements.index(target)], rcond=None)[
+            0
+        ]
         images = [observed[e] for e in subset]
         value = weights[-1] + sum(w * x for w, x in zip(weights[:-1], images, strict=True))
         return np.where(np.any([x > 0 for x in images], axis=0), np.clip(value, 0, 1), 0).astype(np.float32)
@@ -189,17 +179,13 @@ def nearest_slices(stack: np.ndarray, missing: Sequence[int]) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- phantoms
 
 
-def make_phantom(config: ModelConfig, seed: int) -> Phantom:
-    """The simulated subject of a model's task, on a grid equal to the model's."""
-    from training import phantom
-
-    h, w, d = config.image
-    fx, fy, fz = config.preprocessing.field_of_view
-    if config.task == "brain":
-        spacing = (fx / h, fy / w, (fz or 160.0) / d)
-        return phantom.brain(seed, shape=(h, w, d), spacing=spacing, contrasts=config.elements)
-    slices = d * len(config.elements)
-    return phantom.heart(seed, shape=(h, w, slices), spacing=(fx / h, fy / w, (fz or 96.0) / slices))
+def fit_regression(config: ModelConfig, patterns: Sequence[Sequence[str]], subjects: int) -> LinearRegression:
+    """The regression baseline for some missing patterns, fitted on training phantoms (seeds 0, 1, ...)."""
+    regression = LinearRegression(config.elements)
+    training = (phantom_subject(config, seed).images for seed in range(subjects))
+    complete = ({name: normalise(image) for name, image in images.items()} for images in training)
+    regression.fit(complete, [[e for e in config.elements if e not in missing] for missing in patterns])
+    return regression
 
 
 def missing_patterns(config: ModelConfig, limit: int | None = None) -> dict[int, list[tuple[str, ...]]]:
@@ -214,11 +200,7 @@ def missing_patterns(config: ModelConfig, limit: int | None = None) -> dict[int,
             every = list(itertools.combinations(config.elements, count))
         else:
             every = [config.elements[i : i + count] for i in range(m - count + 1)]
-        picked = (
-            range(len(every))
-            if limit is None
-            else np.linspace(0, len(every) - 1, min(limit, len(every))).round()
-        )
+        picked = range(len(every)) if limit is None else np.linspace(0, len(every) - 1, min(limit, len(every))).round()
         patterns[count] = [every[int(i)] for i in picked]
     return patterns
 
@@ -243,9 +225,7 @@ def phantom_study(
 def missing_slices(config: ModelConfig, phantom: Phantom, missing: Sequence[str]) -> list[int]:
     """The slices of the missing slabs of a heart."""
     slabs = np.array_split(np.arange(phantom.images[STACK].shape[2]), len(config.elements))
-    return [
-        int(z) for slab, name in zip(slabs, config.elements, strict=True) if name in missing for z in slab
-    ]
+    return [int(z) for slab, name in zip(slabs, config.elements, strict=True) if name in missing for z in slab]
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -298,7 +278,7 @@ class Heads:
 
 
 def measure(image: np.ndarray, truth: np.ndarray, slices: Sequence[int] | None = None) -> dict[str, float]:
-    """PSNR (at most 100, as JSON knows no infinity), SSIM and MAE of volumes on 0..1, over `slices` along z."""
+    """PSNR (at most 100: JSON has no infinity), SSIM and MAE of volumes on 0..1, over `slices` along z."""
     a, b = (image, truth) if slices is None else (image[..., list(slices)], truth[..., list(slices)])
     return {"psnr": min(psnr(a, b), 100.0), "ssim": ssim3d(image, truth, slices=slices), "mae": mae(a, b)}
 
@@ -361,21 +341,15 @@ def evaluate(
     phantoms the regression baseline is fitted on. progress: called with studies done and studies in all.
     """
     if first_seed < HELD_OUT:
-        raise CopeditError(
-            f"seed {first_seed} may have been trained on; held-out phantoms start at {HELD_OUT}"
-        )
+        raise CopeditError(f"seed {first_seed} may have been trained on; held-out phantoms start at {HELD_OUT}")
     config = model.config
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
     by_count, by_pattern, heads = Scores(), Scores(), Heads()
-    regression = LinearRegression(config.elements)
-    if config.task == "brain":
-        training = (make_phantom(config, s).images for s in range(fit_subjects))
-        complete = ({name: normalise(image) for name, image in images.items()} for images in training)
-        regression.fit(complete, [[e for e in config.elements if e not in missing] for missing in wanted])
+    regression = fit_regression(config, wanted, fit_subjects if config.task == "brain" else 0)
     mislabel = {"studies": 0, "caught": 0, "false_alarms": 0}  # T2 named FLAIR
     seconds, done = 0.0, 0
     for subject in range(first_seed, first_seed + subjects):
-        phantom, name = make_phantom(config, subject), f"phantom{subject}"
+        phantom, name = phantom_subject(config, subject), f"phantom{subject}"
         for missing in wanted:
             study = phantom_study(config, phantom, missing, name)
             start = time.perf_counter()

@@ -17,7 +17,7 @@ class EMACodebook(nn.Module):
     """Learns a tokenizer's codes as moving averages of the vectors that choose them (van den Oord et al. 2017, A.1).
 
     The codes start as vectors of the first batch, each with a count of one; codes whose count falls below
-    `restart_below` become vectors of the current batch. Zero counts and random codes end with under 1 % of codes in use.
+    `restart_below` become vectors of the current batch. (With zero counts and random codes, under 1 % get used.)
     """
 
     count: Tensor
@@ -55,8 +55,8 @@ class EMACodebook(nn.Module):
 
 def _pick(z: Tensor, n: int, generator: torch.Generator) -> Tensor:
     # With replacement and a little noise, so that repeated background vectors do not become identical codes.
-    chosen = z[torch.randint(len(z), (n,), generator=generator)]
-    return chosen + 0.01 * z.std() * torch.randn(chosen.shape, generator=generator)
+    chosen = z[torch.randint(len(z), (n,), generator=generator).to(z.device)]
+    return chosen + 0.01 * z.std() * torch.randn(chosen.shape, generator=generator).to(z.device)
 
 
 def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str, Tensor]:
@@ -74,7 +74,12 @@ def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str,
     }
 
 
-def weigh(terms: dict[str, Tensor]) -> Tensor:
-    """Total of stage I. The perceptual and adversarial terms need weights and a discriminator and are not here yet."""
-    pretext = terms["count"] + 0.5 * terms["position"] + 0.5 * terms["contrast"]
-    return terms["l1"] + COMMITMENT * terms["commitment"] + PRETEXT * pretext
+def weigh(terms: dict[str, Tensor], pretext: float) -> Tensor:
+    """Total of stage I; `pretext` is the weight of the pretext tasks, where there are any.
+
+    The perceptual and adversarial terms need weights and a discriminator and are not here yet.
+    """
+    total = terms["l1"] + COMMITMENT * terms["commitment"]
+    if "count" in terms:
+        total = total + pretext * (terms["count"] + 0.5 * terms["position"] + 0.5 * terms["contrast"])
+    return total

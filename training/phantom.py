@@ -82,9 +82,7 @@ def _rng(seed: int, tag: str) -> np.random.Generator:
 
 
 def _axes(shape: Sequence[int], spacing: Sequence[float]) -> list[np.ndarray]:
-    return [
-        ((np.arange(n) - 0.5 * (n - 1)) * s).astype(np.float32) for n, s in zip(shape, spacing, strict=True)
-    ]
+    return [((np.arange(n) - 0.5 * (n - 1)) * s).astype(np.float32) for n, s in zip(shape, spacing, strict=True)]
 
 
 def _supersample(
@@ -193,13 +191,11 @@ def _vary(rng: np.random.Generator, table: dict[str, tuple], share: float = 0.04
     }
 
 
-def _finish(
-    signal: np.ndarray, mask: np.ndarray, axes: Axes, reference: float, seed: int, tag: str
-) -> np.ndarray:
-    """Bias field, Rician noise (1.5 to 3 % of `reference`) and gain; signal [V] lists the mask."""
+def _finish(signal: np.ndarray, mask: np.ndarray, axes: Axes, reference: float, seed: int, tag: str) -> np.ndarray:
+    """Bias field, Rician noise (2.5 to 4.5 % of `reference`) and gain; signal [V] lists the mask."""
     rng = _rng(seed, "acquire " + tag)
     bias = np.exp(np.float32(rng.uniform(0.04, 0.07)) * _field(rng, 60.0, axes))[mask]
-    sigma = np.float32(reference * rng.uniform(0.015, 0.03))
+    sigma = np.float32(reference * rng.uniform(0.025, 0.045))
     gain = np.float32(np.exp(rng.uniform(np.log(150), np.log(900))) / reference)
     noise = rng.standard_normal((2, signal.size), dtype=np.float32) * sigma
     out = np.zeros(mask.shape, np.float32)
@@ -232,9 +228,7 @@ def _hull(p: Axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     temporal = _ellipsoid((ax, y + np.float32(0.25) * (z + 20), z), (45, -14, -20), (23, 42, 22))
     cerebrum = _union(upper, temporal, 10)
     cerebellum = _ellipsoid((ax, y, z), (21, -66, -38), (31, 29, 23))
-    stem = _union(
-        _ellipsoid(p, (0, -25, -33), (17, 13, 17)), _tube(p, (0, -25, -20), (0, -36, -62), 11, 8), 6
-    )
+    stem = _union(_ellipsoid(p, (0, -25, -33), (17, 13, 17)), _tube(p, (0, -25, -20), (0, -36, -62), 11, 8), 6)
     return cerebrum, cerebellum, stem
 
 
@@ -274,9 +268,7 @@ def _lesion_plan(rng: np.random.Generator) -> tuple[int, bool]:
     return gliomas, bool(0.53 < kind <= 0.70)
 
 
-def _brain_fractions(
-    seed: int, shape: Sequence[int], spacing: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray]:
+def _brain_fractions(seed: int, shape: Sequence[int], spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Tissue fractions [len(_BRAIN), V] over the voxels of the brain mask, and that mask [X, Y, Z]."""
     rng = _rng(seed, "anatomy")
     sub, fine, step = _supersample(shape, spacing, (1.3, 1.3, 2.6))
@@ -292,13 +284,8 @@ def _brain_fractions(
     axes = _axes(fine, step)
     start = [int(np.searchsorted(a, c - h)) for a, c, h in zip(axes, shift, half, strict=True)]
     axes = [a[n : np.searchsorted(a, c + h)] for a, n, c, h in zip(axes, start, shift, half, strict=True)]
-    grid = [
-        a.reshape([-1 if i == j else 1 for j in range(3)]) - np.float32(shift[i]) for i, a in enumerate(axes)
-    ]
-    p = [
-        m[i, 0] * grid[0] + m[i, 1] * grid[1] + m[i, 2] * grid[2] + np.float32((0, -17, 5)[i])
-        for i in range(3)
-    ]
+    grid = [a.reshape([-1 if i == j else 1 for j in range(3)]) - np.float32(shift[i]) for i, a in enumerate(axes)]
+    p = [m[i, 0] * grid[0] + m[i, 1] * grid[1] + m[i, 2] * grid[2] + np.float32((0, -17, 5)[i]) for i in range(3)]
 
     near = (p[0] / 76) ** 2 + ((p[1] + 17) / 93) ** 2 + ((p[2] - 5) / 82) ** 2 < 1.0
     at = np.flatnonzero(near)
@@ -370,14 +357,10 @@ def _brain_fractions(
     bottom = 17 + np.float32(4.5) * np.clip(slow + wave, -2, 1.5)
     sulci = np.sqrt(sheet**2 + np.maximum(surface - bottom, 0) ** 2)
     gap = np.float32(0.35 + 0.9 * atrophy) * np.clip(1 + np.float32(0.5) * slow, 0.3, 2)
-    pial = np.minimum(
-        sulci - gap * np.clip(np.float32(1.3) - surface / 25, 0.3, 1.3), fissure - gap - np.float32(0.5)
-    )
+    pial = np.minimum(sulci - gap * np.clip(np.float32(1.3) - surface / 25, 0.3, 1.3), fissure - gap - np.float32(0.5))
     pial = np.minimum(pial, lateral - gap - np.float32(0.8))
     trim = np.float32(0.8) + np.float32(0.7) * slow  # uneven skull stripping
-    pial = np.minimum(
-        pial, depth - np.maximum(trim, 0) - np.float32(0.5) * gap * (1 + np.float32(0.6) * wave)
-    )
+    pial = np.minimum(pial, depth - np.maximum(trim, 0) - np.float32(0.5) * gap * (1 + np.float32(0.6) * wave))
 
     # Cerebellum: thin folia radiating from its centre.
     ycb, zcb = y + 58, z + 38
@@ -488,9 +471,21 @@ def brain(
     tissue = _vary(rng, _BRAIN)
     agent = {k: np.array(v) * (1, 1, tissue[k][2] / _BRAIN[k][2]) for k, v in _ENHANCED.items()}
     agent = {k: v * (rng.uniform(0.85, 1.3), 1, 1) for k, v in agent.items()}
-    myelin = _field(rng, 24.0, axes)[mask]
-    patchy = _field(rng, 6.0, axes)[mask]
+    # Myelin changes T1 and T2 together; on a finer scale each has its own texture, PD a faint one. Without it three
+    # contrasts fix the tissue fractions and the fourth is a linear map of them, which it is not in patients.
     lesion = np.array([v[3] >= CORE for v in _BRAIN.values()])
+    solid = np.array([v[3] != CSF for v in _BRAIN.values()])
+    # Width of a field in mm, the tissues that follow it, relative change of their T1, T2 and PD for one deviation.
+    variation = [
+        (_field(rng, length, axes)[mask], who, change)
+        for length, who, change in (
+            (24.0, solid & ~lesion, (0.05, 0.04, 0.0)),
+            (7.0, solid, (0.08, 0.0, 0.0)),
+            (7.0, solid, (0.0, 0.11, 0.0)),
+            (12.0, solid, (0.0, 0.0, 0.02)),
+            (6.0, lesion, (0.10, 0.12, 0.0)),
+        )
+    ]
 
     images = {}
     for name in contrasts:
@@ -503,15 +498,14 @@ def brain(
         value = tissue | (agent if name == "t1ce" else {})
         t1, t2, pd = np.array([value[k] for k in _BRAIN]).T
         base = _spin(name, t1, t2, pd, timing)
-        # Less myelin lengthens T1 and T2; lesions vary more and on a finer scale.
-        slope = (
-            _spin(name, t1 * np.where(lesion, 1.10, 1.04), t2 * np.where(lesion, 1.12, 1.03), pd, timing)
-            - base
-        )
-        slope[0] = 0  # CSF does not vary
         signal = base.astype(np.float32) @ part
-        signal += myelin * (np.where(lesion, 0, slope).astype(np.float32) @ part)
-        signal += patchy * (np.where(lesion, slope, 0.35 * slope).astype(np.float32) @ part)
+        for field, who, (dt1, dt2, dpd) in variation:
+            slope = _spin(name, t1 * (1 + dt1 * who), t2 * (1 + dt2 * who), pd * (1 + dpd * who), timing) - base
+            signal += field * (slope.astype(np.float32) @ part)
+        if name in ("t2", "flair"):
+            # Fluid that flows is not at rest between the pulses: patches of it lose or gain signal.
+            flow = _field(own, 10.0, axes)[mask]
+            signal += np.float32(0.08 * base.max() if name == "flair" else -0.12 * base[0]) * np.abs(flow) * part[0]
         images[name] = _finish(signal, mask, axes, float(base[2]), seed, name)
 
     labels = np.zeros(shape, np.uint8)
@@ -553,11 +547,7 @@ def _heart_fractions(seed: int, shape: Sequence[int], spacing: Sequence[float]) 
     def profile(t0: np.float32, full: np.float32) -> np.ndarray:
         """Radius of a half ellipsoid that starts at t0 and is widest near 0.85; 0 below t0."""
         s = np.clip((t - t0) / (np.float32(0.85) - t0), 0, 2)
-        return (
-            full
-            * np.sqrt(np.maximum(s * (2 - s), 0) + np.float32(1e-6))
-            * (1 - np.float32(0.1) * (1 - s) ** 2)
-        )
+        return full * np.sqrt(np.maximum(s * (2 - s), 0) + np.float32(1e-6)) * (1 - np.float32(0.1) * (1 - s) ** 2)
 
     squash = u(0.92, 1.08)
     rho = np.sqrt((a * squash) ** 2 + (b / squash) ** 2)
@@ -603,19 +593,13 @@ def _heart_fractions(seed: int, shape: Sequence[int], spacing: Sequence[float]) 
     heart = _union(_union(epi, rv - 3, 6), vessels - 2, 6)
     groove = u(1, 5) * np.exp(-(((t - np.float32(0.95)) / np.float32(0.18)) ** 2))
     sac = heart - (2 + 2 * np.clip(slow + wave, -0.6, 2) + groove)
-    dome = (
-        u(-26, -12) - z * u(0.35, 0.6) - (np.float32(0.0035) + u(0, 0.004)) * (x - u(20, 55)) ** 2 + 3 * slow
-    )
+    dome = u(-26, -12) - z * u(0.35, 0.6) - (np.float32(0.0035) + u(0, 0.004)) * (x - u(20, 55)) ** 2 + 3 * slow
     dome = dome - u(0.002, 0.006) * (z + 48) ** 2 * np.float32(0.5)
-    liver = np.maximum(
-        y - _union(dome, cy - 18 - np.float32(0.004) * (x - cx) ** 2 + 3 * slow, 12), chest + 1
-    )
+    liver = np.maximum(y - _union(dome, cy - 18 - np.float32(0.004) * (x - cx) ** 2 + 3 * slow, 12), chest + 1)
     gut = np.sqrt((x - u(-75, -50)) ** 2 + (y - u(-70, -55)) ** 2 + (0.6 * (z + 40)) ** 2) - u(26, 38)
     gut = np.maximum(liver, gut)
     spine = _round(x - u(0, 16), y - u(-104, -96), 19, 16) + wave
-    mediastinum = (
-        _round(x - cx - 14, y + 45, 20, 38) + 5 * slow + 3 * wave + np.maximum(20 - z, 0) * np.float32(0.3)
-    )
+    mediastinum = _round(x - cx - 14, y + 45, 20, 38) + 5 * slow + 3 * wave + np.maximum(20 - z, 0) * np.float32(0.3)
     canal = _round(x - 8, y + 126, 9, 7)
     bow = np.float32(0.004) * z * z
     aorta = _round(x - u(-26, -14) + bow, y - u(-80, -72) + np.float32(0.08) * z, u(10, 13), u(10, 13))
@@ -658,10 +642,8 @@ def _heart_fractions(seed: int, shape: Sequence[int], spacing: Sequence[float]) 
     return np.stack([part[k].reshape(blocks).mean((1, 3, 5)).ravel() for k in _HEART])
 
 
-def heart(
-    seed: int, shape: Sequence[int] = (96, 96, 16), spacing: Sequence[float] = (3.0, 3.0, 6.0)
-) -> Phantom:
-    """Short-axis balanced SSFP stack across the LV axis, first slice at the apex, last at the base; mm."""
+def heart(seed: int, shape: Sequence[int] = (96, 96, 16), spacing: Sequence[float] = (3.0, 3.0, 6.0)) -> Phantom:
+    """Short-axis balanced SSFP stack across the LV axis, from base to apex as scanners mostly store it; mm."""
     shape = tuple(int(n) for n in shape)
     dx, dy, dz = (float(s) for s in spacing)
     part = _heart_fractions(seed, shape, (dx, dy, dz))
@@ -671,11 +653,8 @@ def heart(
     flip = np.deg2rad(rng.uniform(45, 60))
     base = pd * np.sin(flip) / (t1 / t2 * (1 - np.cos(flip)) + 1 + np.cos(flip))
     signal = base.astype(np.float32) @ part
-    signal *= (
-        1
-        + np.float32(0.04) * _field(rng, 8.0, axes).ravel()
-        + np.float32(0.04) * _field(rng, 25.0, axes).ravel()
-    )
+    signal *= 1 + np.float32(0.04) * _field(rng, 8.0, axes).ravel() + np.float32(0.04) * _field(rng, 25.0, axes).ravel()
     image = _finish(signal, np.ones(shape, bool), axes, float(base[list(_HEART).index("lv")]), seed, "sax")
     labels = np.array([v[3] for v in _HEART.values()], np.uint8)[part.argmax(0)].reshape(shape)
-    return Phantom({"sax": image}, labels, (dx, dy, dz))
+    # The anatomy above is laid out from the apex upwards.
+    return Phantom({"sax": image[..., ::-1].copy()}, labels[..., ::-1].copy(), (dx, dy, dz))

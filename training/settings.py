@@ -21,7 +21,10 @@ class Settings:
 
     steps, batch_size (subjects), lr (peak of a linear warm-up and cosine decay), warmup (steps), seed.
     subjects: simulated subjects to train on. dtype: autocast type, "float32" or "bfloat16".
-    clip: gradient norm. ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
+    clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
+    crop (tokenizer): reconstruct random crops of so many voxels in the plane, 0 for whole images. The pretext tasks
+    always read whole images, every `pretext_every` steps, with their weight raised accordingly.
+    ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
     checkpoint_every, keep: how often, and how many checkpoints stay.
     """
 
@@ -33,14 +36,18 @@ class Settings:
     subjects: int = 256
     dtype: str = "bfloat16"
     clip: float = 1.0
+    beta2: float = 0.999
     weight_decay: float = 0.0
+    crop: int = 0
+    pretext_every: int = 1
+    device: str = "auto"
     ema: float = 0.9999
     tokenizer: str = ""
     checkpoint_every: int = 250
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "subjects", "checkpoint_every", "keep"):
+        for name in ("steps", "batch_size", "subjects", "pretext_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.dtype not in ("float32", "bfloat16"):

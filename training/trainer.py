@@ -26,9 +26,10 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import build_denoiser
 from copedit_rt.diffusion import add_noise, alpha_bar
 from copedit_rt.errors import CopeditError
+from copedit_rt.synthesizer import choose_device
 from copedit_rt.tokenizer import CoPeVAE
 from training.data import draw_observed, phantom_images
-from training.losses import EMACodebook, pretext_losses, weigh
+from training.losses import PRETEXT, EMACodebook, pretext_losses, weigh
 from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
@@ -37,9 +38,18 @@ Terms = dict[str, float]
 class Task(nn.Module, ABC):
     """What is trained: its weights are all that a checkpoint needs besides the optimizer."""
 
+    def __init__(self, config: ModelConfig, settings: Settings):
+        super().__init__()
+        self.config, self.settings = config, settings
+        self.cardiac = config.task == "cardiac"
+        self.device = choose_device(settings.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
+
     @abstractmethod
-    def loss(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        """Loss of one freshly drawn batch, and what goes to the log."""
+    def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        """Loss of one freshly drawn batch, and what goes to the log. generator is the CPU's on every device."""
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step."""
@@ -53,43 +63,56 @@ class TokenizerTask(Task):
     """Stage I: L1 + vector quantisation + pretext tasks (equation 4)."""
 
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
-        super().__init__()
-        self.config, self.settings, self.images = config, settings, images
-        self.tokenizer = CoPeVAE(config.tokenizer, len(config.elements)).to(memory_format=torch.channels_last_3d)
+        super().__init__(config, settings)
+        self.images = images
+        self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
+            memory_format=torch.channels_last_3d  # type: ignore[call-overload]
+        )
         self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
+        self.to(self.device)
 
-    def loss(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
+    def draw(self, rng: np.random.Generator) -> Tensor:
+        """A batch of whole images [B, m, 1, H, W, D]."""
         batch = self.settings.batch_size
         chosen = rng.choice(len(self.images), batch, replace=len(self.images) < batch)
-        images = torch.from_numpy(np.asarray(self.images[np.sort(chosen)])).float()
-        # Left and right are interchangeable in a brain, not in a chest.
-        cardiac = self.config.task == "cardiac"
-        if not cardiac:
-            flip = torch.from_numpy(rng.random(batch) < 0.5)
+        images = torch.from_numpy(self.images[np.sort(chosen)]).to(self.device).float()
+        if not self.cardiac:  # left and right are interchangeable in a brain, not in a chest
+            flip = torch.from_numpy(rng.random(batch) < 0.5).to(self.device)
             images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
-        observed = draw_observed(rng, batch, images.shape[1], consecutive=cardiac)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+        return images
+
+    def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        whole = images = self.draw(rng)
+        if size := self.settings.crop:
+            x, y = (int(rng.integers(0, n - size + 1)) for n in images.shape[3:5])
+            images = images[:, :, :, x : x + size, y : y + size]
+        every, terms = self.settings.pretext_every, {}
+        with self.autocast():
             z = self.tokenizer.encode(images)
-            terms = pretext_losses(self.tokenizer, z, observed)
+            if step % every == 0:
+                observed = draw_observed(rng, len(whole), whole.shape[1], self.cardiac).to(self.device)
+                terms = pretext_losses(self.tokenizer, self.tokenizer.encode(whole) if size else z, observed)
             wide = z.float()
             vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
             self.codebook.start(vectors, self.tokenizer.codebook, generator)
             codes, index = self.tokenizer.quantise(wide.detach())
             terms["commitment"] = (wide - codes).square().mean()
             # Straight through: the decoder sees the codes, the encoder the decoder's gradient.
-            output = self.tokenizer.decode(wide + (codes - wide).detach(), joint=cardiac)
+            output = self.tokenizer.decode(wide + (codes - wide).detach(), joint=self.cardiac)
         perplexity = self.codebook.update(vectors, index.flatten(), self.tokenizer.codebook, generator)
         error = output.float() - images
         terms["l1"] = error.abs().mean()
         log = {name: term.item() for name, term in terms.items()}
-        psnr = -10 * math.log10(error.detach().square().mean().item())
-        return weigh(terms), log | {"psnr": psnr, "perplexity": perplexity}
+        psnr = -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))
+        used = (self.codebook.count > 1).float().mean().item()
+        return weigh(terms, PRETEXT * every), log | {"psnr": psnr, "perplexity": perplexity, "codes_used": used}
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
         """Measure the latents' mean and deviation per channel on the training images, then write the folder."""
         self.tokenizer.eval()
-        z = torch.cat([self.tokenizer.encode(torch.from_numpy(np.asarray(x))[None].float()) for x in self.images[:64]])
+        batches = (torch.from_numpy(x[None]).to(self.device).float() for x in self.images[:64])
+        z = torch.cat([self.tokenizer.encode(x) for x in batches])
         flat = z.movedim(2, -1).flatten(0, -2)
         self.tokenizer.latent_mean.copy_(flat.mean(0))
         self.tokenizer.latent_std.copy_(flat.std(0).clamp_min(1e-6))
@@ -101,42 +124,43 @@ class DenoiserTask(Task):
     """Stage II: mean squared error of the predicted clean latents, all elements (equation 5)."""
 
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE):
-        super().__init__()
-        self.config, self.settings = config, settings
+        super().__init__(config, settings)
         self.denoiser = build_denoiser(config)
         self.average = build_denoiser(config).requires_grad_(False)
         self.average.load_state_dict(self.denoiser.state_dict())
-        # The tokenizer is frozen: latents and the prompts of single elements are computed once. Kept out of the
-        # module, so that checkpoints hold neither.
-        self.__dict__["frozen"] = tokenizer.requires_grad_(False)
+        self.to(self.device)
+        # The tokenizer is frozen: latents and the prompts of single elements are computed once. In a list, so that
+        # checkpoints do not hold it.
+        self.frozen = [tokenizer.to(self.device).requires_grad_(False)]
         self.latents, self.prompts = self._encode(images)
         self.levels = torch.from_numpy(alpha_bar(config.diffusion)).float()
 
     @torch.no_grad()
     def _encode(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
-        flips = (False, True) if self.config.task == "brain" else (False,)
-        latents, prompts = [], []
-        for i in range(len(images)):
-            for flip in flips:
-                x = torch.from_numpy(np.asarray(images[i : i + 1])).float()
-                z = self.frozen.encode(x.flip(3) if flip else x)
+        """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images."""
+        (vae,), latents, prompts = self.frozen, [], []
+        for subject in images:
+            x = torch.from_numpy(subject[None]).to(self.device).float()
+            for view in (x,) if self.cardiac else (x, x.flip(3)):
+                z = vae.encode(view)
                 # Prompts are means over observed elements, so those of each element alone are all that is needed.
-                alone = self.frozen.prompts(z[0][:, None], torch.ones(z.shape[1], 1, dtype=torch.bool))
-                latents.append(self.frozen.normalise(z).half())
+                alone = vae.prompts(z[0][:, None], torch.ones(z.shape[1], 1, dtype=torch.bool, device=z.device))
+                latents.append(vae.normalise(z).half())
                 prompts.append(alone[None])
         return torch.cat(latents), torch.cat(prompts)
 
-    def loss(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
+    def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
         batch = self.settings.batch_size
         chosen = torch.from_numpy(rng.choice(len(self.latents), batch, replace=len(self.latents) < batch))
-        z0 = self.latents[chosen].float()
-        observed = draw_observed(rng, batch, z0.shape[1], consecutive=self.config.task == "cardiac")
+        z0 = self.latents[chosen.to(self.device)].float()
+        observed = draw_observed(rng, batch, z0.shape[1], self.cardiac).to(self.device)
         weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
-        prompts = (self.prompts[chosen] * weight).sum(1)
+        prompts = (self.prompts[chosen.to(self.device)] * weight).sum(1)
         t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
-        zt = add_noise(z0, torch.randn(z0.shape, generator=generator), self.levels[t], observed)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
-            x0 = self.denoiser(zt, t, prompts, observed)
+        eps = torch.randn(z0.shape, generator=generator).to(self.device)
+        zt = add_noise(z0, eps, self.levels[t].to(self.device), observed)
+        with self.autocast():
+            x0 = self.denoiser(zt, t.to(self.device), prompts, observed)
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
         loss = error.mean()
         return loss, {"mse": loss.item(), "mse_missing": error.detach()[~observed].mean().item()}
@@ -149,7 +173,7 @@ class DenoiserTask(Task):
             slow.lerp_(fast, 1 - decay)
 
     def export(self, folder: Path) -> None:
-        checkpoint.save(folder, self.config, tokenizer=self.frozen, denoiser=self.average)
+        checkpoint.save(folder, self.config, tokenizer=self.frozen[0], denoiser=self.average)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -197,12 +221,14 @@ def run(
             raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
         trained, tokenizer, _ = checkpoint.load_tokenizer(checkpoint.locate(settings.tokenizer))
         if (trained.tokenizer, trained.elements, trained.image) != (config.tokenizer, config.elements, config.image):
-            raise CopeditError(f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again")
+            raise CopeditError(
+                f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
+            )
         task = DenoiserTask(config, settings, images, tokenizer)
 
     weights = [p for p in task.parameters() if p.requires_grad]
     kind = torch.optim.Adam if stage == "tokenizer" else torch.optim.AdamW
-    optimizer = kind(weights, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = kind(weights, settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
     start = _restore(output, task, optimizer) if resume else 0
     with _progress(console) as bar, open(output / "log.jsonl", "a", buffering=1, encoding="utf-8") as log:
         shown = bar.add_task(stage, total=settings.steps, completed=start, note="")
@@ -212,7 +238,7 @@ def run(
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
-            loss, terms = task.loss(rng, generator)
+            loss, terms = task.loss(step, rng, generator)
             if not math.isfinite(loss.item()):
                 raise CopeditError(f"step {step}: the loss is {loss.item()} ({terms}); resume with a lower lr")
             optimizer.zero_grad(set_to_none=True)

@@ -28,9 +28,7 @@ def image(shape=(8, 9, 6)):
 def save(path, data=None, affine=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(
-        nib.Nifti1Image(
-            image() if data is None else data, np.diag([2, 2, 5, 1.0]) if affine is None else affine
-        ),
+        nib.Nifti1Image(image() if data is None else data, np.diag([2, 2, 5, 1.0]) if affine is None else affine),
         path,
     )
     return path
@@ -78,9 +76,13 @@ def test_damaged_gzip(tmp_path):
 def test_truncated_without_compression(tmp_path):
     path = save(tmp_path / "A_t1.nii")
     path.write_bytes(path.read_bytes()[:-100])
-    refuses("A_t1.nii is truncated.* 8 x 9 x 6 voxels", Study.read, tmp_path)
+    refuses(
+        "A_t1.nii is truncated: 2080 bytes are promised, 1980 are there; copy or download it again",
+        Study.read,
+        tmp_path,
+    )
     path.write_bytes(path.read_bytes()[:300])
-    refuses("A_t1.nii is not a NIfTI|A_t1.nii is truncated", Study.read, tmp_path)
+    refuses("A_t1.nii is truncated: it ends within its header", Study.read, tmp_path)
 
 
 def test_compressed_content_shorter_than_promised(tmp_path):
@@ -168,7 +170,7 @@ def test_more_voxels_than_memory(tmp_path, compressed):
         path.unlink()
         (tmp_path / "A_t1.nii.gz").write_bytes(gzip.compress(content))
     refuses(
-        "header promises 32000 x 32000 x 32000 voxels, which take .* GiB to read, more than the .* GiB of memory",
+        "header promises 32000 x 32000 x 32000 voxels, which take .* GiB to read, more than the .* GiB of",
         Study.read,
         tmp_path,
     )
@@ -223,15 +225,11 @@ def test_impossible_rotation(tmp_path):
     refuses("A_t1.nii: its header is damaged", Study.read, path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.integers(0, 351), st.integers(0, 255), min_size=1, max_size=12))
 @pytest.mark.filterwarnings("ignore")
 def test_no_header_ends_in_a_traceback(tmp_path, changes):
-    content = bytearray(
-        (tmp_path / "whole.nii").read_bytes()
-        if (tmp_path / "whole.nii").exists()
-        else save(tmp_path / "whole.nii").read_bytes()
-    )
+    content = bytearray(nib.Nifti1Image(image(), np.diag([2, 2, 5, 1.0])).to_bytes())
     for offset, value in changes.items():
         content[offset] = value
     path = tmp_path / "A_t1.nii"
@@ -251,9 +249,7 @@ def test_no_header_ends_in_a_traceback(tmp_path, changes):
 @pytest.mark.parametrize("value", [0, 7])
 def test_constant_volume(tmp_path, value):
     save(tmp_path / "A_t1.nii.gz", np.full((8, 9, 6), value, np.float32))
-    refuses(
-        f"A_t1.nii.gz: every voxel of t1 is {value}, so it shows nothing; leave it out", Study.read, tmp_path
-    )
+    refuses(f"A_t1.nii.gz: every voxel of t1 is {value}, so it shows nothing; leave it out", Study.read, tmp_path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -332,26 +328,22 @@ def test_unknown_modality(tmp_path):
     path = save(tmp_path / "A_swi.nii.gz")
     known = "known modalities are t1, t1ce, t2, flair, pd"
     refuses(f"unknown modality 'swi'; {known}", find_studies, (), {"swi": path})
-    refuses(f"no images found; .*A_swi.nii.gz: unknown modality 'swi'; {known}", find_studies, tmp_path)
+    refuses(f"no images found .*A_swi.nii.gz: unknown modality 'swi'; {known}", find_studies, tmp_path)
     save(tmp_path / "A_t1_brain.nii.gz")
     refuses("A_t1_brain.nii.gz: its name does not end in its modality; rename", find_studies, tmp_path)
 
 
 def test_only_labels(tmp_path):
     save(tmp_path / "A_seg.nii.gz")
-    refuses("no images found; .*A_seg.nii.gz: a label map or mask by its name", find_studies, tmp_path)
+    refuses("no images found .*A_seg.nii.gz: a label map or mask by its name", find_studies, tmp_path)
 
 
 def test_nothing_given(tmp_path):
     refuses("no input was given", find_studies, [])
     path = save(tmp_path / "A_t1.nii.gz")
     refuses("not both", find_studies, [path], {"t1": path})
-    refuses(
-        "a cardiac stack beside brain",
-        find_studies,
-        (),
-        {"sax": path, "t1": path.rename(tmp_path / "b.nii.gz")},
-    )
+    other = save(tmp_path / "other.nii.gz")
+    refuses("a cardiac stack beside brain", find_studies, (), {"sax": other, "t1": path})
 
 
 def test_several_studies_where_one_is_read(tmp_path):
@@ -448,9 +440,7 @@ def test_volumes_in_memory_on_different_grids():
 def test_output_folder_that_is_a_file(tmp_path):
     study = Study("A", "brain", {"t1": volume()}).with_synthetic({"t2": image((8, 9, 16))})
     (tmp_path / "out").write_text("")
-    refuses(
-        "cannot write .*out: .*choose another output folder with -o", study.write, tmp_path / "out", model="m"
-    )
+    refuses("cannot write .*out: .*choose another output folder with -o", study.write, tmp_path / "out", model="m")
     assert (tmp_path / "out").read_text() == ""
 
 
@@ -458,7 +448,5 @@ def test_output_folder_that_is_a_file(tmp_path):
 def test_output_folder_without_permission(tmp_path):
     study = Study("A", "brain", {"t1": volume()}).with_synthetic({"t2": image((8, 9, 16))})
     tmp_path.chmod(0o500)
-    refuses(
-        "cannot write .*Permission denied; choose another output folder", study.write, tmp_path, model="m"
-    )
+    refuses("cannot write .*Permission denied; choose another output folder", study.write, tmp_path, model="m")
     assert not list(tmp_path.iterdir())

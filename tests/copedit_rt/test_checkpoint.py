@@ -84,7 +84,7 @@ def test_wrong_shape(folder):
 @pytest.mark.parametrize("write", [torch.save, lambda x, p: p.write_bytes(pickle.dumps(x))], ids=["torch", "pickle"])
 def test_pickle_is_refused_without_being_read(folder, write):
     write({"codebook": torch.zeros(2)}, folder / "tokenizer.safetensors")
-    with pytest.raises(CopeditError, match="this is a pickle.*convert the weights to safetensors"):
+    with pytest.raises(CopeditError, match=r"this is a pickle.*convert the weights to safetensors"):
         checkpoint.load_tokenizer(folder)
 
 

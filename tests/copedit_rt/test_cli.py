@@ -44,7 +44,7 @@ def tiny(preset: str, image: tuple[int, int, int], folder: Path) -> Path:
             prompt_dim=16,
             contrast_dim=8,
         ),
-        denoiser=replace(config.denoiser, width=32, heads=2, blocks=2),
+        denoiser=replace(config.denoiser, width=32, heads=2, blocks=2, patch=(1, 1, 1)),
         diffusion=replace(config.diffusion, steps=2),
     )
     torch.manual_seed(0)
@@ -238,6 +238,25 @@ def test_an_interrupted_cohort_can_be_repeated(tmp_path, brain, monkeypatch):
     assert (tmp_path / "out" / "a" / "a_t1ce.nii.gz").read_bytes() == first
 
 
+def test_a_model_that_cannot_be_used_stops_a_cohort(tmp_path, brain):
+    for name in ("a", "b"):
+        study(tmp_path / "in" / name, name)
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out"]
+    refused(run(*command, "--model", "nowhere"), "nowhere")
+    refused(run(*command, "--model", brain, "--device", "tpu"), "tpu")
+    refused(run(*command, "--model", brain, "--target", "pd"), "pd")
+
+
+def test_a_cohort_in_which_nothing_is_missing(tmp_path, brain, heart):
+    for name in ("a", "b"):
+        study(tmp_path / "brains" / name, name, ("t1", "t1ce", "t2", "flair"))
+        save(tmp_path / "hearts" / f"{name}.nii.gz", slices(16, 8), SHORT_AXIS)
+    for folder, model in (("brains", brain), ("hearts", heart)):
+        result = run("synth", "-i", tmp_path / folder, "-o", tmp_path / "out", "--model", model)
+        assert result.exit_code == 1 and "nothing is missing in any" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_heart(tmp_path, heart):
     stack = slices(20, 12)
     stack[..., 4] = 0
@@ -395,9 +414,7 @@ def test_a_heart_is_not_written_over_itself(tmp_path, heart):
     stack[..., 3] = 0
     path = save(tmp_path / "stack.nii.gz", stack, SHORT_AXIS)
     before = path.read_bytes()
-    refused(
-        run("synth", "-i", path, "-o", tmp_path, "--model", heart, "--overwrite"), "would replace an input"
-    )
+    refused(run("synth", "-i", path, "-o", tmp_path, "--model", heart, "--overwrite"), "would replace an input")
     assert path.read_bytes() == before
 
 
@@ -423,9 +440,7 @@ def test_bad_options(tmp_path, brain, options, words):
 
 def test_wrong_task(tmp_path, heart):
     study(tmp_path / "in")
-    refused(
-        run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", heart), "brain", "demo-cardiac"
-    )
+    refused(run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", heart), "brain", "demo-cardiac")
 
 
 def drop_tensor(path: Path) -> None:
@@ -461,7 +476,7 @@ def test_damaged_model(tmp_path, brain, part, damage, word):
 
 def test_running_out_of_memory_is_a_sentence(tmp_path, brain, monkeypatch):
     def greedy(*args, **options):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     study(tmp_path / "in")
     monkeypatch.setattr(Synthesizer, "synthesize", greedy)
@@ -560,6 +575,12 @@ def test_inspect_names_the_missing_slices_of_a_heart(tmp_path, heart, monkeypatc
 def test_inspect_of_nothing_readable_is_an_error(tmp_path, brain):
     (tmp_path / "x_t1.nii.gz").write_bytes(b"")
     refused(run("inspect", "-i", tmp_path, "--model", brain), "empty")
+    study(tmp_path, "y")  # beside another study it is a finding
+    result = run("inspect", "-i", tmp_path, "--model", brain, "--json")
+    reports = json.loads(result.stdout)["studies"]
+    assert result.exit_code == cli.FLAGGED and reports[0]["findings"][0]["kind"] == "unreadable"
+    assert reports[0]["perceived"] is None and reports[1]["perceived"]
+    refused(run("inspect", "-i", tmp_path, "--model", brain, "--device", "tpu"), "tpu")
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------
@@ -634,9 +655,7 @@ def test_as_a_process(tmp_path):
     for flag in ("-h", "--help"):
         shown = process(flag)
         assert shown.returncode == 0
-        assert all(
-            word in shown.stdout for word in ("demo", "synth", "inspect", "train", "evaluate", "doctor")
-        )
+        assert all(word in shown.stdout for word in ("demo", "synth", "inspect", "train", "evaluate", "doctor"))
     failed = process("synth", "-i", str(tmp_path / "nowhere"), "-o", str(tmp_path / "out"))
     assert failed.returncode == 1 and failed.stdout == ""
     assert failed.stderr.startswith("copedit: ") and failed.stderr.count("\n") == 1

@@ -324,9 +324,7 @@ def test_equal_seeds_give_equal_bits_with_a_network() -> None:
     z = torch.stack([start_of(study, config.elements, (8, *config.latent), 0) for study in ("a", "b")])
 
     def run(part: slice) -> Tensor:
-        return sample(
-            lambda z, t: net(z, t, prompts[part], observed[part]), z[part], observed[part], CONFIG, 4
-        )
+        return sample(lambda z, t: net(z, t, prompts[part], observed[part]), z[part], observed[part], CONFIG, 4)
 
     both = run(slice(0, 2))
     assert torch.equal(both, run(slice(0, 2)))

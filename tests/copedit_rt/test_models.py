@@ -249,6 +249,18 @@ def test_normalise_is_per_channel_and_invertible() -> None:
     assert {"latent_mean", "latent_std"} <= set(tokenizer.state_dict())
 
 
+def test_residual_units_add_to_what_they_get() -> None:
+    """With their second convolution silenced, the signal still gets through."""
+    tokenizer = tiny_tokenizer()
+    for name, p in tokenizer.named_parameters():
+        if "conv2" in name:
+            p.detach().zero_()
+    images = torch.rand(1, 1, 1, *TINY.image, dtype=torch.float64)
+    z = tokenizer.encode(images)
+    assert differs(tokenizer.encode(images.flip(3)), z)
+    assert differs(tokenizer.decode(z.flip(3), joint=False), tokenizer.decode(z, joint=False))
+
+
 def test_gradients_reach_the_whole_tokenizer() -> None:
     tokenizer = tiny_tokenizer().train()
     images = torch.rand(BATCH, ELEMENTS, 1, *TINY.image, dtype=torch.float64)
@@ -375,13 +387,21 @@ def test_backbones_mix_what_they_say() -> None:
         assert differs(net(z, t, prompts + 1, observed), out)
 
 
-def test_unet_backbone() -> None:
+@pytest.mark.parametrize("depth", [4, 1])
+@pytest.mark.parametrize("setting", ["full", "none", "mask"])
+def test_unet_backbone(depth: int, setting: str) -> None:
+    """Halves the latent twice, but for the depth of a cardiac slab."""
     pytest.importorskip("monai", reason="the UNet baseline needs the extra `train`")
+    choice = replace(TINY.denoiser, backbone="unet", patch=(2, 2, 1), prompts=setting)
     torch.manual_seed(0)
-    net = perturbed(build_denoiser(replace(TINY, denoiser=replace(TINY.denoiser, backbone="unet"))).double())
-    z, t, prompts, observed = tiny_inputs()
-    out = net(z, t, prompts, observed)
-    assert out.shape == z.shape and differs(net(z, t, prompts + 1, observed), out)
+    net = perturbed(build_denoiser(replace(TINY, image=(16, 16, 4 * depth), denoiser=choice)))
+    z = torch.randn(BATCH, ELEMENTS, 8, 4, 4, depth)
+    _, t, prompts, observed = tiny_inputs()
+    out = net(z, t, prompts.float(), observed)
+    assert out.shape == z.shape and out.isfinite().all()
+    assert differs(net(z, t.flip(0), prompts.float(), observed), out)
+    assert differs(net(z, t, prompts.float() + 1, observed), out) == (setting == "full")
+    assert differs(net(z, t, prompts.float(), observed.flip(0)), out) == (setting == "mask")
 
 
 def test_identity_is_the_index_through_a_fixed_embedding() -> None:
@@ -410,15 +430,26 @@ def test_only_attention_within_an_element_knows_positions() -> None:
     assert commutes == {WITHIN: False, ACROSS: True}
 
 
-def test_position_embedding_tells_every_token_apart() -> None:
-    net = tiny_denoiser()
-    distance = torch.cdist(net.position, net.position) + torch.eye(len(net.position))
-    assert distance.min() > 0.1
+def test_the_position_embedding_tells_every_token_apart() -> None:
+    """All blocks asleep and every token alike: what still differs between tokens is their position."""
+    z, t, prompts, observed = tiny_inputs()
+    net = tiny_denoiser(("final",), patch=(1, 1, 1))
+    alike = torch.ones_like(z)
+    tokens = net(alike, t, prompts, observed)[0, 0].flatten(1).T
+    apart = torch.cdist(tokens, tokens) / tokens.norm(dim=1).max() + torch.eye(len(tokens))
+    assert apart.min() > 1e-3
+    net.position.zero_()
+    tokens = net(alike, t, prompts, observed)[0, 0].flatten(1).T
+    assert torch.equal(tokens, tokens[:1].expand_as(tokens))
 
 
-@pytest.mark.parametrize(
-    ("grid", "head_dim"), [((3, 4, 2), 32), ((4, 3, 3), 64), ((5, 2, 1), 48), ((2, 3, 4), 96)]
-)
+@pytest.mark.parametrize("backbone", ["mdit3d", "dit3d", "dit"])
+def test_unpatchify_inverts_patchify(backbone: str) -> None:
+    net, z = tiny_denoiser(backbone=backbone), tiny_inputs()[0]
+    assert torch.equal(net.unpatchify(net.patchify(z), z.shape), z)
+
+
+@pytest.mark.parametrize(("grid", "head_dim"), [((3, 4, 2), 32), ((4, 3, 3), 64), ((5, 2, 1), 48), ((2, 3, 4), 96)])
 def test_rope_scores_depend_on_the_offset_alone(grid: tuple[int, int, int], head_dim: int) -> None:
     table, tokens, heads = rope_table(grid, head_dim).double(), math.prod(grid), 5
     assert table.shape == (2, tokens, head_dim // 2)

@@ -32,9 +32,7 @@ def test_from_logits_gives_probabilities():
 
 
 def test_from_logits_survives_extreme_logits():
-    perceived = Perception.from_logits(
-        BRATS, [900.0, -900.0, 0.0], [900.0] * 4, {"t1": [-900.0, 900.0, 0.0, 0.0]}
-    )
+    perceived = Perception.from_logits(BRATS, [900.0, -900.0, 0.0], [900.0] * 4, {"t1": [-900.0, 900.0, 0.0, 0.0]})
     assert np.isfinite([*perceived.count, *perceived.missing, *perceived.identity["t1"]]).all()
 
 
@@ -43,9 +41,7 @@ def test_no_contradiction_where_files_and_images_agree():
 
 
 def test_mislabelled_file_is_named_with_what_it_looks_like():
-    (found,) = contradictions(
-        perceive(t1="t1", t2="t2", flair="t2"), {"flair": "s_flair.nii.gz"}, task="brain"
-    )
+    (found,) = contradictions(perceive(t1="t1", t2="t2", flair="t2"), {"flair": "s_flair.nii.gz"}, task="brain")
     assert found.kind == "identity" and found.flag
     assert found.text == "s_flair.nii.gz is named flair but looks like t2 (0.97)"
 

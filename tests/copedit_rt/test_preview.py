@@ -84,9 +84,7 @@ def test_heart_sliced_along_any_axis(axis):
     affine = volume.affine[:, [*columns, 3]]
     turned = Study("stack", "cardiac", {"sax": Volume.from_array(data, affine)}, (4, 5), frozenset(["sax"]))
     assert Orientation.slices_last(affine, axis).apply(data).shape == (32, 32, 10)
-    assert np.array_equal(
-        np.asarray(preview.draw(turned, model="x")), np.asarray(preview.draw(study, model="x"))
-    )
+    assert np.array_equal(np.asarray(preview.draw(turned, model="x")), np.asarray(preview.draw(study, model="x")))
 
 
 def test_constant_and_nan_images_are_drawn():

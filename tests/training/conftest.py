@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory):
                 config,
                 image=(16, 16, 8 if config.task == "brain" else 4),
                 tokenizer=replace(config.tokenizer, **small),
-                denoiser=replace(config.denoiser, width=32, heads=2, blocks=2),
+                denoiser=replace(config.denoiser, width=32, heads=2, blocks=2, patch=(1, 1, 1)),
                 diffusion=replace(config.diffusion, steps=2),
             )
             torch.manual_seed(0)

@@ -17,7 +17,7 @@ def models(model_folder):
 
 
 def test_demo(tmp_path, models):
-    report = demo.run(tmp_path, subjects=2, models=models)
+    report = demo.run(tmp_path, subjects=2, seed=0, models=models)
     studies = {study["study"]: study for study in report["studies"]}
     assert list(studies) == ["brain1000000", "brain1000001", "heart1000000", "heart1000001"]
     for study in studies.values():
@@ -46,7 +46,7 @@ def test_demo(tmp_path, models):
 
 
 def test_demo_can_be_repeated_and_renders(tmp_path, models):
-    reports = [demo.run(tmp_path, models=models) for _ in range(2)]
+    reports = [demo.run(tmp_path, seed=0, models=models) for _ in range(2)]
     assert reports[0]["studies"][0]["scores"] == reports[1]["studies"][0]["scores"]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(demo.render(reports[0]))

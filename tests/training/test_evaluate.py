@@ -9,6 +9,7 @@ from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
 from copedit_rt.perception import Perception
 from copedit_rt.synthesizer import Synthesizer
+from training import data
 from training import evaluate as ev
 
 
@@ -121,11 +122,11 @@ def test_patterns(brain, heart):
 
 
 def test_phantom_study_removes_and_swaps(brain, heart):
-    phantom = ev.make_phantom(brain.config, ev.HELD_OUT)
+    phantom = data.phantom_subject(brain.config, data.HELD_OUT)
     study = ev.phantom_study(brain.config, phantom, ["t2"], "x", {"flair": "t2"})
     assert list(study.volumes) == ["t1", "t1ce", "flair"]
     assert np.array_equal(study.volumes["flair"].data, phantom.images["t2"])
-    phantom = ev.make_phantom(heart.config, ev.HELD_OUT)
+    phantom = data.phantom_subject(heart.config, data.HELD_OUT)
     study = ev.phantom_study(heart.config, phantom, ["slab1"], "x")
     assert study.missing_slices == (4, 5, 6, 7) and not study.volumes["sax"].data[..., 4:8].any()
     assert phantom.images["sax"][..., 4:8].any()
@@ -139,7 +140,7 @@ class Perfect:
 
     def synthesize(self, study, **options):
         result = self._model.synthesize(study, **options)
-        phantom = ev.make_phantom(self.config, int(study.name.removeprefix("phantom")))
+        phantom = data.phantom_subject(self.config, int(study.name.removeprefix("phantom")))
         low, high = ev.intensity_of(result.record)
         for name in result.study.synthetic:
             image = phantom.images[name]

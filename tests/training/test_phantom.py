@@ -120,8 +120,7 @@ def test_fluid_filled_spaces_are_null_in_flair():
 def test_glioma_signals():
     study = subject(6)
     rim, core, oedema = (
-        {c: median(study, c, code) for c in BRAIN_CONTRASTS}
-        for code in (phantom.RIM, phantom.CORE, phantom.OEDEMA)
+        {c: median(study, c, code) for c in BRAIN_CONTRASTS} for code in (phantom.RIM, phantom.CORE, phantom.OEDEMA)
     )
     assert rim["t1ce"] > 1.2 and rim["t1"] < 0.95
     assert core["t1"] < 0.8 and core["t1ce"] < 0.8 and core["t2"] > 1.8

@@ -213,7 +213,7 @@ def test_pretext_losses_are_those_of_the_heads():
     z = torch.randn(3, 2, 8, 4, 4, 2)
     observed = torch.tensor([[True, False], [False, True], [True, False]])
     terms = pretext_losses(vae, z, observed)
-    count, which, anchor = vae.assess(vae.prompts(z, observed))
+    _, which, anchor = vae.assess(vae.prompts(z, observed))
     other = vae.assess(vae.prompts(z, ~observed))[2]
     p = which.sigmoid().double()
     missing = (~observed).double()

@@ -1,0 +1,221 @@
+"""The whole path on tiny random models: what is returned, what is repeatable, what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_rt import checkpoint, diffusion
+from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
+from copedit_rt.denoiser import build_denoiser
+from copedit_rt.errors import CopeditError
+from copedit_rt.geometry import prepare
+from copedit_rt.study import Study, Volume
+from copedit_rt.synthesizer import Synthesizer, choose_device
+from copedit_rt.tokenizer import CoPeVAE
+
+BRAIN = ModelConfig(
+    "tiny-brain",
+    "brain",
+    ("t1", "t1ce", "t2", "flair"),
+    (16, 16, 8),
+    TokenizerConfig(
+        channels=(8, 8), strides=((2, 2, 2), (2, 2, 2)), residual_units=1, residual_channels=8, codes=64,
+        prompt_channels=(8, 8), prompt_dim=16, contrast_dim=8,
+    ),
+    DenoiserConfig(width=32, heads=2, blocks=4),
+    DiffusionConfig(steps=4),
+    Preprocessing(field_of_view=(32.0, 32.0, 32.0)),
+)  # fmt: skip
+HEART = dataclasses.replace(
+    BRAIN,
+    name="tiny-heart",
+    task="cardiac",
+    elements=("slab0", "slab1", "slab2", "slab3"),
+    image=(16, 16, 4),
+    denoiser=dataclasses.replace(BRAIN.denoiser, patch=(1, 1, 1)),
+    preprocessing=Preprocessing(field_of_view=(32.0, 32.0, None)),
+)
+GRID = np.diag([2.0, 2.0, 4.0, 1.0])
+
+
+def build(config):
+    torch.manual_seed(0)
+    vae, net = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
+    with torch.no_grad():  # zero-initialised layers would return zeros
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        vae.latent_mean.copy_(torch.randn(8) * 0.1)
+        vae.latent_std.copy_(torch.rand(8) + 0.5)
+    return Synthesizer(config, vae, net, "cpu")
+
+
+@pytest.fixture(scope="module")
+def brain_model():
+    return build(BRAIN)
+
+
+@pytest.fixture(scope="module")
+def heart_model():
+    return build(HEART)
+
+
+def brain(*names, shape=(16, 16, 8), name="s1", seed=0):
+    images = {e: np.random.default_rng((seed, i)).random(shape) + 0.1 for i, e in enumerate(BRAIN.elements)}
+    return Study(name, "brain", {e: Volume.from_array(images[e], GRID) for e in names})
+
+
+def heart(missing, slices=16):
+    data = np.random.default_rng(3).random((16, 16, slices)) + 0.1
+    data[..., list(missing)] = 0
+    return Study("h1", "cardiac", {"sax": Volume.from_array(data, GRID)}, missing_slices=tuple(missing))
+
+
+def test_all_that_is_missing_comes_back_on_the_reference_grid(brain_model):
+    study = brain("t2", "t1")
+    result = brain_model.synthesize(study)
+    assert result.study.synthetic == {"t1ce", "flair"} and set(result.study.volumes) == set(BRAIN.elements)
+    for name in ("t1ce", "flair"):
+        volume = result.study.volumes[name]
+        assert volume.data.shape == (16, 16, 8) and np.array_equal(volume.affine, GRID)
+        assert np.isfinite(volume.data).all() and volume.data.std() > 0
+    assert result.study.volumes["t1"] is study.volumes["t1"], "what was there is not touched"
+    assert result.std == {}
+
+
+def test_steps_run_from_the_noisiest_and_observed_latents_keep_their_bits(brain_model, monkeypatch):
+    seen = []
+    original = brain_model.denoiser.forward
+
+    def forward(z, t, prompts, observed):
+        seen.append((z.clone(), int(t[0])))
+        return original(z, t, prompts, observed)
+
+    monkeypatch.setattr(brain_model.denoiser, "forward", forward)
+    brain_model.synthesize(brain("t1", "flair"), steps=5)
+    assert [t for _, t in seen] == diffusion.timesteps(BRAIN.diffusion, 5).tolist() and seen[0][1] == 499
+    for z, _ in seen[1:]:
+        assert torch.equal(z[0, [0, 3]], seen[0][0][0, [0, 3]])
+        assert not torch.equal(z[0, [1, 2]], seen[0][0][0, [1, 2]])
+
+
+def test_noise_comes_from_seed_study_and_element(brain_model):
+    def made(seed=0, name="s1"):
+        return brain_model.synthesize(brain("t1", name=name), seed=seed).study.volumes["t2"].data
+
+    assert np.array_equal(made(), made())
+    assert not np.array_equal(made(), made(seed=1))
+    assert not np.array_equal(made(), made(name="s2"))
+
+
+def test_target_returns_a_part_of_the_same_synthesis(brain_model):
+    whole = brain_model.synthesize(brain("t1", "t2"))
+    part = brain_model.synthesize(brain("t1", "t2"), target=["flair"])
+    assert part.study.synthetic == {"flair"} and "t1ce" not in part.study.volumes
+    assert np.array_equal(part.study.volumes["flair"].data, whole.study.volumes["flair"].data)
+
+
+def test_samples_give_mean_and_standard_deviation(brain_model, monkeypatch):
+    original, drawn = brain_model._denoise, []
+
+    def denoise(*args):
+        drawn.append(original(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(brain_model, "_denoise", denoise)
+    study, calls = brain("t1", "t2", "flair"), []
+    result = brain_model.synthesize(study, samples=3, progress=lambda i, n: calls.append((i, n)))
+    prepared = prepare(study, BRAIN)
+    each = np.stack([prepared.restore(brain_model._decode(z, prepared))["t1ce"] for z in drawn]).astype(np.float64)
+    assert not np.array_equal(each[0], each[1])
+    np.testing.assert_allclose(result.study.volumes["t1ce"].data, each.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.std["t1ce"], each.std(0, ddof=1), rtol=1e-4, atol=1e-6)
+    assert calls == [(i, 12) for i in range(1, 13)]
+
+
+def test_a_heart_keeps_every_slice_that_was_there(heart_model):
+    study = heart([5, 6])
+    result = heart_model.synthesize(study)
+    before, after = study.volumes["sax"].data, result.study.volumes["sax"].data
+    there = [i for i in range(16) if i not in (5, 6)]
+    assert np.array_equal(before[..., there], after[..., there])
+    assert (after[..., [5, 6]].std((0, 1)) > 0).all()
+    assert result.record["missing"] == ["slab1"] and result.record["missing_slices"] == [5, 6]
+
+
+def test_slabs_are_decoded_as_one_stack(heart_model):
+    codes = torch.randn(1, 4, 8, 4, 4, 1)
+    joint = heart_model.tokenizer.decode(codes, joint=True)
+    stack = heart_model.tokenizer.decoder(torch.cat(list(codes[0]), -1)[None])
+    torch.testing.assert_close(torch.cat(list(joint[0]), -1), stack[0])
+    assert not torch.allclose(joint, heart_model.tokenizer.decode(codes, joint=False), atol=1e-3)
+
+
+def test_decoding_only_what_is_missing_equals_decoding_all(brain_model):
+    prepared = prepare(brain("t1", "flair"), BRAIN)
+    z = torch.randn(1, 4, 8, 4, 4, 2)
+    images = brain_model._decode(z, prepared)
+    codes, _ = brain_model.tokenizer.quantise(brain_model.tokenizer.denormalise(z))
+    every = brain_model.tokenizer.decode(codes, joint=False)[0].numpy()
+    np.testing.assert_allclose(images[[1, 2]], every[[1, 2]], atol=1e-5)
+    assert not images[[0, 3]].any()
+
+
+def test_perception_names_probabilities_and_does_not_need_anything_missing(brain_model):
+    seen = brain_model.perceive(brain(*BRAIN.elements))
+    assert len(seen.count) == 3 and sum(seen.count) == pytest.approx(1)
+    assert len(seen.missing) == 4 and all(0 <= p <= 1 for p in seen.missing)
+    assert set(seen.identity) == set(BRAIN.elements)
+    study = brain("t1", "flair")
+    assert brain_model.synthesize(study).perception == brain_model.perceive(study)
+
+
+def test_identity_is_the_heads_verdict_on_one_image_alone(brain_model):
+    alone = brain_model.perceive(brain("t2"))
+    pair = brain_model.perceive(brain("t2", "t1"))
+    np.testing.assert_allclose(alone.identity["t2"], pair.identity["t2"], atol=1e-5)
+
+
+def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
+    import json
+
+    checkpoint.save(tmp_path / "m", BRAIN, brain_model.tokenizer, brain_model.denoiser)
+    loaded = Synthesizer.load(tmp_path / "m", "cpu")
+    result = loaded.synthesize(brain("t1"), steps=3, seed=7)
+    record = json.loads(json.dumps(result.record))
+    assert record["model"] == "tiny-brain" and record["sampler"] == {
+        "method": "ddim", "steps": 3, "seed": 7, "samples": 1,
+    }  # fmt: skip
+    assert all(len(digest) == 64 for digest in record["weights_sha256"].values())
+    again = brain_model.synthesize(brain("t1"), steps=3, seed=7)
+    for name, volume in again.study.volumes.items():
+        assert np.array_equal(volume.data, result.study.volumes[name].data), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": ["pd"]}, "target 'pd' is unknown to tiny-brain; choose among t1, t1ce, t2, flair"),
+        ({"target": ["t1"]}, "s1 has a file for it"),
+        ({"steps": 0}, "steps 0: must be between 1 and 500"),
+        ({"steps": 501}, "steps 501: must be between 1 and 500"),
+        ({"samples": 0}, "samples 0: must be at least 1"),
+    ],
+)
+def test_options_out_of_range(brain_model, options, message):
+    with pytest.raises(CopeditError, match=message):
+        brain_model.synthesize(brain("t1"), **options)
+
+
+def test_a_study_of_the_other_task_is_refused(brain_model, heart_model):
+    with pytest.raises(CopeditError, match="choose a cardiac model"):
+        brain_model.synthesize(heart([1]))
+    with pytest.raises(CopeditError, match="leave target out"):
+        heart_model.synthesize(heart([1]), target=["sax"])
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:x", "cuda:99"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(CopeditError, match=f"device '{name}'"):
+        choose_device(name)
