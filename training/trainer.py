@@ -65,6 +65,9 @@ class TokenizerTask(Task):
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
         super().__init__(config, settings)
         self.images = images
+        crop, divisors, sizes = settings.crop, config.tokenizer.compression[:2], config.image[:2]
+        if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors, sizes, strict=True)):
+            raise CopeditError(f"crop = {crop}: must divide by {divisors} and fit into the image's plane {sizes}")
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )

@@ -106,7 +106,7 @@ def test_tissue_order_per_contrast(seed):
     csf, grey = ({c: median(study, c, code) for c in BRAIN_CONTRASTS} for code in (phantom.CSF, phantom.GREY))
     assert csf["t1"] < grey["t1"] < 0.95  # white matter is 1
     assert csf["t2"] > grey["t2"] > 1.1
-    assert csf["flair"] < 0.6 and grey["flair"] > 0.92  # fluid in its voxels darkens grey matter
+    assert csf["flair"] < 0.6 and grey["flair"] > 0.88  # fluid in its voxels darkens grey matter
     assert grey["pd"] > 1
     assert abs(grey["t1ce"] - grey["t1"]) < 0.08  # T1ce is T1 but for what enhances
 
@@ -114,7 +114,9 @@ def test_tissue_order_per_contrast(seed):
 def test_fluid_filled_spaces_are_null_in_flair():
     study = subject(0)
     pure = (study.labels == phantom.CSF) & (study.images["t2"] > np.percentile(study.images["t2"], 99.5))
-    assert np.median(study.images["flair"][pure]) < 0.2 * np.percentile(study.images["flair"], 90)
+    dark = study.images["flair"][pure] / np.percentile(study.images["flair"], 90)
+    # Null where it is at rest; it flows in patches.
+    assert np.percentile(dark, 15) < 0.15 and np.median(dark) < 0.35
 
 
 def test_glioma_signals():
@@ -151,9 +153,9 @@ def test_heart_signals_and_course_along_the_axis(seed):
     left, right, liver = (
         (study.labels == code).sum((0, 1)) for code in (phantom.LV_BLOOD, phantom.RV_BLOOD, phantom.LIVER)
     )
-    assert left[:8].sum() < left[8:].sum() and left[10] > 50
-    assert np.flatnonzero(right)[0] > np.flatnonzero(left)[0]  # the right ventricle ends short of the apex
-    assert liver[0] > liver[-1]  # the diaphragm rises towards the apex
+    assert left[:8].sum() > left[8:].sum() and left[5] > 50  # from base to apex
+    assert np.flatnonzero(right)[-1] < np.flatnonzero(left)[-1]  # the right ventricle ends short of the apex
+    assert liver[0] < liver[-1]  # the diaphragm rises towards the apex
 
 
 def test_distant_slices_do_not_interpolate():

@@ -40,7 +40,7 @@ HEART = dataclasses.replace(
     image=(16, 16, 4),
     denoiser=dataclasses.replace(TINY.denoiser, patch=(1, 1, 1)),
 )
-SMALL = ("dtype=float32", "batch_size=2", "subjects=4", "checkpoint_every=2", "warmup=2")
+SMALL = ("dtype=float32", "crop=8", "pretext_every=2", "batch_size=2", "subjects=4", "checkpoint_every=2", "warmup=2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,6 +151,8 @@ def test_bad_settings_are_named(tmp_path):
             load_settings("tokenizer", "demo-brain", [override])
     with pytest.raises(CopeditError, match="preset 'nope' has no training settings; choose one of demo-brain"):
         load_settings("tokenizer", "nope")
+    with pytest.raises(CopeditError, match=r"crop = 10: must divide by \(4, 4\) and fit"):
+        train("tokenizer", tmp_path / "c", "steps=2", "crop=10")
     with pytest.raises(CopeditError, match="needs its tokenizer"):
         train("denoiser", tmp_path / "a", "steps=2")
     with pytest.raises(CopeditError, match="only the embedded data set"):
