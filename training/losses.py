@@ -75,11 +75,13 @@ def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str,
 
 
 def weigh(terms: dict[str, Tensor], pretext: float) -> Tensor:
-    """Total of stage I; `pretext` is the weight of the pretext tasks, where there are any.
+    """Total of stage I of the terms that there are; `pretext` is the weight of the pretext tasks.
 
     The perceptual and adversarial terms need weights and a discriminator and are not here yet.
     """
-    total = terms["l1"] + COMMITMENT * terms["commitment"]
+    total = torch.zeros(())
+    if "l1" in terms:
+        total = terms["l1"] + COMMITMENT * terms["commitment"]
     if "count" in terms:
         total = total + pretext * (terms["count"] + 0.5 * terms["position"] + 0.5 * terms["contrast"])
     return total

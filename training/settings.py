@@ -24,6 +24,8 @@ class Settings:
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
     crop (tokenizer): reconstruct random crops of so many voxels in the plane, 0 for whole images. The pretext tasks
     always read whole images, every `pretext_every` steps, with their weight raised accordingly.
+    prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own, train the prompt
+    encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
     checkpoint_every, keep: how often, and how many checkpoints stay.
     """
@@ -40,6 +42,8 @@ class Settings:
     weight_decay: float = 0.0
     crop: int = 0
     pretext_every: int = 1
+    prompt_steps: int = 0
+    prompt_batch: int = 4
     device: str = "auto"
     ema: float = 0.9999
     tokenizer: str = ""
@@ -47,9 +51,11 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "subjects", "pretext_every", "checkpoint_every", "keep"):
+        for name in ("steps", "batch_size", "subjects", "pretext_every", "prompt_batch", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.prompt_steps < self.steps:
+            raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
         if self.dtype not in ("float32", "bfloat16"):
             raise CopeditError(f"dtype = {self.dtype!r}: must be float32 or bfloat16")
 

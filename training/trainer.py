@@ -74,9 +74,8 @@ class TokenizerTask(Task):
         self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
         self.to(self.device)
 
-    def draw(self, rng: np.random.Generator) -> Tensor:
-        """A batch of whole images [B, m, 1, H, W, D]."""
-        batch = self.settings.batch_size
+    def draw(self, rng: np.random.Generator, batch: int) -> Tensor:
+        """Whole images [batch, m, 1, H, W, D]."""
         chosen = rng.choice(len(self.images), batch, replace=len(self.images) < batch)
         images = torch.from_numpy(self.images[np.sort(chosen)]).to(self.device).float()
         if not self.cardiac:  # left and right are interchangeable in a brain, not in a chest
@@ -85,7 +84,15 @@ class TokenizerTask(Task):
         return images
 
     def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        whole = images = self.draw(rng)
+        if step >= self.settings.steps - self.settings.prompt_steps:
+            whole = self.draw(rng, self.settings.prompt_batch)
+            observed = draw_observed(rng, len(whole), whole.shape[1], self.cardiac).to(self.device)
+            with self.autocast():
+                with torch.no_grad():
+                    z = self.tokenizer.encode(whole)
+                terms = pretext_losses(self.tokenizer, z, observed)
+            return weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
+        whole = images = self.draw(rng, self.settings.batch_size)
         if size := self.settings.crop:
             x, y = (int(rng.integers(0, n - size + 1)) for n in images.shape[3:5])
             images = images[:, :, :, x : x + size, y : y + size]
@@ -181,9 +188,12 @@ class DenoiserTask(Task):
 
 def learning_rate(settings: Settings, step: int) -> float:
     """Linear warm-up, then a cosine to zero (Tables 14 and 15)."""
+    steps = settings.steps - settings.prompt_steps
+    if step >= steps and settings.prompt_steps:
+        step, steps = step - steps, settings.prompt_steps
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    done = (step - settings.warmup) / max(1, steps - settings.warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -321,7 +321,12 @@ def test_equal_seeds_give_equal_bits_with_a_network() -> None:
             p += 0.05 * torch.randn_like(p)
     observed = torch.tensor([[True, False, True, False], [False, True, True, True]])
     prompts = torch.randn(2, 3, config.tokenizer.prompt_dim)
-    z = torch.stack([start_of(study, config.elements, (config.tokenizer.latent_channels, *config.latent), 0) for study in ("a", "b")])
+    z = torch.stack(
+        [
+            start_of(study, config.elements, (config.tokenizer.latent_channels, *config.latent), 0)
+            for study in ("a", "b")
+        ]
+    )
 
     def run(part: slice) -> Tensor:
         return sample(lambda z, t: net(z, t, prompts[part], observed[part]), z[part], observed[part], CONFIG, 4)

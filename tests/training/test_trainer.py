@@ -40,7 +40,16 @@ HEART = dataclasses.replace(
     image=(16, 16, 4),
     denoiser=dataclasses.replace(TINY.denoiser, patch=(1, 1, 1)),
 )
-SMALL = ("dtype=float32", "crop=8", "pretext_every=2", "batch_size=2", "subjects=4", "checkpoint_every=2", "warmup=2")
+SMALL = (
+    "dtype=float32",
+    "crop=8",
+    "pretext_every=2",
+    "prompt_steps=0",
+    "batch_size=2",
+    "subjects=4",
+    "checkpoint_every=2",
+    "warmup=2",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,6 +94,22 @@ def test_both_stages_learn_and_give_a_model_that_loads(tmp_path, config):
     assert loaded == config
     assert (vae.latent_std != 1).all() and (vae.latent_std > 0).all()
     checkpoint.load_denoiser(model)
+
+
+def test_the_last_steps_train_the_prompts_alone(tmp_path):
+    train("tokenizer", tmp_path / "a", "steps=40", "prompt_steps=36", "prompt_batch=4", "lr=1e-2", config=HEART)
+    before, after = (
+        checkpoint.read_tensors(tmp_path / "a" / f"checkpoint-{step:08d}" / "task.safetensors")[0] for step in (38, 40)
+    )
+    moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"prompt_encoders", "heads"}
+    log = losses(tmp_path / "a")
+    assert "l1" in log[3] and "l1" not in log[4]
+    assert np.mean([x["loss"] for x in log[-6:]]) < 0.9 * np.mean([x["loss"] for x in log[4:10]])
+    rates = [
+        trainer.learning_rate(Settings(steps=40, batch_size=1, lr=1.0, warmup=2, prompt_steps=36), s) for s in (3, 4, 5)
+    ]
+    assert rates[0] < 1 and rates[1:] == [0.5, 1.0], "a schedule of their own"
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
@@ -145,6 +170,7 @@ def test_bad_settings_are_named(tmp_path):
         ("speed=3", "--set speed=3: expected key=value"),
         ("steps=many", "'many' is not a valid int"),
         ("steps=0", "steps = 0: must be at least 1"),
+        ("prompt_steps=3000", "prompt_steps = 3000: must be at least 0 and below steps = 3000"),
         ("dtype=int8", "dtype = 'int8'"),
     ):
         with pytest.raises(CopeditError, match=message):
