@@ -79,16 +79,12 @@ def ssim3d(
     window: int = 11,
     sigma: float = 1.5,
 ) -> float:
-    """Mean of `ssim_map` where the window lies inside the volume.
+    """Mean of `ssim_map` over the volume, borders included, as torchmetrics has it.
 
     slices: average over these slices along `axis` only. The map is still that of the whole stack, so the
-    window sees the neighbouring slices too, and it is mirrored at the ends of that axis.
+    window sees the neighbouring slices too.
     """
     values = ssim_map(a, b, data_range, window, sigma)
-    inside = [slice(w // 2, n - w // 2) for n, w in zip(values.shape, _windows(values.shape, window), strict=True)]
-    if slices is not None:
-        inside[axis] = slice(None)
-    values = values[tuple(inside)]
     return float((values if slices is None else values.take(list(slices), axis)).mean())
 
 
