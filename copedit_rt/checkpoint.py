@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import MDiT3D, UNet, build_denoiser
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
 from copedit_rt.tokenizer import CoPeVAE
 
 BUILT_IN = Path(__file__).parent / "weights"
@@ -38,23 +38,6 @@ def locate(model: str | Path) -> Path:
     )
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one step: whatever happens, the old or the new content is there, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CopeditError(
-            f"{path}: cannot be written ({error.strerror}); choose another folder or free some space"
-        ) from error
-
-
 def read_config(folder: Path) -> ModelConfig:
     """Raises CopeditError for a file that is missing, not JSON, or not a model's configuration."""
     path = folder / CONFIG
@@ -68,7 +51,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:
-    write_bytes(folder / CONFIG, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    write_atomically(folder / CONFIG, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -91,7 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous()
         for name, t in tensors.items()
     }
-    write_bytes(path, save_tensors(plain))
+    write_atomically(path, save_tensors(plain))
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
 from copedit_rt.geometry import Orientation, slice_axis, spacing
-from copedit_rt.study import write_atomically
 
 if TYPE_CHECKING:
     from copedit_rt.study import Study

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from copedit_rt import geometry
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import unwritable, write_atomically
 
 Task = Literal["brain", "cardiac"]
 MODALITIES = ("t1", "t1ce", "t2", "flair", "pd")  # also the order in which a study's files are taken
@@ -714,7 +715,7 @@ class Study:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise _unwritable(path.parent, error) from error
+                raise unwritable(path.parent, error) from error
             text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
             write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             if std and element in std:
@@ -849,25 +850,6 @@ def _write_nifti(
     # mtime 0: the same image gives the same file
     zipped = path.name.lower().endswith(".gz")
     write_atomically(path, gzip.compress(content, 4, mtime=0) if zipped else content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename; CopeditError where that fails."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_bytes(content)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> CopeditError:
-    return CopeditError(
-        f"cannot write {path}: {error.strerror or error}; choose another output folder with -o, or free space there"
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -87,7 +87,9 @@ class PromptEncoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(b, c.prompt_dim), nn.ReLU(), nn.Linear(c.prompt_dim, c.prompt_dim))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.mlp(self.conv(z).mean((2, 3, 4)))
+        pooled = self.conv(z).mean((2, 3, 4), dtype=torch.promote_types(z.dtype, torch.float32))
+        with torch.autocast(z.device.type, enabled=False):  # elements differ by less than bfloat16 resolves
+            return self.mlp(pooled.to(self.mlp[0].weight.dtype))
 
 
 class CoPeVAE(nn.Module):
@@ -176,5 +178,6 @@ class CoPeVAE(nn.Module):
     def assess(self, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prompts [B, 3, P] -> logits of the number missing [B, m-1] (class 0 is one), of each element being missing
         [B, m], and the contrastive embedding [B, E]."""
-        count, which, what = (head(prompts[:, i]) for i, head in enumerate(self.heads))
+        with torch.autocast(prompts.device.type, enabled=False):
+            count, which, what = (head(prompts[:, i]) for i, head in enumerate(self.heads))
         return count, which, what

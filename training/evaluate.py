@@ -20,8 +20,9 @@ import numpy as np
 from scipy import ndimage
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
 from copedit_rt.perception import Perception, contradictions
-from copedit_rt.study import STACK, Study, Volume, write_atomically
+from copedit_rt.study import STACK, Study, Volume
 from training.data import HELD_OUT, phantom_subject
 
 if TYPE_CHECKING:

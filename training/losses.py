@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
 
 COMMITMENT = 0.25
 PRETEXT = 0.01  # lambda of equation 4
@@ -72,6 +72,28 @@ def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str,
         "position": F.binary_cross_entropy_with_logits(which, missing.float()),
         "contrast": F.cross_entropy(similarity, torch.arange(len(z), device=z.device)),
     }
+
+
+@torch.no_grad()
+def scale_prompts(tokenizer: CoPeVAE, z: Tensor) -> None:
+    """Set the prompt encoders' linear layers so that their outputs on latents z [B, m, 8, h, w, d] have mean 0 and
+    deviation 1 per unit (data-dependent initialisation, Mishkin & Matas 2016).
+
+    Averages over a whole image differ between modalities by a sixth of their mean; with default weights the count
+    loss stayed at ln 3 for 700 steps, with these it left it within 80.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        for encoder in tokenizer.prompt_encoders:
+            assert isinstance(encoder, PromptEncoder)
+            x = encoder.conv(z.flatten(0, 1).float()).mean((2, 3, 4))
+            for layer in (encoder.mlp[0], encoder.mlp[2]):
+                assert isinstance(layer, nn.Linear)
+                y = layer(x)
+                deviation = y.std(0)
+                deviation = deviation.clamp_min(0.1 * float(deviation.mean()) + 1e-6)
+                layer.weight /= deviation[:, None]
+                layer.bias.sub_(y.mean(0)).div_(deviation)
+                x = F.relu(layer(x))
 
 
 def weigh(terms: dict[str, Tensor], pretext: float) -> Tensor:

@@ -26,10 +26,11 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import build_denoiser
 from copedit_rt.diffusion import add_noise, alpha_bar
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
 from copedit_rt.synthesizer import choose_device
 from copedit_rt.tokenizer import CoPeVAE
 from training.data import draw_observed, phantom_images
-from training.losses import PRETEXT, EMACodebook, pretext_losses, weigh
+from training.losses import PRETEXT, EMACodebook, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
@@ -62,6 +63,8 @@ class Task(nn.Module, ABC):
 class TokenizerTask(Task):
     """Stage I: L1 + vector quantisation + pretext tasks (equation 4)."""
 
+    scaled: Tensor
+
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
         super().__init__(config, settings)
         self.images = images
@@ -72,6 +75,7 @@ class TokenizerTask(Task):
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )
         self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
+        self.register_buffer("scaled", torch.tensor(False))
         self.to(self.device)
 
     def draw(self, rng: np.random.Generator, batch: int) -> Tensor:
@@ -83,14 +87,19 @@ class TokenizerTask(Task):
             images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
         return images
 
+    def pretext(self, rng: np.random.Generator, z: Tensor) -> dict[str, Tensor]:
+        observed = draw_observed(rng, len(z), z.shape[1], self.cardiac).to(self.device)
+        if not self.scaled:
+            scale_prompts(self.tokenizer, z)
+            self.scaled.fill_(True)
+        return pretext_losses(self.tokenizer, z, observed)
+
     def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
         if step >= self.settings.steps - self.settings.prompt_steps:
-            whole = self.draw(rng, self.settings.prompt_batch)
-            observed = draw_observed(rng, len(whole), whole.shape[1], self.cardiac).to(self.device)
             with self.autocast():
                 with torch.no_grad():
-                    z = self.tokenizer.encode(whole)
-                terms = pretext_losses(self.tokenizer, z, observed)
+                    z = self.tokenizer.encode(self.draw(rng, self.settings.prompt_batch))
+                terms = self.pretext(rng, z)
             return weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
         whole = images = self.draw(rng, self.settings.batch_size)
         if size := self.settings.crop:
@@ -100,8 +109,7 @@ class TokenizerTask(Task):
         with self.autocast():
             z = self.tokenizer.encode(images)
             if step % every == 0:
-                observed = draw_observed(rng, len(whole), whole.shape[1], self.cardiac).to(self.device)
-                terms = pretext_losses(self.tokenizer, self.tokenizer.encode(whole) if size else z, observed)
+                terms = self.pretext(rng, self.tokenizer.encode(whole) if size else z)
             wide = z.float()
             vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
             self.codebook.start(vectors, self.tokenizer.codebook, generator)
@@ -276,7 +284,7 @@ def _progress(console: Console) -> Progress:
 def _claim(output: Path, described: dict[str, Any], resume: bool) -> None:
     path = output / "run.json"
     if not path.exists():
-        checkpoint.write_bytes(path, (json.dumps(described, indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(described, indent=2) + "\n").encode())
     elif not resume:
         raise CopeditError(f"{output}: holds a run already; add --resume to go on with it, or choose another folder")
     elif json.loads(path.read_text()) != json.loads(json.dumps(described)):

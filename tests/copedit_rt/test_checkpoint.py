@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from copedit_rt import checkpoint
+from copedit_rt import checkpoint, files
 from copedit_rt.config import PRESETS, DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.denoiser import build_denoiser
 from copedit_rt.errors import CopeditError
@@ -148,8 +148,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(folder, monkeypat
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(CopeditError, match=r"cannot be written \(No space left on device\)"):
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(CopeditError, match=r"cannot write .*: No space left on device"):
         checkpoint.write_config(folder, CONFIG)
     assert (folder / "config.json").read_bytes() == old
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "denoiser.safetensors", "tokenizer.safetensors"]
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CopeditError, match=r"cannot write .*config\.json"):
+        checkpoint.write_config(tmp_path / "file" / "m", CONFIG)
