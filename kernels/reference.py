@@ -42,8 +42,12 @@ def axis_attention(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
             raise ValueError(f"axis_attention: rope {tuple(rope.shape)} does not fit qkv {tuple(qkv.shape)}")
         q, k = rotate(q, rope), rotate(k, rope)
     order = (0, 1, 3, 2, 4) if axis == "token" else (0, 2, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q.permute(order), k.permute(order), v.permute(order))
-    return out.permute(0, 1, 3, 2, 4) if axis == "token" else out.permute(0, 3, 1, 2, 4)
+    q, k, v = (x.permute(order) for x in (q, k, v))
+    if axis == "element":
+        return F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2, 4)
+    # Four dimensions choose the fused kernel, five the one that writes every score: right for m x m only.
+    out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)))
+    return out.unflatten(0, qkv.shape[:2]).transpose(2, 3)
 
 
 def ada_norm(

@@ -160,9 +160,10 @@ class DenoiserTask(Task):
         for subject in images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x,) if self.cardiac else (x, x.flip(3)):
-                z = vae.encode(view)
-                # Prompts are means over observed elements, so those of each element alone are all that is needed.
-                alone = vae.prompts(z[0][:, None], torch.ones(z.shape[1], 1, dtype=torch.bool, device=z.device))
+                with self.autocast():
+                    z = vae.encode(view).float()
+                    # Prompts are means over observed elements: those of each element alone are all that is needed.
+                    alone = vae.prompts(z[0][:, None], torch.ones(z.shape[1], 1, dtype=torch.bool, device=z.device))
                 latents.append(vae.normalise(z).half())
                 prompts.append(alone[None])
         return torch.cat(latents), torch.cat(prompts)
