@@ -3,10 +3,12 @@
 #   PYTHON=python3.12           the interpreter that .venv is made with
 #   PIP_FLAGS="..."             passed to every pip install (CONTRIBUTING.md: the CPU build of torch)
 #   PYTEST_FLAGS="-n 2 -k rope" passed to pytest
+#   TRAIN_FLAGS="--set device=cuda" passed to copedit train
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+TRAIN_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,12 +16,13 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 METADATA := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint weights clean
 
 help:
 	@echo "make demo    install, then synthesise the missing parts of simulated studies into demo-output/"
 	@echo "make test    install, then lint, type check and test"
 	@echo "make lint    the lint and the type check alone"
+	@echo "make weights train the built-in models again, in runs/ (hours on a CPU), and put them into the package"
 	@echo "make clean   remove .venv and everything else that make made"
 
 demo: $(VENV)/installed
@@ -35,6 +38,16 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	@echo "==> mypy"
 	$(BIN)/mypy
+
+# Interrupted, it goes on where it was: every stage resumes from its last checkpoint.
+weights: $(VENV)/installed
+	for model in demo-brain demo-cardiac; do set -e; \
+	    $(BIN)/copedit train tokenizer --preset $$model -o runs/$$model/tokenizer --resume $(TRAIN_FLAGS); \
+	    $(BIN)/copedit train denoiser --preset $$model -o runs/$$model/denoiser --resume $(TRAIN_FLAGS) \
+	        --set tokenizer=runs/$$model/tokenizer/model; \
+	    mkdir -p copedit_rt/weights/$$model; \
+	    cp runs/$$model/denoiser/model/* copedit_rt/weights/$$model/; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

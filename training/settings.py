@@ -27,6 +27,7 @@ class Settings:
     prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own, train the prompt
     encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
+    export: type of the finished denoiser's weights on disk, "float32" or "float16".
     checkpoint_every, keep: how often, and how many checkpoints stay.
     """
 
@@ -47,6 +48,7 @@ class Settings:
     device: str = "auto"
     ema: float = 0.9999
     tokenizer: str = ""
+    export: str = "float32"
     checkpoint_every: int = 250
     keep: int = 2
 
@@ -56,6 +58,8 @@ class Settings:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.prompt_steps < self.steps:
             raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
+        if self.export not in ("float32", "float16"):
+            raise CopeditError(f"export = {self.export!r}: must be float32 or float16")
         if self.dtype not in ("float32", "bfloat16"):
             raise CopeditError(f"dtype = {self.dtype!r}: must be float32 or bfloat16")
 

@@ -192,7 +192,9 @@ class DenoiserTask(Task):
             slow.lerp_(fast, 1 - decay)
 
     def export(self, folder: Path) -> None:
-        checkpoint.save(folder, self.config, tokenizer=self.frozen[0], denoiser=self.average)
+        checkpoint.save(folder, self.config, tokenizer=self.frozen[0])
+        half = torch.float16 if self.settings.export == "float16" else None
+        checkpoint.save(folder, self.config, denoiser=self.average, dtype=half)
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -172,6 +172,7 @@ def test_bad_settings_are_named(tmp_path):
         ("steps=0", "steps = 0: must be at least 1"),
         ("prompt_steps=3000", "prompt_steps = 3000: must be at least 0 and below steps = 3000"),
         ("dtype=int8", "dtype = 'int8'"),
+        ("export=int8", "export = 'int8'"),
     ):
         with pytest.raises(CopeditError, match=message):
             load_settings("tokenizer", "demo-brain", [override])
