@@ -1,0 +1,30 @@
+"""The models inside the package: they load, they are small, and their cards say what they are."""
+
+import pytest
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+
+
+def test_both_tasks_have_a_built_in_model():
+    assert checkpoint.list_models() == ["demo-brain", "demo-cardiac"]
+
+
+@pytest.mark.parametrize("name", ["demo-brain", "demo-cardiac"])
+def test_built_in_model(name):
+    folder = checkpoint.locate(name)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "denoiser.safetensors",
+        "tokenizer.safetensors",
+    ]
+    config, vae, _ = checkpoint.load_tokenizer(folder)
+    checkpoint.load_denoiser(folder)
+    assert config == ModelConfig.preset(name)
+    assert (vae.latent_std != 1).all(), "latent statistics must be measured"
+    for weights in folder.glob("*.safetensors"):
+        assert weights.stat().st_size <= 12e6
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for word in ("copedit train tokenizer", "copedit train denoiser", "seed 0", "simulated", "not a medical device"):
+        assert word in card, word
