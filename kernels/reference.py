@@ -46,7 +46,7 @@ def axis_attention(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
     if axis == "element":
         return F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2, 4)
     # Four dimensions choose the fused kernel, five the one that writes every score: right for m x m only.
-    out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)))
+    out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     return out.unflatten(0, qkv.shape[:2]).transpose(2, 3)
 
 
