@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,11 @@ from kernels import nearest_code
 def _kernel(stride: Triple) -> tuple[Triple, Triple]:
     """Kernel size and padding that divide or multiply every axis by its stride exactly."""
     return tuple(4 if s == 2 else 3 for s in stride), (1, 1, 1)  # type: ignore[return-value]
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off on x's device; nothing on devices that have none, such as meta."""
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in ("cpu", "cuda") else nullcontext()
 
 
 class ResidualUnit(nn.Module):
@@ -88,7 +95,7 @@ class PromptEncoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         pooled = self.conv(z).mean((2, 3, 4), dtype=torch.promote_types(z.dtype, torch.float32))
-        with torch.autocast(z.device.type, enabled=False):  # elements differ by less than bfloat16 resolves
+        with full_precision(z):  # elements differ by less than bfloat16 resolves
             return self.mlp(pooled.to(self.mlp[0].weight.dtype))
 
 
@@ -178,6 +185,6 @@ class CoPeVAE(nn.Module):
     def assess(self, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prompts [B, 3, P] -> logits of the number missing [B, m-1] (class 0 is one), of each element being missing
         [B, m], and the contrastive embedding [B, E]."""
-        with torch.autocast(prompts.device.type, enabled=False):
+        with full_precision(prompts):
             count, which, what = (head(prompts[:, i]) for i, head in enumerate(self.heads))
         return count, which, what

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
+from copedit_rt.tokenizer import CoPeVAE, PromptEncoder, full_precision
 
 COMMITMENT = 0.25
 PRETEXT = 0.01  # lambda of equation 4
@@ -82,7 +82,7 @@ def scale_prompts(tokenizer: CoPeVAE, z: Tensor) -> None:
     Averages over a whole image differ between modalities by a sixth of their mean; with default weights the count
     loss stayed at ln 3 for 700 steps, with these it left it within 80.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z):
         for encoder in tokenizer.prompt_encoders:
             assert isinstance(encoder, PromptEncoder)
             x = encoder.conv(z.flatten(0, 1).float()).mean((2, 3, 4))
