@@ -358,3 +358,12 @@ def test_implementation_is_never_a_silent_fallback(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COPEDIT_KERNELS", "fastest")
     with pytest.raises(ValueError, match="fastest"):
         kernels.implementation()
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 100.0])
+def test_nearest_code_is_exact_under_a_common_offset(offset: float) -> None:
+    """|c|^2 - 2 z.c in float32 would cancel here."""
+    z = normal(3000, 8, seed=1, dtype=torch.float32) + offset
+    codebook = normal(500, 8, seed=2, dtype=torch.float32) + offset
+    distance = torch.cdist(z.double(), codebook.double())
+    assert torch.equal(nearest_code(z, codebook), distance.argmin(1))

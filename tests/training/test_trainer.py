@@ -12,7 +12,7 @@ from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from training import trainer
 from training.data import draw_observed, model_images, phantom_images
-from training.losses import EMACodebook, pretext_losses
+from training.losses import EMACodebook, pretext_losses, scale_prompts
 from training.settings import Settings, load_settings
 
 TINY = ModelConfig(
@@ -264,3 +264,20 @@ def test_phantom_images_are_the_runtimes_preprocessing_and_cached(tmp_path):
     phantom_images(config, 2, tmp_path / "p.npy")
     assert (tmp_path / "p.npy").stat().st_mtime_ns == stamp
     assert phantom_images(config, 1, tmp_path / "p.npy").shape[0] == 1
+
+
+def test_prompts_start_at_unit_scale_even_under_autocast():
+    from copedit_rt.tokenizer import CoPeVAE
+
+    torch.manual_seed(0)
+    vae = CoPeVAE(TINY.tokenizer, 2).train()
+    z = torch.randn(6, 2, 8, 4, 4, 2) * torch.rand(6, 2, 8, 1, 1, 1)
+    flat = z.flatten(0, 1)
+    before = torch.stack([encoder(flat) for encoder in vae.prompt_encoders])
+    with torch.autocast("cpu", torch.bfloat16):
+        scale_prompts(vae, z)
+    after = torch.stack([encoder(flat) for encoder in vae.prompt_encoders])
+    assert before.std(1).max() < 0.3, "the case that the scaling is for"
+    torch.testing.assert_close(after.mean(1), torch.zeros(3, 16), atol=1e-3, rtol=0)
+    assert ((after.std(1) - 1).abs() < 1e-2).float().mean() > 0.8  # units that hardly move are scaled less
+    assert after.std(1).max() < 1.01
