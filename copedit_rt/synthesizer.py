@@ -149,8 +149,7 @@ class Synthesizer:
         z[observed] = seen
         prompts = vae.prompts(z[None], observed[None])
         count, which, _ = vae.assess(prompts)
-        single = vae.prompts(seen[:, None], torch.ones(len(seen), 1, dtype=torch.bool, device=self.device))
-        alone = vae.assess(single)[1].float().cpu().numpy()
+        alone = vae.assess(vae.prompts_of_each(seen[None])[0])[1].float().cpu().numpy()
         names = [name for name, there in zip(config.elements, prepared.observed, strict=True) if there]
         perception = Perception.from_logits(
             config.elements,

@@ -182,6 +182,14 @@ class CoPeVAE(nn.Module):
         out = each.new_zeros(z.shape[0], 3, each.shape[-1])
         return out.index_add(0, sample, each * share[observed][:, None, None])
 
+    def prompts_of_each(self, z: Tensor) -> Tensor:
+        """Latents [B, m, 8, h, w, d] -> the prompts [B, m, 3, P] of every element as if it alone were observed.
+
+        Those of any observed set are their mean over it.
+        """
+        alone = torch.ones(z.shape[0] * z.shape[1], 1, dtype=torch.bool, device=z.device)
+        return self.prompts(z.flatten(0, 1)[:, None], alone).unflatten(0, z.shape[:2])
+
     def assess(self, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prompts [B, 3, P] -> logits of the number missing [B, m-1] (class 0 is one), of each element being missing
         [B, m], and the contrastive embedding [B, E]."""

@@ -61,16 +61,28 @@ def _pick(z: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str, Tensor]:
     """Terms of equation 4 for latents [B, m, 8, h, w, d]: count (cross-entropy), position (multi-label binary
-    cross-entropy) and contrast (InfoNCE over the batch: a subject's observed part against every missing part)."""
-    prompts = tokenizer.prompts(z, observed)
-    count, which, anchor = (logits.float() for logits in tokenizer.assess(prompts))
+    cross-entropy) and contrast (InfoNCE over the batch: a subject's observed part against every missing part).
+
+    observed: [K, B, m] (bool), K missing patterns of each subject; the terms are means over them. Prompts are means over
+    observed elements, so a further pattern costs next to nothing.
+    """
+    each = tokenizer.prompts_of_each(z)
+
+    def mean_over(part: Tensor) -> Tensor:
+        weight = part.to(each.dtype) / part.sum(-1, keepdim=True)
+        return torch.einsum("kbm,bmip->kbip", weight, each).flatten(0, 1)
+
     missing = ~observed
-    other = tokenizer.assess(tokenizer.prompts(z, missing))[2].float()
-    similarity = F.normalize(anchor, dim=1) @ F.normalize(other, dim=1).T / TEMPERATURE
+    with full_precision(z):
+        count, which, anchor = (logits.float() for logits in tokenizer.assess(mean_over(observed)))
+        other = tokenizer.assess(mean_over(missing))[2].float()
+        sides = (F.normalize(side, dim=1).unflatten(0, observed.shape[:2]) for side in (anchor, other))
+        similarity = torch.einsum("kae,kbe->kab", *sides) / TEMPERATURE
+    own = torch.arange(z.shape[0], device=z.device).expand(observed.shape[:2])
     return {
-        "count": F.cross_entropy(count, missing.sum(1) - 1),
-        "position": F.binary_cross_entropy_with_logits(which, missing.float()),
-        "contrast": F.cross_entropy(similarity, torch.arange(len(z), device=z.device)),
+        "count": F.cross_entropy(count, missing.sum(-1).flatten() - 1),
+        "position": F.binary_cross_entropy_with_logits(which, missing.flatten(0, 1).float()),
+        "contrast": F.cross_entropy(similarity.flatten(0, 1), own.flatten()),
     }
 
 
@@ -103,7 +115,9 @@ def weigh(terms: dict[str, Tensor], pretext: float) -> Tensor:
     """
     total = torch.zeros(())
     if "l1" in terms:
-        total = terms["l1"] + COMMITMENT * terms["commitment"]
+        total = terms["l1"]
+    if "commitment" in terms:
+        total = total + COMMITMENT * terms["commitment"]
     if "count" in terms:
         total = total + pretext * (terms["count"] + 0.5 * terms["position"] + 0.5 * terms["contrast"])
     return total

@@ -24,8 +24,13 @@ class Settings:
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
     crop (tokenizer): reconstruct random crops of so many voxels in the plane, 0 for whole images. The pretext tasks
     always read whole images, every `pretext_every` steps, with their weight raised accordingly.
+    draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
+    quantise_from (tokenizer): the first step with quantisation; before it stage I is a plain autoencoder, after which the
+    codebook starts from latents that already mean something.
     prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own, train the prompt
     encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
+    optimizer (denoiser): "adam", or "muon" (Jordan et al. 2024) for the blocks' matrices and Adam for the rest.
+    compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
     export: type of the finished denoiser's weights on disk, "float32" or "float16".
     checkpoint_every, keep: how often, and how many checkpoints stay.
@@ -43,9 +48,13 @@ class Settings:
     weight_decay: float = 0.0
     crop: int = 0
     pretext_every: int = 1
+    draws: int = 1
+    quantise_from: int = 0
     prompt_steps: int = 0
     prompt_batch: int = 4
     device: str = "auto"
+    optimizer: str = "adam"
+    compile: bool = False
     ema: float = 0.9999
     tokenizer: str = ""
     export: str = "float32"
@@ -53,11 +62,13 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "subjects", "pretext_every", "prompt_batch", "checkpoint_every", "keep"):
+        for name in ("steps", "batch_size", "subjects", "pretext_every", "draws", "prompt_batch", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.prompt_steps < self.steps:
             raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
+        if self.optimizer not in ("adam", "muon"):
+            raise CopeditError(f"optimizer = {self.optimizer!r}: must be adam or muon")
         if self.export not in ("float32", "float16"):
             raise CopeditError(f"export = {self.export!r}: must be float32 or float16")
         if self.dtype not in ("float32", "bfloat16"):
@@ -71,13 +82,18 @@ def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> S
         known = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.toml")))
         raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
     values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
-    kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in dataclasses.fields(Settings)}
+    kinds = {f.name: {"int": int, "float": float, "str": str, "bool": _switch}[str(f.type)] for f in dataclasses.fields(Settings)}
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or key not in kinds:
             raise CopeditError(f"--set {item}: expected key=value with a key among {', '.join(kinds)}")
         try:
             values[key] = kinds[key](text)
-        except ValueError as error:
-            raise CopeditError(f"--set {item}: {text!r} is not a valid {kinds[key].__name__}") from error
+        except (ValueError, KeyError) as error:
+            kind = kinds[key].__name__.removeprefix("_")
+            raise CopeditError(f"--set {item}: {text!r} is not a valid {kind}") from error
     return Settings(**values)
+
+
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]

@@ -88,11 +88,12 @@ class TokenizerTask(Task):
         return images
 
     def pretext(self, rng: np.random.Generator, z: Tensor) -> dict[str, Tensor]:
-        observed = draw_observed(rng, len(z), z.shape[1], self.cardiac).to(self.device)
+        draws = self.settings.draws
+        observed = draw_observed(rng, draws * len(z), z.shape[1], self.cardiac).unflatten(0, (draws, len(z)))
         if not self.scaled:
             scale_prompts(self.tokenizer, z)
             self.scaled.fill_(True)
-        return pretext_losses(self.tokenizer, z, observed)
+        return pretext_losses(self.tokenizer, z, observed.to(self.device))
 
     def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
         if step >= self.settings.steps - self.settings.prompt_steps:
@@ -110,20 +111,23 @@ class TokenizerTask(Task):
             z = self.tokenizer.encode(images)
             if step % every == 0:
                 terms = self.pretext(rng, self.tokenizer.encode(whole) if size else z)
-            wide = z.float()
-            vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
-            self.codebook.start(vectors, self.tokenizer.codebook, generator)
-            codes, index = self.tokenizer.quantise(wide.detach())
-            terms["commitment"] = (wide - codes).square().mean()
-            # Straight through: the decoder sees the codes, the encoder the decoder's gradient.
-            output = self.tokenizer.decode(wide + (codes - wide).detach(), joint=self.cardiac)
-        perplexity = self.codebook.update(vectors, index.flatten(), self.tokenizer.codebook, generator)
+            wide, state = z.float(), {}
+            if step >= self.settings.quantise_from:
+                vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
+                self.codebook.start(vectors, self.tokenizer.codebook, generator)
+                codes, index = self.tokenizer.quantise(wide.detach())
+                terms["commitment"] = (wide - codes).square().mean()
+                state["perplexity"] = self.codebook.update(
+                    vectors, index.flatten(), self.tokenizer.codebook, generator
+                )
+                state["codes_used"] = (self.codebook.count > 1).float().mean().item()
+                # Straight through: the decoder sees the codes, the encoder the decoder's gradient.
+                wide = wide + (codes - wide).detach()
+            output = self.tokenizer.decode(wide, joint=self.cardiac)
         error = output.float() - images
         terms["l1"] = error.abs().mean()
-        log = {name: term.item() for name, term in terms.items()}
-        psnr = -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))
-        used = (self.codebook.count > 1).float().mean().item()
-        return weigh(terms, PRETEXT * every), log | {"psnr": psnr, "perplexity": perplexity, "codes_used": used}
+        state["psnr"] = -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))
+        return weigh(terms, PRETEXT * every), {name: term.item() for name, term in terms.items()} | state
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
@@ -152,6 +156,8 @@ class DenoiserTask(Task):
         self.frozen = [tokenizer.to(self.device).requires_grad_(False)]
         self.latents, self.prompts = self._encode(images)
         self.levels = torch.from_numpy(alpha_bar(config.diffusion)).float()
+        # Not an attribute of its own either: a compiled module holds the same weights under other names.
+        self.predict = [torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser]
 
     @torch.no_grad()
     def _encode(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -162,10 +168,8 @@ class DenoiserTask(Task):
             for view in (x,) if self.cardiac else (x, x.flip(3)):
                 with self.autocast():
                     z = vae.encode(view).float()
-                    # Prompts are means over observed elements: those of each element alone are all that is needed.
-                    alone = vae.prompts(z[0][:, None], torch.ones(z.shape[1], 1, dtype=torch.bool, device=z.device))
+                    prompts.append(vae.prompts_of_each(z))
                 latents.append(vae.normalise(z).half())
-                prompts.append(alone[None])
         return torch.cat(latents), torch.cat(prompts)
 
     def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
@@ -179,7 +183,7 @@ class DenoiserTask(Task):
         eps = torch.randn(z0.shape, generator=generator).to(self.device)
         zt = add_noise(z0, eps, self.levels[t].to(self.device), observed)
         with self.autocast():
-            x0 = self.denoiser(zt, t.to(self.device), prompts, observed)
+            x0 = self.predict[0](zt, t.to(self.device), prompts, observed)
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
         loss = error.mean()
         return loss, {"mse": loss.item(), "mse_missing": error.detach()[~observed].mean().item()}
@@ -251,32 +255,49 @@ def run(
         task = DenoiserTask(config, settings, images, tokenizer)
 
     weights = [p for p in task.parameters() if p.requires_grad]
-    kind = torch.optim.Adam if stage == "tokenizer" else torch.optim.AdamW
-    optimizer = kind(weights, settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
-    start = _restore(output, task, optimizer) if resume else 0
+    optimizers = _optimizers(task, settings)
+    start = _restore(output, task, optimizers) if resume else 0
     with _progress(console) as bar, open(output / "log.jsonl", "a", buffering=1, encoding="utf-8") as log:
         shown = bar.add_task(stage, total=settings.steps, completed=start, note="")
         for step in range(start, settings.steps):
             began = time.perf_counter()
             rng = np.random.default_rng((settings.seed, step))
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(settings, step)
             loss, terms = task.loss(step, rng, generator)
             if not math.isfinite(loss.item()):
                 raise CopeditError(f"step {step}: the loss is {loss.item()} ({terms}); resume with a lower lr")
-            optimizer.zero_grad(set_to_none=True)
+            task.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(weights, settings.clip)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             task.after_step(step)
             terms |= {"loss": loss.item(), "gradient": norm.item(), "seconds": time.perf_counter() - began}
             log.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
             bar.update(shown, advance=1, note=" ".join(f"{k} {v:.3g}" for k, v in terms.items()))
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                _store(output, step + 1, task, optimizer, settings.keep)
+                _store(output, step + 1, task, optimizers, settings.keep)
     task.export(output / "model")
     return output / "model"
+
+
+def _optimizers(task: Task, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW over everything (Adam where weight_decay is 0), or Muon for the matrices of the blocks and AdamW for the rest."""
+    named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if ".blocks." in name and p.ndim == 2 and settings.optimizer == "muon"]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    decay = settings.weight_decay
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, settings.lr, betas=(0.9, settings.beta2), weight_decay=decay)
+    ]
+    if matrices:
+        # Its step is scaled to the size of Adam's, so that both follow one learning rate.
+        found.append(torch.optim.Muon(matrices, settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def _progress(console: Console) -> Progress:
@@ -298,14 +319,18 @@ def _checkpoints(output: Path) -> list[Path]:
     return sorted(output.glob("checkpoint-*[0-9]"))
 
 
-def _store(output: Path, step: int, task: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
+def _store(output: Path, step: int, task: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: int) -> None:
     """A folder of safetensors, complete or absent: written under another name, then renamed."""
     folder = output / f"checkpoint-{step:08d}"
     temporary = output / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     checkpoint.write_tensors(temporary / "task.safetensors", task.state_dict())
-    states = optimizer.state_dict()["state"]
-    flat = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
+    flat = {
+        f"{k}.{i}.{name}": value
+        for k, optimizer in enumerate(optimizers)
+        for i, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
     checkpoint.write_tensors(temporary / "optimizer.safetensors", flat)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -313,16 +338,17 @@ def _store(output: Path, step: int, task: nn.Module, optimizer: torch.optim.Opti
         shutil.rmtree(old)
 
 
-def _restore(output: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _restore(output: Path, task: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Load the newest checkpoint; returns the number of steps done."""
     found = _checkpoints(output)
     if not found:
         return 0
     checkpoint.fill(task, checkpoint.read_tensors(found[-1] / "task.safetensors")[0], found[-1])
     flat, _ = checkpoint.read_tensors(found[-1] / "optimizer.safetensors")
-    states: dict[int, dict[str, Tensor]] = {}
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for key, value in flat.items():
-        index, name = key.split(".", 1)
-        states.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        k, index, name = key.split(".", 2)
+        states[int(k)].setdefault(int(index), {})[name] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(found[-1].name.removeprefix("checkpoint-"))

@@ -43,6 +43,9 @@ HEART = dataclasses.replace(
 SMALL = (
     "dtype=float32",
     "crop=8",
+    "quantise_from=0",
+    "compile=false",
+    "optimizer=adam",
     "pretext_every=2",
     "prompt_steps=0",
     "batch_size=2",
@@ -112,9 +115,30 @@ def test_the_last_steps_train_the_prompts_alone(tmp_path):
     assert rates[0] < 1 and rates[1:] == [0.5, 1.0], "a schedule of their own"
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_quantisation_can_start_later_with_codes_from_the_data(tmp_path):
+    train("tokenizer", tmp_path / "a", "steps=8", "quantise_from=5", "lr=5e-3")
+    log = losses(tmp_path / "a")
+    assert ["commitment" in x for x in log] == ["perplexity" in x for x in log] == [False] * 5 + [True] * 3
+    assert log[5]["commitment"] < 0.1 * log[5]["l1"], "the codes are vectors of that batch"
+
+
+def test_muon_moves_the_matrices_of_the_blocks_along_orthogonal_directions(tmp_path):
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    settings = ("steps=2", "warmup=0", "lr=1e-3", "optimizer=muon", "checkpoint_every=1", f"tokenizer={vae}")
+    train("denoiser", tmp_path / "a", *settings)
+    first, second = (
+        checkpoint.read_tensors(tmp_path / "a" / f"checkpoint-{step:08d}" / "task.safetensors")[0] for step in (1, 2)
+    )
+    step = second["denoiser.blocks.0.modulation.weight"] - first["denoiser.blocks.0.modulation.weight"]
+    rate = 0.2 * max(step.shape) ** 0.5 * trainer.learning_rate(Settings(2, 1, 1e-3, 0), 1)
+    first, second = torch.linalg.svdvals(step / rate)[:2]  # a batch of two gives a gradient of rank two
+    assert 0.5 < second <= first < 1.3, "five Newton-Schulz steps bring singular values near 1"
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
-    extra = ("steps=5",)
+    stage, _, optimizer = stage.partition(" ")
+    extra = ("steps=5", f"optimizer={optimizer or 'adam'}")
     if stage == "denoiser":
         extra += (f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2')}",)
     whole = train(stage, tmp_path / "whole", *extra)
@@ -170,7 +194,10 @@ def test_bad_settings_are_named(tmp_path):
         ("speed=3", "--set speed=3: expected key=value"),
         ("steps=many", "'many' is not a valid int"),
         ("steps=0", "steps = 0: must be at least 1"),
-        ("prompt_steps=3000", "prompt_steps = 3000: must be at least 0 and below steps = 3000"),
+        ("prompt_steps=3800", "prompt_steps = 3800: must be at least 0 and below steps = 3800"),
+        ("draws=0", "draws = 0: must be at least 1"),
+        ("optimizer=sgd", "optimizer = 'sgd': must be adam or muon"),
+        ("compile=maybe", "'maybe' is not a valid switch"),
         ("dtype=int8", "dtype = 'int8'"),
         ("export=int8", "export = 'int8'"),
     ):
@@ -241,7 +268,7 @@ def test_pretext_losses_are_those_of_the_heads():
     vae = CoPeVAE(TINY.tokenizer, 2).eval()
     z = torch.randn(3, 2, 8, 4, 4, 2)
     observed = torch.tensor([[True, False], [False, True], [True, False]])
-    terms = pretext_losses(vae, z, observed)
+    terms = pretext_losses(vae, z, observed[None])
     _, which, anchor = vae.assess(vae.prompts(z, observed))
     other = vae.assess(vae.prompts(z, ~observed))[2]
     p = which.sigmoid().double()
@@ -253,6 +280,12 @@ def test_pretext_losses_are_those_of_the_heads():
     similarity = torch.exp(a @ b.T / 0.2)
     nce = -(similarity.diagonal() / similarity.sum(1)).log().mean()
     assert terms["contrast"].item() == pytest.approx(nce.item(), rel=1e-5)
+
+    other_pattern = ~observed
+    both = pretext_losses(vae, z, torch.stack((observed, other_pattern)))
+    second = pretext_losses(vae, z, other_pattern[None])
+    for name, value in both.items():
+        assert value.item() == pytest.approx((terms[name] + second[name]).item() / 2, rel=1e-5)
 
 
 def test_phantom_images_are_the_runtimes_preprocessing_and_cached(tmp_path):
