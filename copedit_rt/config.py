@@ -247,7 +247,7 @@ PRESETS: dict[str, ModelConfig] = {
             _SLABS,
             (96, 96, 4),
             _DEMO_TOKENIZER,
-            DenoiserConfig(width=192, heads=3, blocks=6, patch=(2, 2, 4)),
+            DenoiserConfig(width=192, heads=3, blocks=6, patch=(4, 4, 4)),
             DiffusionConfig(steps=20),
             Preprocessing(field_of_view=(288.0, 288.0, None)),
         ),
