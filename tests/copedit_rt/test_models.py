@@ -121,16 +121,22 @@ def test_denoiser_size_is_that_of_its_parts() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_data_model(name: str) -> None:
-    """Shapes of the one data model; 576 tokens an element in every preset."""
+    """Shapes of the one data model; 576 tokens an element in every paper preset."""
     config = ModelConfig.preset(name)
     tokenizer, denoiser = on_meta(config)
     m = len(config.elements)
     images = torch.empty(2, m, 1, *config.image, device="meta")
     observed = torch.ones(2, m, dtype=torch.bool, device="meta")
     z = tokenizer.encode(images)
-    depth = {"brain-brats": 8, "brain-ixi": 8, "cardiac": 1, "demo-brain": 32, "demo-cardiac": 4}[name]
-    assert z.shape == (2, m, 4 if name.startswith("demo") else 8, 24, 24, depth)
-    assert math.prod(n // p for n, p in zip(config.latent, config.denoiser.patch, strict=True)) == 576
+    latent, tokens = {
+        "brain-brats": ((8, 24, 24, 8), 576),
+        "brain-ixi": ((8, 24, 24, 8), 576),
+        "cardiac": ((8, 24, 24, 1), 576),
+        "demo-brain": ((3, 48, 48, 32), 1152),
+        "demo-cardiac": ((3, 48, 48, 4), 144),
+    }[name]
+    assert z.shape == (2, m, *latent)
+    assert math.prod(n // p for n, p in zip(config.latent, config.denoiser.patch, strict=True)) == tokens
     assert tokenizer.decode(z, joint=config.task == "cardiac").shape == images.shape
     prompts = torch.empty(2, 3, config.tokenizer.prompt_dim, device="meta")
     t = torch.zeros(2, dtype=torch.int64, device="meta")
