@@ -200,7 +200,7 @@ _DEMO_TOKENIZER = TokenizerConfig(
     residual_channels=24,
     latent_channels=3,
     codes=1024,
-    prompt_channels=(8, 24),
+    prompt_channels=(8, 64),
     prompt_dim=128,
     contrast_dim=64,
 )

@@ -93,10 +93,15 @@ class PromptEncoder(nn.Module):
         )
         self.mlp = nn.Sequential(nn.Linear(b, c.prompt_dim), nn.ReLU(), nn.Linear(c.prompt_dim, c.prompt_dim))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def pool(self, z: Tensor) -> Tensor:
+        """Latent [N, 8, h, w, d] -> features averaged over it [N, b], in the linear layers' precision."""
         pooled = self.conv(z).mean((2, 3, 4), dtype=torch.promote_types(z.dtype, torch.float32))
+        return pooled.to(self.mlp[0].weight.dtype)
+
+    def forward(self, z: Tensor) -> Tensor:
+        pooled = self.pool(z)
         with full_precision(z):  # elements differ by less than bfloat16 resolves
-            return self.mlp(pooled.to(self.mlp[0].weight.dtype))
+            return self.mlp(pooled)
 
 
 class CoPeVAE(nn.Module):
@@ -122,6 +127,7 @@ class CoPeVAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
         self._initialise()
 
+    @torch.no_grad()
     def _initialise(self) -> None:
         # Without normalisation layers the scale must survive by itself: He's variance for every convolution, and
         # residual units that start as the identity.
@@ -135,6 +141,11 @@ class CoPeVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, ResidualUnit):
                 nn.init.zeros_(module.conv2.weight)
+            if isinstance(module, nn.BatchNorm3d):
+                # Thresholds from the common to the rare: what tells contrasts apart, such as enhanced vessels, fills few
+                # voxels. Features of untrained encoders then tell simulated T1 from T1ce in 97 % of images, with shifts
+                # of zero in 88 %.
+                module.bias.copy_(torch.linspace(-3.0, 0.5, module.num_features))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, m, 1, H, W, D] in 0..1 -> latents before quantisation [B, m, 8, h, w, d], each by itself."""
@@ -182,13 +193,24 @@ class CoPeVAE(nn.Module):
         out = each.new_zeros(z.shape[0], 3, each.shape[-1])
         return out.index_add(0, sample, each * share[observed][:, None, None])
 
+    def features_of_each(self, z: Tensor) -> Tensor:
+        """Latents [B, m, 8, h, w, d] -> what the three prompt encoders pool from each element [B, m, 3, b]."""
+        flat = z.flatten(0, 1)
+        pooled = [encoder.pool(flat) for encoder in self.prompt_encoders]  # type: ignore[operator]
+        return torch.stack(pooled, dim=1).unflatten(0, z.shape[:2])
+
+    def prompts_of_features(self, features: Tensor) -> Tensor:
+        """Pooled features [..., 3, b] -> prompts [..., 3, P]."""
+        with full_precision(features):  # elements differ by less than bfloat16 resolves
+            each = zip(self.prompt_encoders, features.unbind(-2), strict=True)
+            return torch.stack([encoder.mlp(x) for encoder, x in each], dim=-2)  # type: ignore[operator]
+
     def prompts_of_each(self, z: Tensor) -> Tensor:
         """Latents [B, m, 8, h, w, d] -> the prompts [B, m, 3, P] of every element as if it alone were observed.
 
         Those of any observed set are their mean over it.
         """
-        alone = torch.ones(z.shape[0] * z.shape[1], 1, dtype=torch.bool, device=z.device)
-        return self.prompts(z.flatten(0, 1)[:, None], alone).unflatten(0, z.shape[:2])
+        return self.prompts_of_features(self.features_of_each(z))
 
     def assess(self, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prompts [B, 3, P] -> logits of the number missing [B, m-1] (class 0 is one), of each element being missing

@@ -59,26 +59,24 @@ def _pick(z: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return chosen + 0.01 * z.std() * torch.randn(chosen.shape, generator=generator).to(z.device)
 
 
-def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str, Tensor]:
-    """Terms of equation 4 for latents [B, m, 8, h, w, d]: count (cross-entropy), position (multi-label binary
+def pretext_losses(tokenizer: CoPeVAE, each: Tensor, observed: Tensor) -> dict[str, Tensor]:
+    """Terms of equation 4 for the prompts of each element alone [B, m, 3, P]: count (cross-entropy), position (multi-label binary
     cross-entropy) and contrast (InfoNCE over the batch: a subject's observed part against every missing part).
 
     observed: [K, B, m] (bool), K missing patterns of each subject; the terms are means over them. Prompts are means over
     observed elements, so a further pattern costs next to nothing.
     """
-    each = tokenizer.prompts_of_each(z)
-
     def mean_over(part: Tensor) -> Tensor:
         weight = part.to(each.dtype) / part.sum(-1, keepdim=True)
         return torch.einsum("kbm,bmip->kbip", weight, each).flatten(0, 1)
 
     missing = ~observed
-    with full_precision(z):
+    with full_precision(each):
         count, which, anchor = (logits.float() for logits in tokenizer.assess(mean_over(observed)))
         other = tokenizer.assess(mean_over(missing))[2].float()
         sides = (F.normalize(side, dim=1).unflatten(0, observed.shape[:2]) for side in (anchor, other))
         similarity = torch.einsum("kae,kbe->kab", *sides) / TEMPERATURE
-    own = torch.arange(z.shape[0], device=z.device).expand(observed.shape[:2])
+    own = torch.arange(each.shape[0], device=each.device).expand(observed.shape[:2])
     return {
         "count": F.cross_entropy(count, missing.sum(-1).flatten() - 1),
         "position": F.binary_cross_entropy_with_logits(which, missing.flatten(0, 1).float()),
@@ -87,17 +85,16 @@ def pretext_losses(tokenizer: CoPeVAE, z: Tensor, observed: Tensor) -> dict[str,
 
 
 @torch.no_grad()
-def scale_prompts(tokenizer: CoPeVAE, z: Tensor) -> None:
-    """Set the prompt encoders' linear layers so that their outputs on latents z [B, m, 8, h, w, d] have mean 0 and
+def scale_prompts(tokenizer: CoPeVAE, features: Tensor) -> None:
+    """Set the prompt encoders' linear layers so that their outputs on pooled features [N, 3, b] have mean 0 and
     deviation 1 per unit (data-dependent initialisation, Mishkin & Matas 2016).
 
     Averages over a whole image differ little between modalities: with default weights the count loss stays at its
     starting value for hundreds of steps.
     """
-    with full_precision(z):
-        for encoder in tokenizer.prompt_encoders:
+    with full_precision(features):
+        for encoder, x in zip(tokenizer.prompt_encoders, features.unbind(1), strict=True):
             assert isinstance(encoder, PromptEncoder)
-            x = encoder.conv(z.flatten(0, 1).float()).mean((2, 3, 4))
             for layer in (encoder.mlp[0], encoder.mlp[2]):
                 assert isinstance(layer, nn.Linear)
                 y = layer(x)

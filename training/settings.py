@@ -27,8 +27,10 @@ class Settings:
     draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
     quantise_from (tokenizer): the first step with quantisation; before it stage I is a plain autoencoder, after which the
     codebook starts from latents that already mean something.
-    prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own, train the prompt
-    encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
+    prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own (peak `prompt_lr`, 0 for
+    lr), train the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move;
+    on random crops of `prompt_crop` voxels in the plane, 0 for whole images.
+    readout_steps (tokenizer): after them, steps of the linear layers and heads alone on the pooled features of whole images.
     optimizer (denoiser): "adam", or "muon" (Jordan et al. 2024) for the blocks' matrices and Adam for the rest.
     compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
@@ -52,6 +54,9 @@ class Settings:
     quantise_from: int = 0
     prompt_steps: int = 0
     prompt_batch: int = 4
+    prompt_lr: float = 0.0
+    prompt_crop: int = 0
+    readout_steps: int = 0
     device: str = "auto"
     optimizer: str = "adam"
     compile: bool = False

@@ -34,6 +34,7 @@ from training.losses import PRETEXT, EMACodebook, pretext_losses, scale_prompts,
 from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
+READOUT_LR = 3e-3
 
 
 class Task(nn.Module, ABC):
@@ -68,9 +69,11 @@ class TokenizerTask(Task):
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
         super().__init__(config, settings)
         self.images = images
-        crop, divisors, sizes = settings.crop, config.tokenizer.compression[:2], config.image[:2]
-        if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors, sizes, strict=True)):
-            raise CopeditError(f"crop = {crop}: must divide by {divisors} and fit into the image's plane {sizes}")
+        divisors, sizes = config.tokenizer.compression[:2], config.image[:2]
+        for name in ("crop", "prompt_crop"):
+            crop = getattr(settings, name)
+            if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors, sizes, strict=True)):
+                raise CopeditError(f"{name} = {crop}: must divide by {divisors} and fit into the image's plane {sizes}")
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )
@@ -87,30 +90,42 @@ class TokenizerTask(Task):
             images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
         return images
 
+    def cut(self, rng: np.random.Generator, images: Tensor, size: int) -> Tensor:
+        """A random crop of `size` voxels in the plane, the same of all images; 0: the images."""
+        if not size:
+            return images
+        x, y = (int(rng.integers(0, n - size + 1)) for n in images.shape[3:5])
+        return images[:, :, :, x : x + size, y : y + size]
+
     def pretext(self, rng: np.random.Generator, z: Tensor) -> dict[str, Tensor]:
-        draws = self.settings.draws
-        observed = draw_observed(rng, draws * len(z), z.shape[1], self.cardiac).unflatten(0, (draws, len(z)))
+        features = self.tokenizer.features_of_each(z)
         if not self.scaled:
-            scale_prompts(self.tokenizer, z)
+            scale_prompts(self.tokenizer, features.detach().flatten(0, 1))
             self.scaled.fill_(True)
-        return pretext_losses(self.tokenizer, z, observed.to(self.device))
+        return self.judge(rng, features)
+
+    def judge(self, rng: np.random.Generator, features: Tensor) -> dict[str, Tensor]:
+        """The pretext terms of pooled features [B, m, 3, b] under freshly drawn missing patterns."""
+        shape = (self.settings.draws, len(features))
+        observed = draw_observed(rng, shape[0] * shape[1], features.shape[1], self.cardiac).unflatten(0, shape)
+        each = self.tokenizer.prompts_of_features(features)
+        return pretext_losses(self.tokenizer, each, observed.to(self.device))
 
     def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
         if step >= self.settings.steps - self.settings.prompt_steps:
             with self.autocast():
                 with torch.no_grad():
-                    z = self.tokenizer.encode(self.draw(rng, self.settings.prompt_batch))
+                    images = self.draw(rng, self.settings.prompt_batch)
+                    z = self.tokenizer.encode(self.cut(rng, images, self.settings.prompt_crop))
                 terms = self.pretext(rng, z)
             return weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
-        whole = images = self.draw(rng, self.settings.batch_size)
-        if size := self.settings.crop:
-            x, y = (int(rng.integers(0, n - size + 1)) for n in images.shape[3:5])
-            images = images[:, :, :, x : x + size, y : y + size]
+        whole = self.draw(rng, self.settings.batch_size)
+        images = self.cut(rng, whole, self.settings.crop)
         every, terms = self.settings.pretext_every, {}
         with self.autocast():
             z = self.tokenizer.encode(images)
             if step % every == 0:
-                terms = self.pretext(rng, self.tokenizer.encode(whole) if size else z)
+                terms = self.pretext(rng, self.tokenizer.encode(whole) if self.settings.crop else z)
             wide, state = z.float(), {}
             if step >= self.settings.quantise_from:
                 vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
@@ -138,8 +153,37 @@ class TokenizerTask(Task):
         flat = z.movedim(2, -1).flatten(0, -2)
         self.tokenizer.latent_mean.copy_(flat.mean(0))
         self.tokenizer.latent_std.copy_(flat.std(0).clamp_min(1e-6))
+        if self.settings.readout_steps:
+            self.read_out()
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+
+
+    @torch.enable_grad()
+    def read_out(self) -> None:
+        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects.
+
+        The features are computed once, so that thousands of steps take seconds. Adam, cosine decay, batches of 32.
+        """
+        vae, settings, features = self.tokenizer, self.settings, []
+        for subject in self.images:
+            x = torch.from_numpy(subject[None]).to(self.device).float()
+            for view in (x,) if self.cardiac else (x, x.flip(3)):
+                with torch.no_grad():
+                    features.append(vae.features_of_each(vae.encode(view)))
+        every = torch.cat(features)
+        scale_prompts(vae, every.flatten(0, 1))
+        weights = [p for module in (*(e.mlp for e in vae.prompt_encoders), vae.heads) for p in module.parameters()]
+        optimizer = torch.optim.AdamW(weights, READOUT_LR, weight_decay=0.01)
+        for step in range(settings.readout_steps):
+            rng = np.random.default_rng((settings.seed, settings.steps + step))
+            for group in optimizer.param_groups:
+                group["lr"] = READOUT_LR * 0.5 * (1 + math.cos(math.pi * step / settings.readout_steps))
+            chosen = torch.from_numpy(rng.choice(len(every), min(32, len(every)), replace=False)).to(self.device)
+            loss = weigh(self.judge(rng, every[chosen]), 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
 
 
 class DenoiserTask(Task):
@@ -203,13 +247,13 @@ class DenoiserTask(Task):
 
 def learning_rate(settings: Settings, step: int) -> float:
     """Linear warm-up, then a cosine to zero (Tables 14 and 15)."""
-    steps = settings.steps - settings.prompt_steps
+    peak, steps = settings.lr, settings.steps - settings.prompt_steps
     if step >= steps and settings.prompt_steps:
-        step, steps = step - steps, settings.prompt_steps
+        peak, step, steps = settings.prompt_lr or peak, step - steps, settings.prompt_steps
     if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
+        return peak * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def run(

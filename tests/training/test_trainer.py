@@ -12,7 +12,7 @@ from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from training import trainer
 from training.data import draw_observed, model_images, phantom_images
-from training.losses import EMACodebook, pretext_losses, scale_prompts
+from training.losses import EMACodebook, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, load_settings
 
 TINY = ModelConfig(
@@ -48,6 +48,8 @@ SMALL = (
     "optimizer=adam",
     "pretext_every=2",
     "prompt_steps=0",
+    "readout_steps=0",
+    "prompt_crop=0",
     "batch_size=2",
     "subjects=4",
     "checkpoint_every=2",
@@ -113,6 +115,8 @@ def test_the_last_steps_train_the_prompts_alone(tmp_path):
         trainer.learning_rate(Settings(steps=40, batch_size=1, lr=1.0, warmup=2, prompt_steps=36), s) for s in (3, 4, 5)
     ]
     assert rates[0] < 1 and rates[1:] == [0.5, 1.0], "a schedule of their own"
+    other = Settings(steps=40, batch_size=1, lr=1.0, warmup=2, prompt_steps=36, prompt_lr=0.1)
+    assert trainer.learning_rate(other, 3) == rates[0] and trainer.learning_rate(other, 5) == pytest.approx(0.1)
 
 
 def test_quantisation_can_start_later_with_codes_from_the_data(tmp_path):
@@ -133,6 +137,25 @@ def test_muon_moves_the_matrices_of_the_blocks_along_orthogonal_directions(tmp_p
     rate = 0.2 * max(step.shape) ** 0.5 * trainer.learning_rate(Settings(2, 1, 1e-3, 0), 1)
     first, second = torch.linalg.svdvals(step / rate)[:2]  # a batch of two gives a gradient of rank two
     assert 0.5 < second <= first < 1.3, "five Newton-Schulz steps bring singular values near 1"
+
+
+def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
+    settings = ("steps=6", "prompt_steps=2", "prompt_crop=8", "prompt_lr=1e-3")
+    plain = train("tokenizer", tmp_path / "a", *settings, config=HEART)
+    fitted = train("tokenizer", tmp_path / "b", *settings, "readout_steps=300", config=HEART)
+    before, after = (checkpoint.read_tensors(f / "tokenizer.safetensors")[0] for f in (plain, fitted))
+    moved = {".".join(name.split(".")[::2][:2]) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"prompt_encoders.mlp", "heads.1"}, "neither convolutions nor the autoencoder"
+
+    images = torch.from_numpy(trainer.phantom_images(HEART, 4, None))
+    observed = draw_observed(np.random.default_rng(1), 40, 3, True).unflatten(0, (10, 4))
+
+    def loss(folder):
+        vae = checkpoint.load_tokenizer(folder)[1]
+        return float(weigh(pretext_losses(vae, vae.prompts_of_each(vae.encode(images)), observed), 1.0))
+
+    with torch.no_grad():
+        assert loss(fitted) < 0.5 * loss(plain)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])
@@ -268,7 +291,8 @@ def test_pretext_losses_are_those_of_the_heads():
     vae = CoPeVAE(TINY.tokenizer, 2).eval()
     z = torch.randn(3, 2, 8, 4, 4, 2)
     observed = torch.tensor([[True, False], [False, True], [True, False]])
-    terms = pretext_losses(vae, z, observed[None])
+    each = vae.prompts_of_each(z)
+    terms = pretext_losses(vae, each, observed[None])
     _, which, anchor = vae.assess(vae.prompts(z, observed))
     other = vae.assess(vae.prompts(z, ~observed))[2]
     p = which.sigmoid().double()
@@ -282,8 +306,8 @@ def test_pretext_losses_are_those_of_the_heads():
     assert terms["contrast"].item() == pytest.approx(nce.item(), rel=1e-5)
 
     other_pattern = ~observed
-    both = pretext_losses(vae, z, torch.stack((observed, other_pattern)))
-    second = pretext_losses(vae, z, other_pattern[None])
+    both = pretext_losses(vae, each, torch.stack((observed, other_pattern)))
+    second = pretext_losses(vae, each, other_pattern[None])
     for name, value in both.items():
         assert value.item() == pytest.approx((terms[name] + second[name]).item() / 2, rel=1e-5)
 
@@ -307,8 +331,9 @@ def test_prompts_start_at_unit_scale_even_under_autocast():
     z = torch.randn(6, 2, 8, 4, 4, 2) * torch.rand(6, 2, 8, 1, 1, 1)
     flat = z.flatten(0, 1)
     before = torch.stack([encoder(flat) for encoder in vae.prompt_encoders])
+    features = vae.features_of_each(z).flatten(0, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        scale_prompts(vae, z)
+        scale_prompts(vae, features)
     after = torch.stack([encoder(flat) for encoder in vae.prompt_encoders])
     assert before.std(1).max() < 0.3, "the case that the scaling is for"
     torch.testing.assert_close(after.mean(1), torch.zeros(3, 16), atol=1e-3, rtol=0)
