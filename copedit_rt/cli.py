@@ -247,7 +247,7 @@ def evaluate(
 
 
 Preset = Annotated[str, typer.Option(help="A preset: its model and its training settings.")]
-Data = Annotated[str, typer.Option(help="What to train on.")]
+Data = Annotated[str, typer.Option(metavar="phantom|DIR", help="What to train on: simulated subjects or a data set.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 
@@ -266,6 +266,38 @@ def train_denoiser(
 ) -> None:
     """Stage II: the diffusion transformer, on the latents of a trained tokenizer (--set tokenizer=FOLDER)."""
     _train("denoiser", preset, output, data, override, resume)
+
+
+@train.command("check-data")
+def train_check_data(
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="The data set.")],
+    preset: Preset,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every voxel, not only headers and sizes.")] = False,
+    as_json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also write the report there, as JSON.")
+    ] = None,
+) -> None:
+    """What a data set holds for a preset, what is skipped and why. Exit code 1 if there is nothing to train on."""
+    from copedit_rt.config import ModelConfig
+    from copedit_rt.files import write_atomically
+    from training import layouts
+
+    config = ModelConfig.preset(preset)
+    found = layouts.find(data, config)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("checking")
+        report = layouts.check(
+            found, config, deep=deep, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if output:
+        write_atomically(output, (json.dumps(report, indent=2) + "\n").encode())
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(layouts.render(report))
+    if not report["studies"]:
+        raise typer.Exit(1)
 
 
 def _train(stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool) -> None:

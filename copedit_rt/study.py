@@ -34,6 +34,7 @@ Task = Literal["brain", "cardiac"]
 MODALITIES = ("t1", "t1ce", "t2", "flair", "pd")  # also the order in which a study's files are taken
 STACK = "sax"  # the one volume of a cardiac study
 MARK = "synthetic, CoPeDiT"  # how the header's description of every output begins
+_SERIES = "a series over time; its frames are used instead"
 
 # What a modality may be called at the end of a name; the longest match counts ("t2_flair" before "flair").
 _SPELLINGS = {
@@ -57,6 +58,9 @@ _LABELS = re.compile(
     r"|^(?:label|seg|mask)s?[-_. ]",
     re.I,
 )
+_FRAME = re.compile(r"[-_](?:frame\d+|E[DS])$", re.I)  # ACDC, UKBB: a stack at one moment of the heart's cycle
+_OTHER_VIEW = re.compile(r"^(?:la(?:_\dch)?|ao|lvot)(?:_E[DS])?$", re.I)  # UKBB
+_MSCMR = re.compile(r"^patient\d+_(?:C0|LGE|DE|T2)$", re.I)  # its T2 is a heart's
 _BIDS = re.compile(r"^(?P<entities>sub-[^_]+(?:_[a-zA-Z0-9]+-[^_]+)*)_(?P<suffix>[a-zA-Z0-9]+)$")
 
 # How data sets spell their modalities; outputs follow the first that agrees best with the inputs.
@@ -124,15 +128,8 @@ def read_volume(path: Path, *, keep_raw: bool = False) -> Volume:
     Checks what the file is, not what the image shows: voxels may be NaN or all the same.
     """
     path = Path(path)
-    header = _read_header(path)
-    shape = _volume_shape(path, header)
-    try:
-        affine = np.asarray(header.get_best_affine(), np.float64)
-        slope, inter = header.get_slope_inter()
-        offset = max(int(header.get_data_offset()), int(header.single_vox_offset))
-    except (HeaderDataError, ValueError, OverflowError) as error:
-        raise CopeditError(f"{path}: its header is damaged ({error}); export or convert the image again") from error
-    _check_affine(path, affine)
+    header, shape, affine, offset = _read_promise(path)
+    slope, inter = header.get_slope_inter()
     dtype, count = header.get_data_dtype(), int(np.prod(shape))
     content, digest = _read_content(path, offset + count * dtype.itemsize)
     raw = np.frombuffer(content, dtype, count, offset).reshape(shape, order="F")
@@ -142,6 +139,37 @@ def read_volume(path: Path, *, keep_raw: bool = False) -> Volume:
         else:
             data = (raw.astype(np.float64) * slope + inter).astype(np.float32)
     return Volume(data, affine, header, path, digest, raw if keep_raw else None)
+
+
+def read_outline(path: Path) -> Volume:
+    """A volume whose voxels are zeros that take no memory, after every check that its header and size allow.
+
+    A gzip file ends with the size of its content; where that is not the promised one, all of it is read to find out.
+    """
+    path = Path(path)
+    header, shape, affine, offset = _read_promise(path)
+    promised = offset + int(np.prod(shape)) * header.get_data_dtype().itemsize
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(-4, os.SEEK_END)
+        size = int.from_bytes(file.read(), "little") if zipped else file.tell()
+    if size != (promised % 2**32 if zipped else promised):
+        _read_content(path, promised)
+    return Volume(np.broadcast_to(np.float32(0), shape), affine, header, path)
+
+
+def _read_promise(path: Path) -> tuple[nib.Nifti1Header, tuple[int, ...], NDArray[np.float64], int]:
+    """Header, shape, affine and where the voxels begin, all checked."""
+    header = _read_header(path)
+    shape = _volume_shape(path, header)
+    try:
+        affine = np.asarray(header.get_best_affine(), np.float64)
+        header.get_slope_inter()
+        offset = max(int(header.get_data_offset()), int(header.single_vox_offset))
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise CopeditError(f"{path}: its header is damaged ({error}); export or convert the image again") from error
+    _check_affine(path, affine)
+    return header, shape, affine, offset
 
 
 def _read_header(path: Path) -> nib.Nifti1Header:
@@ -316,6 +344,11 @@ def _stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I)
 
 
+def without_frame(stem: str) -> str:
+    """A stack's name without the moment of the heart's cycle: patient001_frame01 -> patient001, sa_ED -> sa."""
+    return _FRAME.sub("", stem)
+
+
 def _is_nifti(path: Path) -> bool:
     return bool(re.search(r"\.nii(\.gz)?$", path.name, re.I))
 
@@ -398,6 +431,13 @@ class StudyFiles:
         )
         return study
 
+    def outline(self) -> Study:
+        """The study with zeros for voxels; CopeditError for what names, headers and file sizes give away."""
+        if self.problem:
+            raise CopeditError(self.problem)
+        volumes = {e: read_outline(path) for e, path in self.files.items()}
+        return Study(self.name, self.task, volumes, naming=self.naming)
+
     def outputs(self, folder: Path, elements: Sequence[str]) -> dict[str, Path]:
         """{missing element: file it would be written to}, of a model's elements; cardiac: the whole stack."""
         names = [STACK] if self.task == "cardiac" else [e for e in elements if e not in self.files]
@@ -427,9 +467,10 @@ def find_studies(
     inputs: files, study folders, folders of these; grouped by folder and subject. Recognised are the names of
     BraTS to 2021 (`ID_t1ce`) and from 2023 (`ID-t1c`), IXI (`IXI002-Guys-0828-T1`, also in three folders side
     by side) and BIDS; an image whose name ends in no modality is a cardiac stack, unless brain images lie
-    beside it. Label maps, hidden files and our own outputs are passed over (`.skipped`).
+    beside it. Label maps, long-axis views, a stack over time beside its frames, hidden files and our own outputs are
+    passed over (`.skipped`).
     explicit: instead of inputs, {modality: file}, or {"sax": file}: one study whose files may have any name.
-    task: pass over the studies of the other task.
+    task: pass over the studies of the other task; "cardiac" also makes stacks of MSCMR's T2 images.
     Raises CopeditError where a path does not exist or no study is found.
     """
     inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
@@ -497,7 +538,9 @@ def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
 
 def _not_observed(path: Path) -> str | None:
     if re.search(r"_4d$", _stem(path), re.I):
-        return "a series over time; its frames are used instead"
+        return _SERIES
+    if _OTHER_VIEW.search(_stem(path)):
+        return "another view than the short axis by its name"
     if _is_synthetic(path):
         return "synthetic, written by CoPeDiT"
     return None
@@ -526,7 +569,8 @@ def _group(
     skipped: list[tuple[Path, str]],
 ) -> list[StudyFiles]:
     known = ", ".join(MODALITIES)
-    parsed = {path: _parse(path) for path in images}
+    hearts = {path for path in images if task == "cardiac" and _MSCMR.search(_stem(path))}
+    parsed = {path: None if path in hearts else _parse(path) for path in images}
     brain_folders = {n.folder for n in parsed.values() if n} | {p.parent for p, n in parsed.items() if n}
     groups: dict[tuple[Path, str, str | None], list[_Name]] = {}
     stacks = []
@@ -546,6 +590,10 @@ def _group(
             skipped.append((path, f"its name ends in no known modality ({known})"))
         else:
             stacks.append(path)
+    framed = {(p.parent, without_frame(_stem(p))) for p in stacks if _FRAME.search(_stem(p))}
+    series = {p for p in stacks if (p.parent, _stem(p)) in framed and p not in named}
+    skipped.extend((path, _SERIES) for path in series)
+    stacks = [path for path in stacks if path not in series]
     studies = []
     for (folder, head, _), names in groups.items():
         names.sort(key=lambda n: MODALITIES.index(n.element))

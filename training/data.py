@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +16,12 @@ import torch
 from torch import Tensor
 
 from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_rt.files import unwritable, write_atomically
 from copedit_rt.geometry import prepare
 from copedit_rt.study import Study, Volume
 from training import phantom
+from training.layouts import DataSet, Skipped, ahead, read_all, split
 from training.phantom import Phantom
 
 HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
@@ -51,17 +58,95 @@ def phantom_images(
         images = np.load(cache, mmap_mode="c")
         if images.shape == shape:
             return images
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp.npy")
-    images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for i, subject in enumerate(pool.map(model_images, [config] * subjects, range(subjects))):
+    with _new_cache(cache, shape) as images:
+        for i, subject in enumerate(ahead(model_images, config, range(subjects))):
             images[i] = subject
             if progress:
                 progress(i + 1, subjects)
-    images.flush()
-    os.replace(temporary, cache)
     return np.load(cache, mmap_mode="c")
+
+
+def folder_images(
+    config: ModelConfig,
+    data: DataSet,
+    output: Path,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = print,
+) -> np.ndarray:
+    """The training side of a data set through the runtime's preprocessing: float16 [studies, m, 1, H, W, D].
+
+    Mapped from `images.npy` in the run's folder; `images.json` beside it says which study is where and what was
+    skipped, `split.json` which subjects are held out. Once the first two are there they are used as they are, so a
+    resumed run sees the same images whatever became of the folder. A study that cannot be used is told to `say` once.
+    Raises CopeditError if more than three and more than one in twenty are damaged, and if nothing is left.
+    """
+    cache, index = output / "images.npy", output / "images.json"
+    preparation = {"elements": config.elements, "image": config.image, **dataclasses.asdict(config.preprocessing)}
+    about = json.loads(json.dumps({"folder": str(data.folder.resolve()), "preparation": preparation}))
+    if index.exists() and cache.exists():
+        done = json.loads(index.read_text(encoding="utf-8"))
+        if done["about"] == about:
+            return np.load(cache, mmap_mode="c")[: len(done["studies"])]
+    train = set(split(data.subjects, output / "split.json")["train"])
+    studies = [entry for entry in data.studies if entry.subject in train]
+    say(
+        f"{data.folder}: {len(studies)} studies of {len(train)} subjects to train on; held out: "
+        f"{len(data.subjects) - len(train)} subjects ({output / 'split.json'})"
+    )
+    for kind, count in Counter(item.kind for item in data.skipped).items():
+        first = next(item.reason for item in data.skipped if item.kind == kind)
+        say(f"{count} {kind} studies are left out, such as {first}")
+    rows: list[dict[str, str]] = []
+    skipped: list[Skipped] = []
+    damaged: list[Skipped] = []
+    shape = (max(1, len(studies)), len(config.elements), 1, *config.image)
+    with _new_cache(cache, shape) as images:
+        for i, (entry, subject) in enumerate(zip(studies, read_all(config, studies), strict=True), 1):
+            if isinstance(subject, Skipped):
+                say(f"left out: {subject.reason}")
+                (damaged if subject.kind == "damaged" else skipped).append(subject)
+                if len(damaged) > max(3, len(studies) // 20):
+                    raise CopeditError(
+                        f"{data.folder}: {len(damaged)} of the first {i} studies are damaged "
+                        f"({', '.join(item.study for item in damaged)}); repair or remove them, "
+                        f"`copedit train check-data --deep` lists all"
+                    )
+            else:
+                images[len(rows)] = subject
+                rows.append({"study": entry.files.name, "subject": entry.subject})
+            if progress:
+                progress(i, len(studies))
+        if not rows:
+            raise CopeditError(
+                f"{data.folder}: no complete study to train on; `copedit train check-data` says what is wrong with each"
+            )
+    left_out = [dataclasses.asdict(item) for item in (*data.skipped, *skipped, *damaged)]
+    report = {"about": about, "studies": rows, "skipped": left_out}
+    write_atomically(index, (json.dumps(report, indent=1) + "\n").encode())
+    return np.load(cache, mmap_mode="c")[: len(rows)]
+
+
+@contextlib.contextmanager
+def _new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """A float16 map to be filled, complete under its name or not there at all."""
+    size = 2 * int(np.prod(shape))
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp.npy")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache.parent).free
+        if size > free:  # writing to a map on a full disk would kill the process
+            raise CopeditError(
+                f"{cache} takes {size / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free there; "
+                f"choose another output folder with -o"
+            )
+        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+        yield images
+        images.flush()
+        os.replace(temporary, cache)
+    except OSError as error:
+        raise unwritable(cache, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def draw_observed(rng: np.random.Generator, batch: int, elements: int, consecutive: bool) -> Tensor:

@@ -12,6 +12,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.synthesizer import choose_device
 from copedit_rt.tokenizer import CoPeVAE
-from training.data import draw_observed, phantom_images
+from training import layouts
+from training.data import draw_observed, folder_images, phantom_images
 from training.losses import PRETEXT, EMACodebook, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, Stage, load_settings
 
@@ -267,24 +269,32 @@ def run(
 ) -> Path:
     """Train one stage and return the model folder `output/model`.
 
-    config replaces the preset's model (its training settings stay). Raises CopeditError for bad settings, an output
-    folder in use, or a loss that is not finite.
+    data: "phantom" or the folder of a data set, see `layouts.find`. config replaces the preset's model (its training
+    settings stay). Raises CopeditError for bad settings, unusable data, an output folder in use, or a loss that is not
+    finite.
     """
-    if data != "phantom":
-        raise CopeditError(f"--data {data}: only the embedded data set 'phantom' can be trained on in this version")
     settings = load_settings(stage, preset, overrides)
     config = config or ModelConfig.preset(preset)
-    described = {"stage": stage, "settings": dataclasses.asdict(settings), "model": config.to_dict()}
+    found = None if data == "phantom" else layouts.find(Path(data), config)
+    described: dict[str, Any] = {"stage": stage, "settings": dataclasses.asdict(settings), "model": config.to_dict()}
+    if found:
+        described["data"] = str(Path(data).resolve())
     _claim(output, described, resume)
     console = Console(stderr=True)
     console.print_json(data=described["settings"])
 
     torch.manual_seed(settings.seed)
     with _progress(console) as bar:
-        drawing = bar.add_task("simulating subjects", total=settings.subjects, note="")
-        images = phantom_images(
-            config, settings.subjects, output / "phantom.npy", lambda i, _: bar.update(drawing, completed=i)
-        )
+        drawing = bar.add_task("preparing images", total=None, note="")
+
+        def advance(done: int, total: int) -> None:
+            bar.update(drawing, completed=done, total=total)
+
+        if found:
+            say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+            images = folder_images(config, found, output, advance, say)
+        else:
+            images = phantom_images(config, settings.subjects, output / "phantom.npy", advance)
     task: Task
     if stage == "tokenizer":
         task = TokenizerTask(config, settings, images)

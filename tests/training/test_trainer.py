@@ -232,7 +232,7 @@ def test_bad_settings_are_named(tmp_path):
         train("tokenizer", tmp_path / "c", "steps=2", "crop=10")
     with pytest.raises(CopeditError, match="needs its tokenizer"):
         train("denoiser", tmp_path / "a", "steps=2")
-    with pytest.raises(CopeditError, match="only the embedded data set"):
+    with pytest.raises(CopeditError, match="--data /nowhere is not a folder"):
         trainer.run("tokenizer", "demo-brain", tmp_path / "b", data="/nowhere")
 
 
