@@ -142,9 +142,9 @@ class CoPeVAE(nn.Module):
             if isinstance(module, ResidualUnit):
                 nn.init.zeros_(module.conv2.weight)
             if isinstance(module, nn.BatchNorm3d):
-                # Thresholds from the common to the rare: what tells contrasts apart, such as enhanced vessels, fills few
-                # voxels. Features of untrained encoders then tell simulated T1 from T1ce in 97 % of images, with shifts
-                # of zero in 88 %.
+                # Thresholds from the common to the rare: what tells contrasts apart, such as enhanced vessels, fills
+                # few voxels. Features of untrained encoders then tell simulated T1 from T1ce in 97 % of images, with
+                # shifts of zero in 88 %.
                 module.bias.copy_(torch.linspace(-3.0, 0.5, module.num_features))
 
     def encode(self, images: Tensor) -> Tensor:

@@ -60,11 +60,12 @@ def _pick(z: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 def pretext_losses(tokenizer: CoPeVAE, each: Tensor, observed: Tensor) -> dict[str, Tensor]:
-    """Terms of equation 4 for the prompts of each element alone [B, m, 3, P]: count (cross-entropy), position (multi-label binary
-    cross-entropy) and contrast (InfoNCE over the batch: a subject's observed part against every missing part).
+    """Terms of equation 4 for the prompts of each element alone [B, m, 3, P]: count (cross-entropy), position
+    (multi-label binary cross-entropy) and contrast (InfoNCE over the batch: a subject's observed part against every
+    missing part).
 
-    observed: [K, B, m] (bool), K missing patterns of each subject; the terms are means over them. Prompts are means over
-    observed elements, so a further pattern costs next to nothing.
+    observed: [K, B, m] (bool), K missing patterns of each subject; the terms are means over them. Prompts are means
+    over observed elements, so a further pattern costs next to nothing.
     """
     def mean_over(part: Tensor) -> Tensor:
         weight = part.to(each.dtype) / part.sum(-1, keepdim=True)

@@ -25,12 +25,11 @@ class Settings:
     crop (tokenizer): reconstruct random crops of so many voxels in the plane, 0 for whole images. The pretext tasks
     always read whole images, every `pretext_every` steps, with their weight raised accordingly.
     draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
-    quantise_from (tokenizer): the first step with quantisation; before it stage I is a plain autoencoder, after which the
+    quantise_from (tokenizer): the first step with quantisation. Before it stage I is a plain autoencoder, so that the
     codebook starts from latents that already mean something.
     prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own (peak `prompt_lr`, 0 for
-    lr), train the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move;
-    on random crops of `prompt_crop` voxels in the plane, 0 for whole images.
-    readout_steps (tokenizer): after them, steps of the linear layers and heads alone on the pooled features of whole images.
+    lr), train the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
+    readout_steps (tokenizer): after them, steps of the linear layers and heads alone on pooled features.
     optimizer (denoiser): "adam", or "muon" (Jordan et al. 2024) for the blocks' matrices and Adam for the rest.
     compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
@@ -55,7 +54,6 @@ class Settings:
     prompt_steps: int = 0
     prompt_batch: int = 4
     prompt_lr: float = 0.0
-    prompt_crop: int = 0
     readout_steps: int = 0
     device: str = "auto"
     optimizer: str = "adam"
@@ -67,7 +65,8 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "subjects", "pretext_every", "draws", "prompt_batch", "checkpoint_every", "keep"):
+        counts = ("steps", "batch_size", "subjects", "pretext_every", "draws", "prompt_batch", "checkpoint_every", "keep")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.prompt_steps < self.steps:
@@ -87,7 +86,8 @@ def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> S
         known = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.toml")))
         raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
     values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
-    kinds = {f.name: {"int": int, "float": float, "str": str, "bool": _switch}[str(f.type)] for f in dataclasses.fields(Settings)}
+    readers: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": _switch}
+    kinds = {f.name: readers[str(f.type)] for f in dataclasses.fields(Settings)}
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or key not in kinds:

@@ -72,10 +72,9 @@ class TokenizerTask(Task):
         super().__init__(config, settings)
         self.images = images
         divisors, sizes = config.tokenizer.compression[:2], config.image[:2]
-        for name in ("crop", "prompt_crop"):
-            crop = getattr(settings, name)
-            if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors, sizes, strict=True)):
-                raise CopeditError(f"{name} = {crop}: must divide by {divisors} and fit into the image's plane {sizes}")
+        crop = settings.crop
+        if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors, sizes, strict=True)):
+            raise CopeditError(f"crop = {crop}: must divide by {divisors} and fit into the image's plane {sizes}")
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )
@@ -91,13 +90,6 @@ class TokenizerTask(Task):
             flip = torch.from_numpy(rng.random(batch) < 0.5).to(self.device)
             images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
         return images
-
-    def cut(self, rng: np.random.Generator, images: Tensor, size: int) -> Tensor:
-        """A random crop of `size` voxels in the plane, the same of all images; 0: the images."""
-        if not size:
-            return images
-        x, y = (int(rng.integers(0, n - size + 1)) for n in images.shape[3:5])
-        return images[:, :, :, x : x + size, y : y + size]
 
     def pretext(self, rng: np.random.Generator, z: Tensor) -> dict[str, Tensor]:
         features = self.tokenizer.features_of_each(z)
@@ -117,17 +109,18 @@ class TokenizerTask(Task):
         if step >= self.settings.steps - self.settings.prompt_steps:
             with self.autocast():
                 with torch.no_grad():
-                    images = self.draw(rng, self.settings.prompt_batch)
-                    z = self.tokenizer.encode(self.cut(rng, images, self.settings.prompt_crop))
+                    z = self.tokenizer.encode(self.draw(rng, self.settings.prompt_batch))
                 terms = self.pretext(rng, z)
             return weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
-        whole = self.draw(rng, self.settings.batch_size)
-        images = self.cut(rng, whole, self.settings.crop)
+        whole = images = self.draw(rng, self.settings.batch_size)
+        if size := self.settings.crop:
+            x, y = (int(rng.integers(0, n - size + 1)) for n in images.shape[3:5])
+            images = images[:, :, :, x : x + size, y : y + size]
         every, terms = self.settings.pretext_every, {}
         with self.autocast():
             z = self.tokenizer.encode(images)
             if step % every == 0:
-                terms = self.pretext(rng, self.tokenizer.encode(whole) if self.settings.crop else z)
+                terms = self.pretext(rng, self.tokenizer.encode(whole) if size else z)
             wide, state = z.float(), {}
             if step >= self.settings.quantise_from:
                 vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
@@ -339,7 +332,7 @@ def run(
 
 
 def _optimizers(task: Task, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW over everything (Adam where weight_decay is 0), or Muon for the matrices of the blocks and AdamW for the rest."""
+    """AdamW (Adam where weight_decay is 0) for everything, or for all but the matrices of the blocks beside Muon."""
     named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if ".blocks." in name and p.ndim == 2 and settings.optimizer == "muon"]
     chosen = {id(p) for p in matrices}

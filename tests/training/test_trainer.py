@@ -49,7 +49,6 @@ SMALL = (
     "pretext_every=2",
     "prompt_steps=0",
     "readout_steps=0",
-    "prompt_crop=0",
     "batch_size=2",
     "subjects=4",
     "checkpoint_every=2",
@@ -140,7 +139,7 @@ def test_muon_moves_the_matrices_of_the_blocks_along_orthogonal_directions(tmp_p
 
 
 def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
-    settings = ("steps=6", "prompt_steps=2", "prompt_crop=8", "prompt_lr=1e-3")
+    settings = ("steps=6", "prompt_steps=2", "prompt_lr=1e-3")
     plain = train("tokenizer", tmp_path / "a", *settings, config=HEART)
     fitted = train("tokenizer", tmp_path / "b", *settings, "readout_steps=300", config=HEART)
     before, after = (checkpoint.read_tensors(f / "tokenizer.safetensors")[0] for f in (plain, fitted))
