@@ -209,7 +209,8 @@ _DEMO_TOKENIZER = TokenizerConfig(
 # own 33.0 M parameters and 104 GFLOP fit (Table 15 prints 576 and 12). The field of view of brain-ixi is 192 x 192 x 80
 # voxels at IXI's 0.9375 x 0.9375 x 1.25 mm. demo-*: small enough for two CPU cores.
 # Of simulated brains, eight principal components of blocks of 4 x 4 x 4 voxels (8 x 8 x 20 mm) keep 25 dB, four of
-# 4 x 4 x 1 keep 27, three of 2 x 2 x 1 keep 34; 192 (the width) of a token of 8 x 8 x 4 voxels keep 35, of 8 x 8 x 8 29.
+# 4 x 4 x 1 keep 27, three of 2 x 2 x 1 keep 34; 192 (the width) of a token of 8 x 8 x 4 voxels keep 35, of 8 x 8 x 8
+# only 29.
 PRESETS: dict[str, ModelConfig] = {
     config.name: config
     for config in (

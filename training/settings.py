@@ -65,8 +65,8 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "subjects", "pretext_every", "draws", "prompt_batch", "checkpoint_every", "keep")
-        for name in counts:
+        counts = ("steps", "batch_size", "subjects", "pretext_every", "draws", "prompt_batch")
+        for name in (*counts, "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.prompt_steps < self.steps:

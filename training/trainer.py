@@ -29,7 +29,7 @@ from copedit_rt.diffusion import add_noise, alpha_bar
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.synthesizer import choose_device
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
 from training import layouts
 from training.data import draw_observed, folder_images, phantom_images
 from training.losses import PRETEXT, EMACodebook, pretext_losses, scale_prompts, weigh
@@ -158,17 +158,21 @@ class TokenizerTask(Task):
     def read_out(self) -> None:
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects.
 
-        The features are computed once, so that thousands of steps take seconds. Adam, cosine decay, batches of 32.
+        The features are computed once, so that thousands of steps take seconds. They are brought to mean 0 and deviation
+        1, which the first layer takes over at the end. AdamW, cosine decay, batches of 32.
         """
         vae, settings, features = self.tokenizer, self.settings, []
+        layers = [e.mlp for e in vae.prompt_encoders if isinstance(e, PromptEncoder)]
         for subject in self.images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x,) if self.cardiac else (x, x.flip(3)):
                 with torch.no_grad():
                     features.append(vae.features_of_each(vae.encode(view)))
         every = torch.cat(features)
+        mean, deviation = every.mean((0, 1)), every.std((0, 1)).clamp_min(1e-9)
+        every = (every - mean) / deviation
         scale_prompts(vae, every.flatten(0, 1))
-        weights = [p for module in (*(e.mlp for e in vae.prompt_encoders), vae.heads) for p in module.parameters()]
+        weights = [p for module in (*layers, vae.heads) for p in module.parameters()]
         optimizer = torch.optim.AdamW(weights, READOUT_LR, weight_decay=0.01)
         for step in range(settings.readout_steps):
             rng = np.random.default_rng((settings.seed, settings.steps + step))
@@ -179,6 +183,10 @@ class TokenizerTask(Task):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+        with torch.no_grad():
+            for mlp, center, scale in zip(layers, mean, deviation, strict=True):
+                mlp[0].weight /= scale
+                mlp[0].bias -= mlp[0].weight @ center
 
 
 class DenoiserTask(Task):
