@@ -8,6 +8,7 @@ document.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -79,6 +80,9 @@ Model = Annotated[
     typer.Option(metavar="NAME_OR_FOLDER", help="The model; by default one that fits the task and the files."),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; by default the model's.")]
+Solver = Annotated[
+    str | None, typer.Option(metavar="ddim|dpm2m", help="First- or second-order sampler; by default the model's.")
+]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Slices = Annotated[
@@ -114,7 +118,12 @@ def synth(
     samples: Annotated[
         int, typer.Option(min=1, help="Draw N, write their mean and a map of their standard deviation.")
     ] = 1,
+    solver: Solver = None,
     device: Device = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
     resample: Annotated[
         bool, typer.Option("--resample", help="Bring files on other grids onto the first one's.")
@@ -137,7 +146,9 @@ def synth(
         steps=steps,
         seed=seed,
         samples=samples,
+        solver=solver,
         device=device,
+        max_memory=_bytes(max_memory),
         overwrite=overwrite,
         resample=resample,
         preview=preview,
@@ -218,6 +229,11 @@ def evaluate(
         int | None, typer.Option(min=1, help="At most N missing patterns per count; by default all.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
+    solver: Solver = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="5,10,20", help="Instead: quality and time at these numbers of steps, per solver."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -226,18 +242,23 @@ def evaluate(
 
     if data != "phantom":
         raise CopeditError(f"--data {data}: only the embedded data set 'phantom' can be evaluated on in this version")
+    counts = _numbers(sweep, "--sweep")
+    if counts is not None and (steps, solver) != (None, None):
+        raise CopeditError("--sweep tries every solver at its own numbers of steps; leave --steps and --solver out")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
     with _progress(_stderr()) as bar:
         task = bar.add_task("evaluating")
-        report = body.evaluate(
-            synthesizer,
-            subjects=subjects,
-            steps=steps,
-            seed=seed,
-            patterns=patterns,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        options: dict[str, Any] = {
+            "subjects": subjects,
+            "seed": seed,
+            "patterns": patterns,
+            "progress": lambda done, total: bar.update(task, completed=done, total=total),
+        }
+        if counts is None:
+            report = body.evaluate(synthesizer, steps=steps, solver=solver, **options)
+        else:
+            report = body.sweep(synthesizer, steps=counts, **options)
     paths = body.write_report(report, output)
     if as_json:
         _print_json(report)
@@ -349,7 +370,9 @@ def synthesise(
     steps: int | None = None,
     seed: int = 0,
     samples: int = 1,
+    solver: str | None = None,
     device: str = "auto",
+    max_memory: int | None = None,
     overwrite: bool = False,
     resample: bool = False,
     preview: bool = False,
@@ -363,7 +386,7 @@ def synthesise(
     wanted = _targets(target)
     _check_writable(output)
     found = _find(inputs, explicit)
-    models, err = _Models(model, device), _stderr()
+    models, err = _Models(model, device, max_memory), _stderr()
     entries: list[dict[str, Any]] = []
     with _progress(err) as bar:
         studies = bar.add_task("studies", total=len(found), visible=len(found) > 1)
@@ -383,7 +406,7 @@ def synthesise(
                     entry,
                     models,
                     target=wanted,
-                    options={"steps": steps, "seed": seed, "samples": samples, "progress": advance},
+                    options={"steps": steps, "seed": seed, "samples": samples, "solver": solver, "progress": advance},
                     overwrite=overwrite,
                     resample=resample,
                     preview=preview,
@@ -474,7 +497,7 @@ def _out_of_memory(name: str, work: Callable[[], Any]) -> Any:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in torch_says):
             raise
         raise CopeditError(
-            f"{name}: memory ran out; use a smaller model with --model, fewer --samples, or another --device"
+            f"{name}: memory ran out; set --max-memory, use a smaller model with --model, or another --device"
         ) from error
 
 
@@ -598,8 +621,8 @@ class _UnusableModel(CopeditError):
 class _Models:
     """Chooses models and loads each once."""
 
-    def __init__(self, model: str | None, device: str) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: str | None, device: str, max_memory: int | None = None) -> None:
+        self._model, self._device, self._max_memory = model, device, max_memory
         self._loaded: dict[str, Synthesizer] = {}
 
     def choose(self, task: str, elements: Mapping[str, Any]) -> tuple[str, ModelConfig]:
@@ -625,7 +648,7 @@ class _Models:
 
         if name not in self._loaded:
             try:
-                self._loaded[name] = Synthesizer.load(name, device=self._device)
+                self._loaded[name] = Synthesizer.load(name, self._device, self._max_memory)
             except CopeditError as error:
                 raise _UnusableModel(error) from error
         return self._loaded[name]
@@ -659,7 +682,7 @@ def _explicit(**files: Path | None) -> dict[str, Path] | None:
     return {name: path for name, path in files.items() if path is not None} or None
 
 
-def _numbers(text: str | None) -> list[int] | None:
+def _numbers(text: str | None, option: str = "--missing-slices") -> list[int] | None:
     """3,4,5 or 3-5 as integers."""
     if text is None:
         return None
@@ -667,9 +690,19 @@ def _numbers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise CopeditError(f"--missing-slices {text}: expected numbers such as 3,4,5 or 3-5, counted from 0")
+            raise CopeditError(f"{option} {text}: expected whole numbers such as 3,4,5 or 3-5")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def _bytes(text: str | None) -> int | None:
+    """2GB, 500MB or 1.5g as bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(?:i?B)?\s*", text, re.IGNORECASE)
+    if not found:
+        raise CopeditError(f"--max-memory {text}: expected an amount such as 2GB or 500MB")
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2].upper()])
 
 
 def _check_writable(folder: Path) -> None:

@@ -20,6 +20,7 @@ Triple = tuple[int, int, int]
 Prompts = Literal["full", "none", "mask", "no-count", "no-position", "no-contrast"]
 Injection = Literal["across", "within", "both"]
 Backbone = Literal["mdit3d", "dit3d", "dit", "unet"]
+Solver = Literal["ddim", "dpm2m"]
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Scaled-linear schedule (Appendix B.3) and the sampler's default."""
+    """Scaled-linear schedule (Appendix B.3) and the sampler's defaults; solvers: `diffusion.solver_tables`."""
 
     train_steps: int = 500
     beta_start: float = 0.0015
     beta_end: float = 0.0195
     steps: int = 200
+    solver: Solver = "ddim"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -51,6 +53,11 @@ def rope_table(size: Triple, head_dim: int) -> Tensor:
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
+def pick(x: Tensor, rows: Tensor) -> Tensor:
+    """Elements of x [B, m, ...] as samples of one element each [N, 1, ...]; rows [N] count through B, then m."""
+    return x.flatten(0, 1).index_select(0, rows)[:, None]
+
+
 class Block(nn.Module):
     """Attention along one axis and a SwiGLU MLP, both with adaLN-zero."""
 
@@ -67,10 +74,24 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> Tensor:
         """x [B, m, T, C], condition [B, C] after SiLU, rope [2, T, D/2] or None -> [B, m, T, C]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        return self.modulated(x, self.modulation(condition), rope)
+
+    def modulated(self, x: Tensor, modulation: Tensor, rope: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """`forward` given `modulation` [B, 6C] of the condition.
+
+        rows [N]: only the output of these elements is wanted (see `pick`), [N, 1, T, C]. The others still give keys and
+        values to an across-block; a within-block need not see them at all.
+        """
+        if rows is not None and self.axis == "token":
+            x, modulation, rows = pick(x, rows), modulation.index_select(0, rows // x.shape[1]), None
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         h = ada_norm(x, scale1, shift1, self.norm1, "rms", EPS)
-        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))
-        branch = self.proj(axis_attention(qkv, rope, self.axis).flatten(-2))
+        mixed = axis_attention(self.qkv(h).unflatten(-1, (3, self.heads, -1)), rope, self.axis)
+        if rows is not None:
+            sample = rows // x.shape[1]
+            x, mixed = pick(x, rows), pick(mixed, rows)
+            gate1, shift2, scale2, gate2 = (part.index_select(0, sample) for part in (gate1, shift2, scale2, gate2))
+        branch = self.proj(mixed.flatten(-2))
         x, h = gated_residual_ada_norm(x, branch, gate1, scale2, shift2, self.norm2, "rms", EPS)
         branch = self.mlp_out(swiglu(self.mlp_in(h)))
         return x + (gate2[:, None, None] * branch).to(x.dtype)
@@ -129,19 +150,25 @@ class MDiT3D(nn.Module):
         )
         self._initialise()
 
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         # adaLN-zero: every block starts as the identity and the output at zero.
-        modulations = [block.modulation for block in self.blocks if isinstance(block, Block)]
+        modulations = [block.modulation for block in self._blocks()]
         for layer in (*modulations, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)
 
     def condition(self, t: Tensor, prompts: Tensor | None, observed: Tensor) -> tuple[Tensor, Tensor]:
-        """What the blocks are conditioned on, after SiLU: [B, C] from time alone, and [B, C] with the prompts."""
-        angle = t.to(self.frequencies.dtype)[:, None] * self.frequencies
+        """What the blocks are conditioned on, after SiLU: [B, C] from time alone, and [B, C] with the prompts.
+
+        t [B], or [S, 1] for S timesteps of every sample: then [S, 1, C], and [S, B, C] with the prompts.
+        """
+        angle = t.to(self.frequencies.dtype)[..., None] * self.frequencies
         time = self.time(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.embed.weight.dtype))
         prompted = time
         if self.prompt is not None:
@@ -178,17 +205,39 @@ class MDiT3D(nn.Module):
         prompts: [B, 3, P] (None only for prompts = none or mask). observed: [B, m] bool, read only by the "mask"
         ablation: the full model is told nothing about what is missing but what the prompts say.
         """
+        return self.predict(z, self.modulate(t, prompts, observed))
+
+    def modulate(self, t: Tensor, prompts: Tensor | None, observed: Tensor) -> list[Tensor]:
+        """All that time and prompts do: modulation [B, 6C] of each block, then [B, 2C] of the final layer.
+
+        With t [S, 1], that of S timesteps in one product each: [S, B, ...], or [S, 1, ...] where prompts play no part.
+        """
         time, prompted = self.condition(t, prompts, observed)
+        parts = [block.modulation(prompted if block.prompted else time) for block in self._blocks()]
+        return [*parts, self.final_modulation(time)]
+
+    def predict(self, z: Tensor, modulation: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """`forward` given what `modulate` returns for t [B].
+
+        rows [N]: predict only these elements (see `pick`), [N, 8, h, w, d]; "mdit3d" then leaves out what nothing else
+        reads, from the last block's attention on.
+        """
+        *parts, final = modulation
         x = self.embed(self.patchify(z)) + self.position.to(z.dtype)
-        for i, block in enumerate(self.blocks):
+        last = rows if self.alternate else None
+        for i, (block, part) in enumerate(zip(self._blocks(), parts, strict=True)):
             if i == 1 and self.alternate:
                 x = x + self.element[:, None].to(x.dtype)
             # Rotary positions belong to attention over tokens; across elements there is no order to encode.
             rope = self.rope if self.alternate and block.axis == "token" else None
-            x = block(x, prompted if block.prompted else time, rope)
-        shift, scale = self.final_modulation(time).chunk(2, dim=-1)
-        x = ada_norm(x, scale, shift, self.final_norm, "rms", EPS)
-        return self.unpatchify(self.final(x), z.shape)
+            x = block.modulated(x, part, rope, last if i == len(parts) - 1 else None)
+        if last is not None:
+            final = final.index_select(0, last // z.shape[1])
+        shift, scale = final.chunk(2, dim=-1)
+        out = self.unpatchify(self.final(ada_norm(x, scale, shift, self.final_norm, "rms", EPS)), z.shape)
+        if rows is None:
+            return out
+        return (pick(out, rows) if last is None else out)[:, 0]
 
 
 class UNet(nn.Module):

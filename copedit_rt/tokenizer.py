@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copedit_rt.config import TokenizerConfig, Triple
+from copedit_rt.errors import CopeditError
 from kernels import nearest_code
 
 
@@ -36,6 +38,93 @@ class ResidualUnit(nn.Module):
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
+def _size(layer: nn.Module, n: int, axis: int = 0) -> int:
+    """Length that a layer makes of n along H, W or D; n a multiple of its stride."""
+    if isinstance(layer, nn.ConvTranspose3d):
+        return n * layer.stride[axis]
+    return n // layer.stride[axis] if isinstance(layer, nn.Conv3d) else n
+
+
+def _reach(layer: nn.Module, first: int, end: int, rows: int) -> tuple[int, int]:
+    """The part [from, to) of a layer's `rows` input rows that its output rows [first, end) depend on."""
+    last = end - 1
+    if isinstance(layer, ResidualUnit):
+        first, last = first - 2, last + 2
+    elif isinstance(layer, nn.Conv3d | nn.ConvTranspose3d):
+        kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+        if isinstance(layer, nn.ConvTranspose3d):
+            first, last = -((kernel - 1 - padding - first) // stride), (last + padding) // stride
+        else:
+            first, last = first * stride - padding, last * stride - padding + kernel - 1
+            first -= first % stride  # what is left out comes to whole rows of output
+    return max(0, first), min(rows, last + 1)
+
+
+def _spans(layers: Sequence[nn.Module], rows: int, height: int) -> Iterator[list[tuple[int, int]]]:
+    """Per slab of `height` rows of the result: the rows that each layer is given, then those of the result."""
+    sizes = [rows]
+    for layer in layers:
+        sizes.append(_size(layer, sizes[-1]))
+    for start in range(0, sizes[-1], height):
+        spans = [(start, min(start + height, sizes[-1]))]
+        for layer, size in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
+            spans.insert(0, _reach(layer, *spans[0], size))
+        yield spans
+
+
+def in_slabs(layers: Sequence[nn.Module], x: Tensor, height: int) -> Tensor:
+    """The layers applied to x [N, C, H, W, D], `height` rows of the result at a time.
+
+    A slab is computed from all that it depends on, so that the result is that of the whole up to rounding.
+    """
+    slabs = []
+    for *spans, (first, end) in _spans(layers, x.shape[2], height):
+        y, origin = x, 0
+        for layer, (a, b) in zip(layers, spans, strict=True):
+            y, origin = y[:, :, a - origin : b - origin].contiguous(), _size(layer, a)
+            y = layer(y)
+        slabs.append(y[:, :, first - origin : end - origin].clone())
+    return torch.cat(slabs, dim=2)
+
+
+def feature_bytes(layers: Sequence[nn.Module], x: Tensor, height: int) -> int:
+    """Bytes of the feature maps that `in_slabs` holds at once: those of the layer where they are largest.
+
+    Without weights, the result, and what a convolution's library uses besides.
+    """
+    most = 0
+    for spans in _spans(layers, x.shape[2], height):
+        channels, (_, *plane) = x.shape[1], x.shape[2:]
+        for layer, (a, b) in zip(layers, spans[:-1], strict=True):
+            before = channels * (b - a) * math.prod(plane)
+            if isinstance(layer, ResidualUnit):
+                between = 2 * max(channels, layer.conv1.out_channels) * before // channels
+            else:
+                channels = getattr(layer, "out_channels", channels)
+                plane = [_size(layer, n, axis) for axis, n in enumerate(plane, 1)]
+                between = max(before, channels * _size(layer, b - a) * math.prod(plane))
+            most = max(most, before + between)
+    return most * x.shape[0] * x.element_size()
+
+
+def within_memory(layers: Sequence[nn.Module], x: Tensor, limit: int) -> Tensor:
+    """The layers applied to x [N, C, H, W, D] one sample at a time, in slabs such that `feature_bytes` <= limit.
+
+    Raises CopeditError where slabs of one row still need more: what a row of the paper's latents depends on is nearly
+    the whole volume, so that its encoder gains nothing from slabs, its decoder much.
+    """
+    height = x.shape[2]
+    for layer in layers:
+        height = _size(layer, height)
+    while (needed := feature_bytes(layers, x[:1], height)) > limit and height > 1:
+        height = (height + 1) // 2
+    if needed > limit:
+        raise CopeditError(
+            f"max_memory of {limit / 2**20:.1f} MiB: even the thinnest slabs of the model need {needed / 2**20:.1f} MiB"
+        )
+    return torch.cat([in_slabs(layers, one, height) for one in x.split(1)])
+
+
 class Encoder(nn.Module):
     """[N, 1, H, W, D] -> [N, 8, h, w, d]."""
 
@@ -49,6 +138,10 @@ class Encoder(nn.Module):
             self.levels.append(nn.Sequential(nn.Conv3d(width, channels, kernel, stride, padding), nn.ReLU(), *units))
             width = channels
         self.out = nn.Conv3d(width, c.latent_channels, 3, padding=1)
+
+    def layers(self) -> list[nn.Module]:
+        """What `forward` applies, one after the other."""
+        return [*(layer for level in self.levels for layer in cast(nn.Sequential, level)), self.out]
 
     def forward(self, x: Tensor) -> Tensor:
         for level in self.levels:
@@ -70,11 +163,19 @@ class Decoder(nn.Module):
             up = nn.ConvTranspose3d(c.channels[i], widths[i], kernel, c.strides[i], padding)
             self.levels.append(nn.Sequential(*units, up, nn.ReLU() if i else nn.Identity()))
 
+    def layers(self) -> list[nn.Module]:
+        """What `forward` applies, one after the other."""
+        return [self.inp, *(layer for level in self.levels for layer in cast(nn.Sequential, level))]
+
     def forward(self, z: Tensor) -> Tensor:
         x = self.inp(z)
         for level in self.levels:
             x = level(x)
         return x
+
+
+def _apply(net: Encoder | Decoder, x: Tensor, limit: int | None) -> Tensor:
+    return net(x) if limit is None else within_memory(net.layers(), x, limit)
 
 
 class PromptEncoder(nn.Module):
@@ -147,9 +248,12 @@ class CoPeVAE(nn.Module):
                 # shifts of zero in 88 %.
                 module.bias.copy_(torch.linspace(-3.0, 0.5, module.num_features))
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, m, 1, H, W, D] in 0..1 -> latents before quantisation [B, m, 8, h, w, d], each by itself."""
-        return self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    def encode(self, images: Tensor, limit: int | None = None) -> Tensor:
+        """Images [B, m, 1, H, W, D] in 0..1 -> latents before quantisation [B, m, 8, h, w, d], each by itself.
+
+        limit: bytes of feature maps to stay within, see `within_memory`.
+        """
+        return _apply(self.encoder, images.flatten(0, 1), limit).unflatten(0, images.shape[:2])
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, m, 8, h, w, d] -> (their nearest codes, same shape; indices [B, m, h, w, d])."""
@@ -157,17 +261,17 @@ class CoPeVAE(nn.Module):
         index = nearest_code(flat.reshape(-1, flat.shape[-1]).float(), self.codebook.float())
         return self.codebook[index].view(flat.shape).movedim(-1, 2).to(z.dtype), index.view(flat.shape[:-1])
 
-    def decode(self, codes: Tensor, joint: bool) -> Tensor:
+    def decode(self, codes: Tensor, joint: bool, limit: int | None = None) -> Tensor:
         """Codes [B, m, 8, h, w, d] -> images [B, m, 1, H, W, D].
 
         joint: the elements are slabs of one stack along depth and are decoded together, so that no seam appears
-        between them (cardiac).
+        between them (cardiac). limit: bytes of feature maps to stay within, see `within_memory`.
         """
         if not joint:
-            return self.decoder(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+            return _apply(self.decoder, codes.flatten(0, 1), limit).unflatten(0, codes.shape[:2])
         batch, m, channels, h, w, d = codes.shape
         stack = codes.permute(0, 2, 3, 4, 1, 5).reshape(batch, channels, h, w, m * d)
-        x = self.decoder(stack)
+        x = _apply(self.decoder, stack, limit)
         return x.unflatten(-1, (m, x.shape[-1] // m)).permute(0, 4, 1, 2, 3, 5)
 
     def normalise(self, z: Tensor) -> Tensor:

@@ -285,9 +285,9 @@ def compare_brain(
     missing: Sequence[str],
     synthesised: Mapping[str, np.ndarray],
     intensity: tuple[float, float],
-    regression: LinearRegression,
+    regression: LinearRegression | None,
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Method and metrics per missing modality: the model, then the baselines.
+    """Method and metrics per missing modality: the model, then the baselines (no regression: the model alone).
 
     truth: the complete study; synthesised: the outputs, in the file's units, of which `intensity` is 0 and 1.
     """
@@ -295,13 +295,10 @@ def compare_brain(
     observed = {name: image for name, image in normal.items() if name not in missing}
     low, high = intensity
     for name in missing:
-        output = np.clip((synthesised[name] - low) / (high - low), 0, 1)
-        for method, image in (
-            ("model", output),
-            ("mean of observed", mean_of_observed(observed)),
-            ("linear regression", regression.predict(observed, name)),
-        ):
-            yield method, measure(image, normal[name])
+        yield "model", measure(np.clip((synthesised[name] - low) / (high - low), 0, 1), normal[name])
+        if regression:
+            yield "mean of observed", measure(mean_of_observed(observed), normal[name])
+            yield "linear regression", measure(regression.predict(observed, name), normal[name])
 
 
 def compare_heart(
@@ -331,14 +328,14 @@ def evaluate(
     patterns: int | None = None,
     fit_subjects: int = 32,
     progress: Progress | None = None,
+    solver: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate on `subjects` held-out phantoms; JSON-able.
 
     patterns: at most that many missing patterns per count (None: all). fit_subjects: how many training
     phantoms the regression baseline is fitted on. progress: called with studies done and studies in all.
     """
-    if first_seed < HELD_OUT:
-        raise CopeditError(f"seed {first_seed} may have been trained on; held-out phantoms start at {HELD_OUT}")
+    _check_held_out(first_seed)
     config = model.config
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
     by_count, by_pattern, heads = Scores(), Scores(), Heads()
@@ -350,7 +347,7 @@ def evaluate(
         for missing in wanted:
             study = phantom_study(config, phantom, missing, name)
             start = time.perf_counter()
-            result = model.synthesize(study, steps=steps, seed=seed)
+            result = model.synthesize(study, steps=steps, seed=seed, solver=solver)
             seconds += time.perf_counter() - start
             heads.add(result.perception, missing)
             for method, values in compare(config, phantom, missing, result, regression):
@@ -372,12 +369,74 @@ def evaluate(
         "subjects": subjects,
         "first_seed": first_seed,
         "steps": config.diffusion.steps if steps is None else steps,
+        "solver": config.diffusion.solver if solver is None else solver,
         "seed": seed,
         "seconds_per_study": seconds / max(done, 1),
         "by_count": by_count.summary(),
         "by_pattern": by_pattern.summary(),
         "heads": heads.summary(),
         "mislabel": mislabel if mislabel["studies"] else None,
+    }
+
+
+def _check_held_out(first_seed: int) -> None:
+    if first_seed < HELD_OUT:
+        raise CopeditError(f"seed {first_seed} may have been trained on; held-out phantoms start at {HELD_OUT}")
+
+
+def sweep(
+    model: Synthesizer,
+    *,
+    steps: Sequence[int],
+    subjects: int = 16,
+    first_seed: int = HELD_OUT,
+    seed: int = 0,
+    patterns: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quality and seconds a study of every solver at several numbers of steps; JSON-able.
+
+    Studies and noise are the same for all. "converged": PSNR of all that was synthesised against what the second-order
+    solver makes in the most steps, the best estimate of where all of them lead. The rest as in `evaluate`.
+    """
+    _check_held_out(first_seed)
+    config = model.config
+    wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
+    settings = [(solver, n) for n in sorted(set(steps), reverse=True) for solver in ("dpm2m", "ddim")]
+    scores, seconds, done = Scores(), dict.fromkeys(settings, 0.0), 0
+    for subject in range(first_seed, first_seed + subjects):
+        phantom = phantom_subject(config, subject)
+        for missing in wanted:
+            study = phantom_study(config, phantom, missing, f"phantom{subject}")
+            best = None
+            for solver, n in settings:
+                start = time.perf_counter()
+                result = model.synthesize(study, steps=n, seed=seed, solver=solver)
+                seconds[solver, n] += time.perf_counter() - start
+                volumes = np.stack([result.study.volumes[name].data for name in sorted(result.study.synthetic)])
+                best = volumes if best is None else best
+                low, high = intensity_of(result.record)
+                converged = min(psnr(volumes, best, high - low), 100.0)
+                for method, values in compare(config, phantom, missing, result):
+                    if method == "model":
+                        scores.add(f"{solver} {n}", method, values | {"converged": converged})
+            done += 1
+            if progress:
+                progress(done, subjects * len(wanted))
+    found = scores.summary()
+    return {
+        "model": config.name,
+        "task": config.task,
+        "data": "phantom",
+        "subjects": subjects,
+        "first_seed": first_seed,
+        "seed": seed,
+        "patterns": ["+".join(missing) for missing in wanted],
+        "sweep": [
+            {"solver": solver, "steps": n, "seconds_per_study": seconds[solver, n] / max(done, 1)}
+            | found[f"{solver} {n}"]["model"]
+            for solver, n in sorted(settings)
+        ],
     }
 
 
@@ -391,7 +450,7 @@ def compare(
     phantom: Phantom,
     missing: Sequence[str],
     result: Result,
-    regression: LinearRegression,
+    regression: LinearRegression | None = None,
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """`compare_brain` or `compare_heart` of a phantom and what was made of it."""
     volumes = {name: volume.data for name, volume in result.study.volumes.items()}
@@ -407,15 +466,37 @@ def intensity_of(record: Mapping[str, Any]) -> tuple[float, float]:
     return first["low"], first["high"]
 
 
+def sweep_markdown(report: Mapping[str, Any]) -> str:
+    """The report of `sweep` as a Markdown table."""
+    lines = [
+        f"# {report['model']}: quality against steps, on held-out phantoms",
+        "",
+        f"{report['subjects']} simulated subjects from seed {report['first_seed']}, {len(report['patterns'])} missing "
+        "patterns, the same noise for every row. Converged: PSNR against the second-order solver at the most steps.",
+        "",
+        "| solver | steps | images | PSNR (dB) | SSIM | MAE | converged (dB) | s a study |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in report["sweep"]:
+        cells = [f"{row[metric]['mean']:.{digits}f}" for metric, digits in (("psnr", 2), ("ssim", 4), ("mae", 4))]
+        lines.append(
+            f"| {row['solver']} | {row['steps']} | {row['images']} | {' | '.join(cells)} | "
+            f"{row['converged']['mean']:.1f} | {row['seconds_per_study']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown tables."""
+    if "sweep" in report:
+        return sweep_markdown(report)
     task = "one image" if report["task"] == "brain" else "one study, over its missing slices"
     lines = [
         f"# {report['model']} on held-out phantoms",
         "",
-        f"{report['subjects']} simulated subjects from seed {report['first_seed']}, {report['steps']} steps, "
-        f"{report['seconds_per_study']:.2f} s a study. Mean ± standard deviation over values of {task}; "
-        "intensities on 0..1.",
+        f"{report['subjects']} simulated subjects from seed {report['first_seed']}, {report['steps']} steps of "
+        f"{report['solver']}, {report['seconds_per_study']:.2f} s a study. Mean ± standard deviation over values of "
+        f"{task}; intensities on 0..1.",
     ]
     for title, key, heading in (
         ("missing count", "by_count", "missing"),
@@ -454,9 +535,10 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """evaluation.json and evaluation.md in a folder."""
+    """evaluation.json and evaluation.md (of a sweep: sweep.json and sweep.md) in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "evaluation.json", folder / "evaluation.md"]
+    name = "sweep" if "sweep" in report else "evaluation"
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
     for path, text in zip(paths, (json.dumps(report, indent=2) + "\n", markdown(report)), strict=True):
         write_atomically(path, text.encode())
     return paths

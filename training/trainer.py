@@ -366,8 +366,14 @@ def _claim(output: Path, described: dict[str, Any], resume: bool) -> None:
         write_atomically(path, (json.dumps(described, indent=2) + "\n").encode())
     elif not resume:
         raise CopeditError(f"{output}: holds a run already; add --resume to go on with it, or choose another folder")
-    elif json.loads(path.read_text()) != json.loads(json.dumps(described)):
+    elif _complete(json.loads(path.read_text())) != json.loads(json.dumps(described)):
         raise CopeditError(f"{output}: was started with other settings (see {path}); resume with the same ones")
+
+
+def _complete(described: dict[str, Any]) -> dict[str, Any]:
+    """A run as an older version described it, with the fields of the model that have been added since."""
+    model = ModelConfig.from_dict(described["model"])
+    return described | {"model": json.loads(json.dumps(model.to_dict()))}
 
 
 def _checkpoints(output: Path) -> list[Path]:

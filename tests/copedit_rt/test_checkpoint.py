@@ -57,6 +57,17 @@ def test_presets_survive_json(name):
     assert ModelConfig.from_dict(json.loads(json.dumps(PRESETS[name].to_dict()))) == PRESETS[name]
 
 
+def test_a_configuration_written_before_there_were_solvers_still_loads(folder):
+    data = json.loads((folder / "config.json").read_text())
+    assert data["diffusion"].pop("solver") == "ddim"
+    (folder / "config.json").write_text(json.dumps(data))
+    assert checkpoint.read_config(folder) == CONFIG
+    data["diffusion"]["solver"] = "euler"
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(CopeditError, match=r"config\.diffusion\.solver: 'euler'"):
+        checkpoint.read_config(folder)
+
+
 def edit(folder, change, name="tokenizer.safetensors"):
     tensors = load_file(folder / name)
     change(tensors)

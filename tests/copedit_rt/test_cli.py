@@ -484,6 +484,37 @@ def test_running_out_of_memory_is_a_sentence(tmp_path, brain, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("text", "size"), [("2GB", 2**31), ("1.5g", 3 * 2**29), ("500MB", 500 * 2**20), ("8KiB", 8192)]
+)
+def test_max_memory_reaches_the_model(tmp_path, brain, monkeypatch, text, size):
+    seen, load = [], Synthesizer.load
+    monkeypatch.setattr(Synthesizer, "load", lambda *given: seen.append(given[-1]) or load(*given))
+    study(tmp_path / "in")
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain, "--max-memory", text)
+    assert seen == [size]
+    if size > 2**20:
+        assert result.exit_code == 0, result.stderr
+    else:
+        refused(result, "max_memory of 0.0 MiB")
+
+
+@pytest.mark.parametrize("text", ["2", "GB", "-1GB", "2TB"])
+def test_max_memory_that_is_no_amount(tmp_path, brain, text):
+    study(tmp_path / "in")
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain, f"--max-memory={text}"]
+    refused(run(*command), "--max-memory", "2GB or 500MB")
+
+
+def test_the_solver_is_recorded(tmp_path, brain):
+    study(tmp_path / "in")
+    command = ["synth", "-i", tmp_path / "in", "--model", brain, "--steps", "3"]
+    assert run(*command, "-o", tmp_path / "out", "--solver", "dpm2m").exit_code == 0
+    sidecar = json.loads((tmp_path / "out" / "case_t1ce.json").read_text())
+    assert "dpm2m" in json.dumps(sidecar)
+    refused(run(*command, "-o", tmp_path / "no", "--solver", "euler"), "euler", "ddim, dpm2m")
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["synth"],

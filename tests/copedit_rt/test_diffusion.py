@@ -21,7 +21,7 @@ from torch import Tensor
 
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig
 from copedit_rt.denoiser import MDiT3D
-from copedit_rt.diffusion import add_noise, alpha_bar, ddim_table, noise, sample, timesteps
+from copedit_rt.diffusion import add_noise, alpha_bar, ddim_table, noise, sample, solver_tables, timesteps
 from copedit_rt.errors import CopeditError
 
 CONFIG = DiffusionConfig()
@@ -217,6 +217,72 @@ def test_every_step_count_gives_its_closed_form(mu: float, s: float, steps: int)
     torch.testing.assert_close(out, mu + d, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mu, s", [(0.0, 1.0), (1.5, 0.5), (-2.0, 2.0)])
+def test_dpm2m_converges_to_the_exact_map_at_second_order(mu: float, s: float) -> None:
+    """Halving the stride quarters the error, up to all 500 training steps and the exact answer at alpha-bar 1."""
+    z = normal(1, 1, 1000)
+    exact = exact_end(z, mu, s)
+    errors = []
+    for steps in (31, 62, 125, 250, 500):
+        out = sample(gaussian(mu, s), z, NONE_OBSERVED, CONFIG, steps, solver="dpm2m")
+        errors.append((out - exact).abs().max().item())
+    ratios = [coarse / fine for coarse, fine in pairwise(errors)]
+    assert all(3.3 < ratio < 4.5 for ratio in ratios), (errors, ratios)
+    assert errors[-1] < 1e-4 * s * z.abs().max().item()
+    first_order = sample(gaussian(mu, s), z, NONE_OBSERVED, CONFIG, 31)
+    assert errors[0] < 0.2 * (first_order - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 500])
+def test_dpm2m_is_the_exact_solution_for_x0_linear_in_log_alpha_bar(steps: int) -> None:
+    """Of dy/dk = (y - x0) / k for y = z / sqrt(a), k = sqrt((1 - a) / a), by quadrature where x0 = p + q log a."""
+    p, q, z, t = 0.7, -0.3, 1.1, timesteps(CONFIG, steps)
+    tables, before = solver_tables(CONFIG, steps, "dpm2m"), math.nan
+    for i in range(steps):
+        now, after = A[t[i]], A[t[i + 1]] if i + 1 < steps else 1.0
+        x0 = p + q * math.log(now) if i else 0.4  # the first step knows one prediction
+        k, to = (math.sqrt((1 - a) / a) for a in (now, after))
+        nodes, weights = np.polynomial.legendre.leggauss(20)
+        # y' = y k'/k + k' * integral of x0 / k^2 over [k', k], which in r = k'/k is a mean over r in [k'/k, 1] ...
+        if to:
+            at = to + (k - to) * (nodes + 1) / 2
+            x = p - q * np.log1p(at**2) if i else np.full_like(at, x0)
+            integral = float((weights * x / at**2).sum() * (k - to) / 2)
+            expected = math.sqrt(after) * (z / math.sqrt(now) * to / k + to * integral)
+        else:  # ... and ends at x0 of alpha-bar 1
+            expected = p if i else x0
+        got = tables[0][i] @ (z, x0) if i == 0 else tables[1][i] @ (tables[0][i] @ (z, x0), before)
+        assert math.isclose(got, expected, rel_tol=1e-9), i
+        z, before = got, x0 if i else p + q * math.log(now)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 500])
+def test_dpm2m_starts_as_ddim_and_lands_on_a_certain_x0(steps: int) -> None:
+    first, second = solver_tables(CONFIG, steps, "dpm2m")
+    np.testing.assert_array_equal(first[0], ddim_table(CONFIG, steps)[0])
+    assert second[0].tolist() == [1.0, 0.0] and first[-1, 0] == 0
+    np.testing.assert_array_equal(solver_tables(CONFIG, steps)[0], ddim_table(CONFIG, steps))
+    mu, seen = normal(1, 1, 50), []
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        seen.append(int(t))
+        return mu
+
+    out = sample(predict, normal(1, 1, 50, seed=1), NONE_OBSERVED, CONFIG, steps, solver="dpm2m")
+    torch.testing.assert_close(out, mu, rtol=1e-12, atol=1e-12)
+    assert seen == timesteps(CONFIG, steps).tolist() and seen[0] == 499
+
+
+def test_the_solver_is_the_configurations_unless_another_is_asked_for() -> None:
+    config, z = replace(CONFIG, solver="dpm2m"), normal(1, 1, 10)
+    runs = [sample(gaussian(1.0, 0.5), z, NONE_OBSERVED, c, 5, solver=s) for c in (CONFIG, config)
+            for s in (None, "ddim", "dpm2m")]  # fmt: skip
+    assert [torch.equal(run, runs[1]) for run in runs] == [True, True, False, False, True, False]
+    assert torch.equal(runs[2], runs[3]) and torch.equal(runs[3], runs[5])
+    with pytest.raises(CopeditError, match="solver 'heun' is unknown; choose one of ddim, dpm2m"):
+        sample(gaussian(1.0, 0.5), z, NONE_OBSERVED, CONFIG, 5, solver="heun")
+
+
 def test_many_steps_give_the_right_mean_and_deviation() -> None:
     mu, s, n, a = 1.5, 0.6, 100_000, A[499]
     start = math.sqrt(a) * mu + math.sqrt(a * s * s + 1 - a) * normal(1, 1, n)
@@ -248,7 +314,8 @@ def test_the_missing_is_drawn_given_the_observed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 20])
-def test_observed_latents_keep_their_bits_at_every_step(dtype: torch.dtype, steps: int) -> None:
+@pytest.mark.parametrize("solver", ["ddim", "dpm2m"])
+def test_observed_latents_keep_their_bits_at_every_step(dtype: torch.dtype, steps: int, solver: str) -> None:
     z = normal(3, 4, 8, 3, 3, 2).to(dtype)
     z[0, 0, 0, 0, 0] = torch.tensor([-0.0, 1e-40], dtype=dtype)  # a signed zero and a denormal
     before = z.clone()
@@ -264,7 +331,7 @@ def test_observed_latents_keep_their_bits_at_every_step(dtype: torch.dtype, step
         out[observed] = math.nan
         return out
 
-    out = sample(predict, z, observed, CONFIG, steps)
+    out = sample(predict, z, observed, CONFIG, steps, solver=solver)
     assert torch.equal(out[observed].view(bits), before[observed].view(bits))
     assert out.isfinite().all() and not torch.equal(out[~observed], before[~observed])
     assert torch.equal(z.view(bits), before.view(bits)), "the caller's latents were overwritten"

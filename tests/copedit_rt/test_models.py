@@ -1,16 +1,21 @@
 """CoPeVAE and MDiT3D against the design: sizes, costs, and what may depend on what."""
 
 import math
+import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.denoiser import MDiT3D, build_denoiser, rope_table
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.errors import CopeditError
+from copedit_rt.tokenizer import CoPeVAE, feature_bytes, in_slabs
 from kernels import rotate
 
 PRESETS = ("brain-brats", "brain-ixi", "cardiac", "demo-brain", "demo-cardiac")
@@ -248,6 +253,80 @@ def test_slabs_are_decoded_together_and_modalities_apart() -> None:
     stack = torch.cat(list(codes.unbind(1)), dim=-1)[:, None]
     whole = tokenizer.decode(stack, joint=False)[:, 0]
     torch.testing.assert_close(torch.cat(list(together.unbind(1)), dim=-1), whole)
+
+
+def striding(*strides: tuple[int, int, int]) -> CoPeVAE:
+    """A tokenizer of two residual units a level with these strides."""
+    torch.manual_seed(0)
+    sizes = {"channels": (6, 10)[: len(strides)], "residual_units": 2, "residual_channels": 24}
+    tokenizer = CoPeVAE(replace(TINY.tokenizer, strides=strides, **sizes), 4)
+    return perturbed(tokenizer.eval().double().requires_grad_(False))
+
+
+STRIDES = (((2, 2, 2), (2, 2, 2)), ((2, 2, 1),), ((1, 2, 2), (2, 1, 2)))
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("height", [1, 3, 8, 13, 16, 64])
+def test_slabs_are_exact(strides: tuple, height: int) -> None:
+    tokenizer = striding(*strides)
+    images = torch.rand(2, 1, 32, 8, 8, dtype=torch.float64)
+    z = tokenizer.encoder(images)
+    for net, x, whole in ((tokenizer.encoder, images, z), (tokenizer.decoder, z, tokenizer.decoder(z))):
+        torch.testing.assert_close(in_slabs(net.layers(), x, height), whole, rtol=1e-12, atol=1e-12)
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that lived at once, at most, of all tensors made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: Counter[int] = Counter()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.now += 0 if self.live[storage.data_ptr()] else storage.nbytes()
+                self.live[storage.data_ptr()] += 1
+                weakref.finalize(x, self.release, storage.data_ptr(), storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def release(self, place: int, size: int) -> None:
+        self.live[place] -= 1
+        self.now -= 0 if self.live[place] else size
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+def test_memory_stays_below_its_ceiling(strides: tuple) -> None:
+    """Encoding and decoding give the same as without a ceiling, within it; less is refused."""
+    tokenizer = striding(*strides)
+    images = torch.rand(1, 2, 1, 64, 8, 8, dtype=torch.float64)
+    codes = tokenizer.encode(images)
+    for net, run, x in (
+        (tokenizer.encoder, lambda limit: tokenizer.encode(images, limit), images[0, :1]),
+        (tokenizer.decoder, lambda limit: tokenizer.decode(codes, False, limit), codes[0, :1]),
+        (
+            tokenizer.decoder,
+            lambda limit: tokenizer.decode(codes, True, limit),
+            torch.cat(list(codes[:1].unbind(1)), -1),
+        ),
+    ):
+        whole = run(None)
+        least, most = (feature_bytes(net.layers(), x, height) for height in (1, 64))
+        assert least < 0.6 * most or net is tokenizer.encoder
+        for limit in (most, (most + least) // 2, least):
+            with Peak() as peak:
+                out = run(limit)
+            torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
+            ends = 8 * (images.numel() + codes.numel() + 2 * whole.numel())  # what is given and returned
+            assert peak.most <= limit + ends, (peak.most, limit, ends)
+            assert peak.most > limit / 4, "the estimate is far too high"
+        with pytest.raises(CopeditError, match="max_memory of"):
+            run(least // 2)
 
 
 def test_normalise_is_per_channel_and_invertible() -> None:

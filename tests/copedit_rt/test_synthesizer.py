@@ -1,12 +1,15 @@
 """The whole path on tiny random models: what is returned, what is repeatable, what is refused."""
 
 import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from copedit_rt import checkpoint, diffusion
+from copedit_rt import checkpoint, diffusion, synthesizer
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
 from copedit_rt.denoiser import build_denoiser
 from copedit_rt.errors import CopeditError
@@ -85,19 +88,80 @@ def test_all_that_is_missing_comes_back_on_the_reference_grid(brain_model):
 
 
 def test_steps_run_from_the_noisiest_and_observed_latents_keep_their_bits(brain_model, monkeypatch):
-    seen = []
-    original = brain_model.denoiser.forward
-
-    def forward(z, t, prompts, observed):
-        seen.append((z.clone(), int(t[0])))
-        return original(z, t, prompts, observed)
-
-    monkeypatch.setattr(brain_model.denoiser, "forward", forward)
+    seen, times = [], []
+    net = brain_model.denoiser
+    predict, modulate = net.predict, net.modulate
+    monkeypatch.setattr(net, "predict", lambda z, *rest: seen.append(z.clone()) or predict(z, *rest))
+    monkeypatch.setattr(net, "modulate", lambda t, *rest: times.append(t[:, 0].tolist()) or modulate(t, *rest))
     brain_model.synthesize(brain("t1", "flair"), steps=5)
-    assert [t for _, t in seen] == diffusion.timesteps(BRAIN.diffusion, 5).tolist() and seen[0][1] == 499
-    for z, _ in seen[1:]:
-        assert torch.equal(z[0, [0, 3]], seen[0][0][0, [0, 3]])
-        assert not torch.equal(z[0, [1, 2]], seen[0][0][0, [1, 2]])
+    assert times[-1] == diffusion.timesteps(BRAIN.diffusion, 5).tolist() and times[-1][0] == 499
+    assert len(seen) == 5
+    for z in seen[1:]:
+        assert torch.equal(z[0, [0, 3]], seen[0][0, [0, 3]])
+        assert not torch.equal(z[0, [1, 2]], seen[0][0, [1, 2]])
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm2m"])
+def test_a_synthesis_is_what_the_plain_sampler_makes(brain_model, monkeypatch, solver):
+    made = brain_model.synthesize(brain("t1", "t2"), steps=5, solver=solver)
+    net = brain_model.denoiser
+
+    class Plain:
+        def __init__(self, prompts_of, config, steps, observed, solver):
+            self.observed, self.rest = observed, (config.diffusion, steps)
+
+        def run(self, z, prompts, progress):
+            def predict(z, t):
+                return net(z, t, prompts, self.observed)
+
+            return diffusion.sample(predict, z, self.observed, *self.rest, progress, solver)
+
+    monkeypatch.setattr(synthesizer, "Plan", Plain)
+    brain_model._plan.cache_clear()
+    plain = brain_model.synthesize(brain("t1", "t2"), steps=5, solver=solver)
+    brain_model._plan.cache_clear()
+    assert made.record == plain.record and made.record["sampler"]["method"] == solver
+    for name in ("t1ce", "flair"):
+        np.testing.assert_allclose(made.study.volumes[name].data, plain.study.volumes[name].data, atol=1e-4)
+
+
+def test_two_threads_take_turns_and_get_what_one_alone_gets(brain_model, monkeypatch):
+    studies = [brain(*names, name="+".join(names)) for names in (["t1"], ["t1", "t2"], ["flair"], ["t2", "flair"])] * 2
+    alone = [brain_model.synthesize(study) for study in studies]
+    inside, original = [], brain_model._denoise
+
+    def denoise(*args):
+        inside.append(threading.get_ident())
+        time.sleep(0.01)  # lets the other thread in, if it may
+        z = original(*args)
+        assert len(inside) == 1, "two threads at once"
+        inside.pop()
+        return z
+
+    monkeypatch.setattr(brain_model, "_denoise", denoise)
+    users = set()
+    with ThreadPoolExecutor(2) as pool:
+
+        def work(study):
+            users.add(threading.get_ident())
+            return brain_model.perceive(study), brain_model.synthesize(study)
+
+        together = list(pool.map(work, studies))
+    assert len(users) == 2
+    for one, (perception, other) in zip(alone, together, strict=True):
+        assert perception == one.perception == other.perception
+        for name, volume in one.study.volumes.items():
+            assert np.array_equal(volume.data, other.study.volumes[name].data), name
+
+
+def test_a_memory_ceiling_changes_nothing_but_the_memory(brain_model, heart_model, monkeypatch):
+    for model, study, name in ((brain_model, brain("t1", "t2"), "flair"), (heart_model, heart([5, 6]), "sax")):
+        whole = model.synthesize(study).study.volumes[name].data
+        monkeypatch.setattr(model, "max_memory", 100 * 2**10)
+        np.testing.assert_allclose(model.synthesize(study).study.volumes[name].data, whole, atol=1e-4)
+        monkeypatch.setattr(model, "max_memory", 2**10)
+        with pytest.raises(CopeditError, match="max_memory of"):
+            model.synthesize(study)
 
 
 def test_noise_comes_from_seed_study_and_element(brain_model):
@@ -201,6 +265,7 @@ def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
         ({"steps": 0}, "steps 0: must be between 1 and 500"),
         ({"steps": 501}, "steps 501: must be between 1 and 500"),
         ({"samples": 0}, "samples 0: must be at least 1"),
+        ({"solver": "euler"}, "solver 'euler' is unknown; choose one of ddim, dpm2m"),
     ],
 )
 def test_options_out_of_range(brain_model, options, message):

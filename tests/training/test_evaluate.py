@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -161,9 +162,50 @@ def test_evaluation_of_a_perfect_model(task, request, tmp_path):
     assert text.count("| model |") == 6 and "number right" in text
 
 
+@pytest.mark.parametrize("task", ["brain", "heart"])
+def test_sweep(task, request, tmp_path):
+    model = request.getfixturevalue(task)
+    seen, calls = [], []
+
+    class Shifted:
+        """Outputs that differ by a tenth of their range a step, from those of three steps."""
+
+        config = model.config
+
+        def synthesize(self, study, **options):
+            calls.append((study.name, options["solver"], options["steps"]))
+            result = model.synthesize(study, **options)
+            low, high = ev.intensity_of(result.record)
+            for name in result.study.synthetic:
+                result.study.volumes[name].data = result.study.volumes[name].data + 0.1 * (3 - options["steps"]) * (
+                    high - low
+                )
+            return result
+
+    report = ev.sweep(Shifted(), steps=[3, 1, 3], subjects=1, patterns=1, progress=lambda *p: seen.append(p))
+    assert seen == [(1, 3), (2, 3), (3, 3)] and len(calls) == 3 * 4
+    rows = {(row["solver"], row["steps"]): row for row in report["sweep"]}
+    assert list(rows) == [("ddim", 1), ("ddim", 3), ("dpm2m", 1), ("dpm2m", 3)]
+    assert rows["dpm2m", 3]["converged"]["mean"] == 100
+    assert rows["dpm2m", 1]["converged"]["mean"] == pytest.approx(-20 * math.log10(0.2), abs=0.01)
+    for metric in ("psnr", "ssim", "mae", "converged"):  # the first step of both is the same
+        assert rows["ddim", 1][metric] == rows["dpm2m", 1][metric]
+    # By hand, for one row: the model's own score in an evaluation of the same studies.
+    whole = ev.evaluate(model, steps=3, solver="ddim", subjects=1, patterns=1, fit_subjects=2)
+    images = [row["model"] for row in whole["by_pattern"].values()]
+    mean = np.average([row["psnr"]["mean"] for row in images], weights=[row["images"] for row in images])
+    assert rows["ddim", 3]["psnr"]["mean"] == pytest.approx(mean)
+    assert rows["ddim", 3]["images"] == sum(row["images"] for row in images)
+    paths = ev.write_report(report, tmp_path)
+    assert [p.name for p in paths] == ["sweep.json", "sweep.md"]
+    assert json.loads(paths[0].read_text())["sweep"] == report["sweep"]
+    assert paths[1].read_text().count("\n| d") == 4
+
+
 def test_evaluation_keeps_off_the_training_seeds(brain):
-    with pytest.raises(CopeditError, match="held-out"):
-        ev.evaluate(brain, first_seed=5)
+    for run in (ev.evaluate, partial(ev.sweep, steps=[1])):
+        with pytest.raises(CopeditError, match="held-out"):
+            run(brain, first_seed=5)
 
 
 def test_heads_count_what_is_right():
@@ -191,5 +233,12 @@ def test_the_command(model_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["task"] == "cardiac"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluation.md"}
+    result = CliRunner().invoke(app, [*command, "--patterns", "1", "--sweep", "1-2"])
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in (tmp_path / "out").glob("sweep*")} == {"sweep.json", "sweep.md"}
+    assert "| dpm2m | 2 |" in result.stdout
+    for options in (["--sweep", "few"], ["--sweep", "2", "--solver", "ddim"]):
+        refused = CliRunner().invoke(app, [*command, *options])
+        assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "--sweep" in refused.stderr
     refused = CliRunner().invoke(app, [*command, "--data", "brats"])
     assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "brats" in refused.stderr

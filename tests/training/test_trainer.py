@@ -200,6 +200,10 @@ def test_a_run_folder_is_not_overwritten_nor_resumed_with_other_settings(tmp_pat
         train("tokenizer", tmp_path / "a", "steps=2")
     with pytest.raises(CopeditError, match="other settings"):
         train("tokenizer", tmp_path / "a", "steps=3", resume=True)
+    described = json.loads((tmp_path / "a" / "run.json").read_text())
+    del described["model"]["diffusion"]["solver"]  # as written before there were solvers
+    (tmp_path / "a" / "run.json").write_text(json.dumps(described))
+    train("tokenizer", tmp_path / "a", f"steps={described['settings']['steps']}", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_terms(tmp_path, monkeypatch):
