@@ -1,0 +1,146 @@
+"""Which implementation runs, and what the Triton operators share: registration, checks, tile configurations.
+
+`COPEDIT_KERNELS` = auto (default): Triton for CUDA tensors, the PyTorch reference elsewhere. reference: always the
+reference. triton: always Triton, on CUDA or, with TRITON_INTERPRET=1, through its interpreter on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+triton: Any
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows: the reference runs
+    triton = tl = None
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET when the kernels are defined
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_LIBRARY = torch.library.Library("copedit", "DEF")
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+_NOWHERE = nullcontext()
+
+_T = TypeVar("_T")
+
+
+def implementation() -> str:
+    """What COPEDIT_KERNELS asks for: "auto", "reference" or "triton". ValueError for what cannot be had."""
+    wanted = os.environ.get("COPEDIT_KERNELS", "auto")
+    if wanted not in ("auto", "reference", "triton"):
+        raise ValueError(f"COPEDIT_KERNELS={wanted!r} must be 'auto', 'reference' or 'triton'")
+    if wanted == "triton" and triton is None:
+        raise ValueError("COPEDIT_KERNELS='triton', but triton cannot be imported: install it or use 'reference'")
+    return wanted
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Whether an operator on these tensors runs its Triton kernel. Raises ValueError rather than fall back."""
+    wanted = implementation()
+    if wanted == "reference":
+        return False
+    cuda = all(x.is_cuda for x in tensors)
+    if cuda and triton is None:
+        raise ValueError(
+            "CUDA tensors need triton, which cannot be imported: install it or set COPEDIT_KERNELS=reference"
+        )
+    if wanted == "triton" and not cuda and not (INTERPRETED and all(x.is_cpu for x in tensors)):
+        devices = ", ".join(sorted({str(x.device) for x in tensors}))
+        raise ValueError(f"COPEDIT_KERNELS='triton' needs CUDA tensors or TRITON_INTERPRET=1, not tensors on {devices}")
+    return cuda or wanted == "triton"
+
+
+def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`triton.jit`, and nothing where there is no Triton: a kernel is then defined and never run."""
+    if triton is None:
+        return fn if fn is not None else lambda kernel: kernel
+    return triton.jit(fn, **options)
+
+
+def register(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    decomposition: Callable[..., Any] | None = None,
+) -> Any:
+    """The overload of a new operator copedit::NAME; `schema` is "NAME(Tensor x, ...) -> ...".
+
+    run: the launcher. fake: shapes, strides and dtypes of the results. setup_context, backward: as in
+    torch.library.register_autograd. decomposition: the reference, with the operator's arguments in their order.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CUDA")
+    if INTERPRETED:
+        _LIBRARY.impl(name, run, "CPU")
+    torch.library.register_fake(f"copedit::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"copedit::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    overload = getattr(torch.ops.copedit, name).default
+    if decomposition is not None:
+        _DECOMPOSITIONS[overload] = decomposition
+    return overload
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Table for ExportedProgram.run_decompositions that replaces the operators by plain PyTorch."""
+    return dict(_DECOMPOSITIONS)
+
+
+def on(x: Tensor) -> AbstractContextManager[Any]:
+    """Context to launch a kernel in: Triton launches on the current device, which need not be x's."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOWHERE
+    return torch.cuda.device(x.device)
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def tiles(table: Mapping[int, _T], x: Tensor) -> _T:
+    """The entry of `table` (keys: 80 for sm_80, 90 for sm_90, ...) for x's device: the newest that is not too new.
+
+    The interpreter takes the oldest.
+    """
+    if not x.is_cuda:
+        return table[min(table)]
+    capability = _capability(x.get_device())
+    usable = [architecture for architecture in table if architecture <= capability]
+    return table[max(usable, default=min(table))]
+
+
+def check_dtype(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Raises ValueError unless x has one of the dtypes."""
+    if x.dtype not in dtypes:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}, not one of {wanted}")
+
+
+def check_contiguous_last(op: str, name: str, x: Tensor) -> None:
+    """Raises ValueError unless the last dimension of x is contiguous in memory."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"{op}: {name} {tuple(x.shape)} has strides {tuple(x.stride())}: the last dimension must be contiguous"
+        )
+
+
+def check_device(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors that are given are on one device."""
+    devices = {name: str(x.device) for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{op}: tensors on different devices: {', '.join(f'{k} on {v}' for k, v in devices.items())}")
