@@ -3,16 +3,11 @@
 `COPEDIT_KERNELS` = auto (default), reference or triton chooses the implementation: see `kernels.dispatch`.
 """
 
+from kernels.ada_norm import ada_norm, gated_residual_ada_norm
 from kernels.dispatch import decompositions, implementation
-from kernels.reference import (
-    ada_norm,
-    axis_attention,
-    gated_residual_ada_norm,
-    nearest_code,
-    partial_ddim_step_,
-    rotate,
-    swiglu,
-)
+from kernels.partial_ddim import partial_ddim_step_
+from kernels.reference import axis_attention, nearest_code, rotate
+from kernels.swiglu import swiglu
 
 PROJECT = "copedit"  # copedit_rt checks it: another package on the index has this import name
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
@@ -114,7 +112,8 @@ def _autograd(overload: Any, setup_context: Callable[..., None], backward: Calla
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            return (None, *backward(ctx, *cotangents))
+            gradients = backward(ctx, *cotangents)
+            return (None, *gradients) if isinstance(gradients, tuple) else (None, gradients)
 
     def call(keys: Any, *args: Any) -> Any:
         keys = keys & torch._C._after_autograd_keyset
@@ -175,3 +174,28 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
     devices = {name: str(x.device) for name, x in tensors.items() if x is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"{op}: tensors on different devices: {', '.join(f'{k} on {v}' for k, v in devices.items())}")
+
+
+def collapse(shape: Sequence[int], *strides: Sequence[int], dims: int) -> tuple[list[int], list[list[int]]] | None:
+    """The same elements in `dims` dimensions: sizes, and for each tensor its strides; None if they need more.
+
+    Neighbouring dimensions become one where every tensor can step through both with one stride. The list is filled up
+    in front with dimensions of size 1.
+    """
+    sizes: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for axis, size in enumerate(shape):
+        if size == 1:
+            continue
+        if sizes and all(own[-1] == size * given[axis] for own, given in zip(steps, strides, strict=True)):
+            sizes[-1] *= size
+            for own, given in zip(steps, strides, strict=True):
+                own[-1] = given[axis]
+            continue
+        sizes.append(size)
+        for own, given in zip(steps, strides, strict=True):
+            own.append(given[axis])
+    missing = dims - len(sizes)
+    if missing < 0:
+        return None
+    return [1] * missing + sizes, [[0] * missing + own for own in steps]

@@ -1,0 +1,562 @@
+"""Adaptive norm, alone and behind a gated residual: `ada_norm` and `gated_residual_ada_norm`, one pair of kernels.
+
+    y = x + gate * branch                                   (gated only; rounded to x's dtype as the reference does)
+    n = y / sqrt(mean(y^2) + eps)                           (layer: y - mean(y) in place of y)
+    h = n * weight * (1 + scale) + shift
+
+Memory: forward reads x (and branch) and writes h (and y) once; backward reads the cotangents, y (and branch) once and
+writes dx (and dbranch) once. Saved for backward: x, or y where gated, and the inputs; the statistics of a row are
+recomputed from the row that is in registers anyway, so no result but h and y is ever allocated in the forward.
+
+Gradients of scale, shift, gate and weight are sums over rows. Each backward program owns a fixed range of rows of one
+element of one sample and writes its sums as float32; a second kernel adds them in a fixed order. No atomics: the same
+inputs give the same bits. With S = sum of dh * n over the rows of a sample, dscale = S * weight and dweight = sum over
+samples of S * (1 + scale), so that one sum serves both.
+
+Sums are float32, float64 if x is float64. C is a multiple of 8 up to 2048, in a tile of the next power of two: the
+columns beyond C are masked, and as C is a multiple of 8 the mask never splits a 16-byte load.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.dispatch import (
+    check_contiguous_last,
+    check_device,
+    check_dtype,
+    jit,
+    on,
+    register,
+    tiles,
+    tl,
+    triton,
+    use_triton,
+)
+
+
+class Tiles(NamedTuple):
+    """rows a tile has forward and backward; about how many backward programs there are, and rows each has at most."""
+
+    forward: int
+    backward: int
+    programs: int
+    span: int
+
+
+TILES = {80: Tiles(4, 2, 512, 64), 90: Tiles(4, 2, 512, 64)}
+SUM_ROWS, SUM_COLUMNS = 32, 64  # tile of the kernel that adds the partial sums
+
+
+@jit
+def load_row(pointer, c, inside, fill, WIDE: tl.constexpr):
+    """One vector of C columns, [BLOCK]."""
+    return tl.load(pointer + c, mask=inside, other=fill).to(WIDE)
+
+
+@jit
+def norm_of(v, exists, inside, C, EPS: tl.constexpr, LAYER: tl.constexpr):
+    """The rows of v [ROWS, BLOCK] normed and 1 / their root mean square [ROWS, 1]; zero for what does not exist."""
+    if LAYER:
+        v = tl.where(inside[None, :], v - (tl.sum(v, 1) / C)[:, None], 0.0)
+    inverse = tl.where(exists, tl.rsqrt(tl.sum(v * v, 1) / C + EPS)[:, None], 0.0)
+    return v * inverse, inverse
+
+
+@jit
+def norm_forward(
+    x,
+    branch,
+    gate,
+    scale,
+    shift,
+    weight,
+    y,
+    out,
+    T,
+    C,
+    x_b,
+    x_i,
+    x_t,
+    branch_b,
+    branch_i,
+    branch_t,
+    gate_b,
+    scale_b,
+    shift_b,
+    EPS: tl.constexpr,
+    LAYER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (j, i, b): ROWS tokens from j * ROWS of element i of sample b."""
+    NARROW: tl.constexpr = x.dtype.element_ty
+    WIDE: tl.constexpr = tl.float64 if NARROW == tl.float64 else tl.float32
+    i = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    # [BLOCK]
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    gain = 1.0 + load_row(scale + b * scale_b, c, inside, 0.0, WIDE)
+    if WEIGHTED:
+        gain *= load_row(weight, c, inside, 0.0, WIDE)
+    offset = load_row(shift + b * shift_b, c, inside, 0.0, WIDE)
+    # [ROWS, BLOCK]
+    live = (t < T) & inside[None, :]
+    to = ((b * tl.num_programs(1) + i) * T + t) * C + c[None, :]
+    v = tl.load(x + b * x_b + i * x_i + t * x_t + c[None, :], mask=live, other=0.0).to(WIDE)
+    if GATED:
+        u = tl.load(branch + b * branch_b + i * branch_i + t * branch_t + c[None, :], mask=live, other=0.0).to(WIDE)
+        u *= load_row(gate + b * gate_b, c, inside, 0.0, WIDE)[None, :]
+        if gate.dtype.element_ty == branch.dtype.element_ty:
+            u = u.to(branch.dtype.element_ty)
+        narrow = (v + u.to(NARROW).to(WIDE)).to(NARROW)
+        tl.store(y + to, narrow, mask=live)
+        v = narrow.to(WIDE)
+    n, _ = norm_of(v, t < T, inside, C, EPS, LAYER)
+    tl.store(out + to, (n * gain[None, :] + offset[None, :]).to(NARROW), mask=live)
+
+
+@jit(do_not_specialize=["span"])
+def norm_backward(
+    dh,
+    dy,
+    y,
+    branch,
+    gate,
+    scale,
+    weight,
+    dx,
+    dbranch,
+    partial,
+    T,
+    C,
+    span,
+    dh_b,
+    dh_i,
+    dh_t,
+    dy_b,
+    dy_i,
+    dy_t,
+    y_b,
+    y_i,
+    y_t,
+    branch_b,
+    branch_i,
+    branch_t,
+    gate_b,
+    scale_b,
+    EPS: tl.constexpr,
+    LAYER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (j, i, b): `span` tokens from j * span of element i of sample b, ROWS at a time.
+
+    partial [B, m * programs, 2 or 3, C]: sums over those tokens of dh, of dh * n, and of dy_total * branch.
+    """
+    NARROW: tl.constexpr = y.dtype.element_ty
+    WIDE: tl.constexpr = tl.float64 if NARROW == tl.float64 else tl.float32
+    SUMS: tl.constexpr = 3 if GATED else 2
+    i = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    element = b * tl.num_programs(1) + i
+    # [BLOCK]
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    gain = 1.0 + load_row(scale + b * scale_b, c, inside, 0.0, WIDE)
+    if WEIGHTED:
+        gain *= load_row(weight, c, inside, 0.0, WIDE)
+    shift_sum = tl.zeros([BLOCK], WIDE)
+    gain_sum = tl.zeros([BLOCK], WIDE)
+    if GATED:
+        factor = load_row(gate + b * gate_b, c, inside, 0.0, WIDE)
+        gate_sum = tl.zeros([BLOCK], WIDE)
+    for first in range(0, span, ROWS):
+        t = (tl.program_id(0) * span + first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        # [ROWS, BLOCK]
+        live = (t < T) & inside[None, :]
+        to = (element * T + t) * C + c[None, :]
+        v = tl.load(y + b * y_b + i * y_i + t * y_t + c[None, :], mask=live, other=0.0).to(WIDE)
+        g = tl.load(dh + b * dh_b + i * dh_i + t * dh_t + c[None, :], mask=live, other=0.0).to(WIDE)
+        n, inverse = norm_of(v, t < T, inside, C, EPS, LAYER)
+        shift_sum += tl.sum(g, 0)
+        gain_sum += tl.sum(g * n, 0)
+        g *= gain[None, :]
+        d = g - n * (tl.sum(g * n, 1) / C)[:, None]
+        if LAYER:
+            d -= (tl.sum(g, 1) / C)[:, None]
+        d *= inverse
+        if GATED:
+            d += tl.load(dy + b * dy_b + i * dy_i + t * dy_t + c[None, :], mask=live, other=0.0).to(WIDE)
+            u = tl.load(branch + b * branch_b + i * branch_i + t * branch_t + c[None, :], mask=live, other=0.0)
+            gate_sum += tl.sum(d * u.to(WIDE), 0)
+            tl.store(dbranch + to, (d * factor[None, :]).to(dbranch.dtype.element_ty), mask=live)
+        tl.store(dx + to, d.to(NARROW), mask=live)
+    row = (element * tl.num_programs(0) + tl.program_id(0)) * SUMS * C
+    tl.store(partial + row + c, shift_sum, mask=inside)
+    tl.store(partial + row + C + c, gain_sum, mask=inside)
+    if GATED:
+        tl.store(partial + row + 2 * C + c, gate_sum, mask=inside)
+
+
+@jit(do_not_specialize=["parts"])
+def norm_backward_sum(
+    partial,
+    scale,
+    weight,
+    dscale,
+    dshift,
+    dgate,
+    dweight,
+    parts,
+    C,
+    scale_b,
+    WEIGHTED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (j, b): BLOCK columns of sample b, over its `parts` partial sums from first to last.
+
+    dscale, dshift, dgate: [B, C]. dweight: [B, C], this sample's share of it.
+    """
+    WIDE: tl.constexpr = partial.dtype.element_ty
+    SUMS: tl.constexpr = 3 if GATED else 2
+    b = tl.program_id(1).to(tl.int64)
+    # [BLOCK]
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < C
+    shift_sum = tl.zeros([BLOCK], WIDE)
+    gain_sum = tl.zeros([BLOCK], WIDE)
+    if GATED:
+        gate_sum = tl.zeros([BLOCK], WIDE)
+    for first in range(0, parts, ROWS):
+        part = first + tl.arange(0, ROWS)[:, None]
+        # [ROWS, BLOCK]
+        live = (part < parts) & inside[None, :]
+        source = partial + (b * parts + part) * SUMS * C + c[None, :]
+        shift_sum += tl.sum(tl.load(source, mask=live, other=0.0), 0)
+        gain_sum += tl.sum(tl.load(source + C, mask=live, other=0.0), 0)
+        if GATED:
+            gate_sum += tl.sum(tl.load(source + 2 * C, mask=live, other=0.0), 0)
+    to = b * C + c
+    tl.store(dshift + to, shift_sum.to(dshift.dtype.element_ty), mask=inside)
+    if WEIGHTED:
+        gain = 1.0 + load_row(scale + b * scale_b, c, inside, 0.0, WIDE)
+        tl.store(dweight + to, gain_sum * gain, mask=inside)
+        gain_sum *= load_row(weight, c, inside, 0.0, WIDE)
+    tl.store(dscale + to, gain_sum.to(dscale.dtype.element_ty), mask=inside)
+    if GATED:
+        tl.store(dgate + to, gate_sum.to(dgate.dtype.element_ty), mask=inside)
+
+
+def _check(
+    op: str, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, **gated: Tensor | None
+) -> None:
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"{op}: kind {kind!r} must be 'rms' or 'layer'")
+    if x.ndim != 4:
+        raise ValueError(f"{op}: x {tuple(x.shape)} must be [B, m, T, C]")
+    columns = x.shape[3]
+    if columns % 8 or not 8 <= columns <= 2048:
+        raise ValueError(f"{op}: C = {columns} of x {tuple(x.shape)} must be a multiple of 8 up to 2048")
+    per_sample = {"scale": scale, "shift": shift, "gate": gated.get("gate")}
+    for name, tensor in per_sample.items():
+        if tensor is not None and (tensor.ndim != 2 or tensor.shape[0] != x.shape[0] or tensor.shape[1] != columns):
+            raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be [B, C] of x {tuple(x.shape)}")
+    if weight is not None and (weight.ndim != 1 or weight.shape[0] != columns):
+        raise ValueError(f"{op}: weight {tuple(weight.shape)} must be [C] of x {tuple(x.shape)}")
+    branch = gated.get("branch")
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"{op}: branch {tuple(branch.shape)} must have the shape of x {tuple(x.shape)}")
+    tensors = {"x": x, "scale": scale, "shift": shift, "weight": weight, **gated}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_dtype(op, name, tensor)
+            check_contiguous_last(op, name, tensor)
+    check_device(op, **tensors)
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _options(x: Tensor, gate: Tensor | None) -> dict[str, Any]:
+    """Compiler options: 8 columns of a row to a thread."""
+    block = triton.next_power_of_2(x.shape[3])
+    options: dict[str, Any] = {"BLOCK": block, "num_warps": max(1, block // 256)}
+    if gate is not None and gate.dtype.itemsize > 2:
+        options["enable_fp_fusion"] = False  # the product is rounded before the sum, as in the reference
+    return options
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor | None, Tensor]:
+    batch, m, tokens, columns = x.shape
+    out = x.new_empty(x.shape)
+    y = None if gate is None else x.new_empty(x.shape)
+    if not out.numel():
+        return y, out
+    rows = tiles(TILES, x).forward
+    with on(x):
+        norm_forward[(triton.cdiv(tokens, rows), m, batch)](
+            x,
+            branch,
+            gate,
+            scale,
+            shift,
+            weight,
+            y,
+            out,
+            tokens,
+            columns,
+            *_strides(x),
+            *_strides(branch),
+            0 if gate is None else gate.stride(0),
+            scale.stride(0),
+            shift.stride(0),
+            EPS=eps,
+            LAYER=kind == "layer",
+            WEIGHTED=weight is not None,
+            GATED=gate is not None,
+            ROWS=rows,
+            **_options(x, gate),
+        )
+    return y, out
+
+
+def _ada_norm(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float) -> Tensor:
+    _check("ada_norm", x, scale, shift, weight, kind)
+    return _forward(x, None, None, scale, shift, weight, kind, eps)[1]
+
+
+def _gated(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor | None, Tensor]:
+    _check("gated_residual_ada_norm", x, scale, shift, weight, kind, branch=branch, gate=gate)
+    return _forward(x, branch, gate, scale, shift, weight, kind, eps)
+
+
+def _backward(
+    dh: Tensor,
+    dy: Tensor | None,
+    y: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    eps: float,
+) -> list[Tensor]:
+    """dx, dscale, dshift, then dweight if weighted, then dbranch and dgate if gated."""
+    batch, m, tokens, columns = y.shape
+    # A cotangent that was expanded over C (that of a sum) is copied.
+    dh, dy = (g if g is None or g.stride(3) == 1 else g.contiguous() for g in (dh, dy))  # type: ignore[assignment]
+    tile = tiles(TILES, y)
+    steps = triton.cdiv(batch * m * tokens, tile.programs * tile.backward)
+    span = min(max(steps, 1) * tile.backward, tile.span)
+    programs = triton.cdiv(tokens, span)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    partial = y.new_empty((batch, m * programs, 2 if gate is None else 3, columns), dtype=wide)
+    dx = y.new_empty(y.shape)
+    dscale, dshift = scale.new_empty(scale.shape), shift.new_empty(shift.shape)
+    shares = None if weight is None else y.new_empty((batch, columns), dtype=wide)
+    dbranch = None if branch is None else branch.new_empty(branch.shape)
+    dgate = None if gate is None else gate.new_empty(gate.shape)
+    flags = {"WEIGHTED": weight is not None, "GATED": gate is not None}
+    with on(y):
+        if y.numel():
+            norm_backward[(programs, m, batch)](
+                dh,
+                dy,
+                y,
+                branch,
+                gate,
+                scale,
+                weight,
+                dx,
+                dbranch,
+                partial,
+                tokens,
+                columns,
+                span,
+                *_strides(dh),
+                *_strides(dy),
+                *_strides(y),
+                *_strides(branch),
+                0 if gate is None else gate.stride(0),
+                scale.stride(0),
+                EPS=eps,
+                LAYER=kind == "layer",
+                ROWS=tile.backward,
+                **flags,
+                **_options(y, None),
+            )
+        if batch:
+            norm_backward_sum[(triton.cdiv(columns, SUM_COLUMNS), batch)](
+                partial,
+                scale,
+                weight,
+                dscale,
+                dshift,
+                dgate,
+                shares,
+                m * programs,
+                columns,
+                scale.stride(0),
+                ROWS=SUM_ROWS,
+                BLOCK=SUM_COLUMNS,
+                **flags,
+            )
+    results = [dx, dscale, dshift]
+    if weight is not None and shares is not None:
+        results.append(shares.sum(0).to(weight.dtype))
+    if dbranch is not None and dgate is not None:
+        results += [dbranch, dgate]
+    return results
+
+
+def _ada_norm_fake(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float) -> Tensor:
+    _check("ada_norm", x, scale, shift, weight, kind)
+    return x.new_empty(x.shape)
+
+
+def _gated_fake(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    _check("gated_residual_ada_norm", x, scale, shift, weight, kind, branch=branch, gate=gate)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _backward_fake(
+    dh: Tensor,
+    dy: Tensor | None,
+    y: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    eps: float,
+) -> list[Tensor]:
+    inputs = (y, scale, shift, weight, branch, gate)
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
+
+
+def _ada_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, shift, weight, ctx.kind, ctx.eps = inputs
+    ctx.save_for_backward(x, scale, shift, weight)
+
+
+def _ada_norm_derivative(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, shift, weight = ctx.saved_tensors
+    dx, dscale, dshift, *dweight = _BACKWARD(dh, None, x, None, None, scale, shift, weight, ctx.kind, ctx.eps)
+    return dx, dscale, dshift, dweight[0] if dweight else None, None, None
+
+
+def _gated_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, branch, gate, scale, shift, weight, ctx.kind, ctx.eps = inputs
+    ctx.save_for_backward(output[0], branch, gate, scale, shift, weight)
+
+
+def _gated_derivative(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+    y, branch, gate, scale, shift, weight = ctx.saved_tensors
+    dx, dscale, dshift, *dweight, dbranch, dgate = _BACKWARD(
+        dh, dy, y, branch, gate, scale, shift, weight, ctx.kind, ctx.eps
+    )
+    return dx, dbranch, dgate, dscale, dshift, dweight[0] if dweight else None, None, None
+
+
+_BACKWARD = register(
+    "ada_norm_backward(Tensor dh, Tensor? dy, Tensor y, Tensor? branch, Tensor? gate, Tensor scale, Tensor shift, "
+    "Tensor? weight, str kind, float eps) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+_ADA_NORM = register(
+    "ada_norm(Tensor x, Tensor scale, Tensor shift, Tensor? weight, str kind, float eps) -> Tensor",
+    _ada_norm,
+    _ada_norm_fake,
+    setup_context=_ada_norm_save,
+    backward=_ada_norm_derivative,
+    decomposition=reference.ada_norm,
+)
+_GATED = register(
+    "gated_residual_ada_norm(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor shift, Tensor? weight, "
+    "str kind, float eps) -> (Tensor, Tensor)",
+    _gated,
+    _gated_fake,
+    setup_context=_gated_save,
+    backward=_gated_derivative,
+    decomposition=reference.gated_residual_ada_norm,
+)
+
+
+def ada_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None, kind: str = "rms", eps: float = 1e-4
+) -> Tensor:
+    """Norm over C, then x * (1 + scale) + shift (adaLN, Peebles & Xie 2023).
+
+    x: [B, m, T, C] by strides, the last dimension contiguous; float16, bfloat16, float32 or float64. scale, shift:
+    [B, C], one per sample, by row stride (chunks of one modulation, or expanded). weight: [C] or None. kind: "rms" or
+    "layer". The dtypes may differ. Returns [B, m, T, C], contiguous, in x's dtype, rounded once from float32.
+
+    The Triton kernel raises ValueError for a C that is no multiple of 8 or above 2048 and for a strided last dimension.
+    """
+    if use_triton(x):
+        return _ADA_NORM(x, scale, shift, weight, kind, eps)
+    return reference.ada_norm(x, scale, shift, weight, kind, eps)
+
+
+def gated_residual_ada_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None = None,
+    kind: str = "rms",
+    eps: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """(y, ada_norm(y)) with y = x + gate * branch; branch as x, gate [B, C], the rest as in `ada_norm`.
+
+    y has x's dtype and the reference's bits: the product is rounded to its own dtype, then the sum; the norm is of the
+    rounded y. Saved for backward: y, not x.
+    """
+    if use_triton(x):
+        return _GATED(x, branch, gate, scale, shift, weight, kind, eps)
+    return reference.gated_residual_ada_norm(x, branch, gate, scale, shift, weight, kind, eps)
