@@ -192,7 +192,7 @@ class _Bench:
                 self._broken(case, name, f"{direction}: {sentence(error)}")
                 continue
             contenders[name, "eager"] = contender
-            if self.watch.cuda:
+            if self.watch.graphs:
                 try:
                     contenders[name, "graph"] = self.watch.capture(contender)
                 except Exception as error:

@@ -40,6 +40,11 @@ class Stopwatch:
         self.device, self.cuda = device, device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.cuda else None
 
+    @property
+    def graphs(self) -> bool:
+        """Whether calls can be captured."""
+        return self.cuda
+
     def stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 

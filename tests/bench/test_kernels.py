@@ -431,7 +431,46 @@ def test_document_takes_recorded_runs(report, tmp_path):
     assert tables.NOTHING in tables.filled(text, {})
 
 
-# On a GPU
+# On a GPU, and as if
+
+
+class Pretended(timing.Stopwatch):
+    """The paths that only CUDA takes, on a CPU: a captured graph is the calls themselves."""
+
+    graphs = True
+    refused = 0
+
+    def rotation(self, size):
+        return 3
+
+    def peak(self, call):
+        call()
+        return 3 << 20
+
+    def capture(self, contender):
+        if not self.refused:
+            self.refused += 1
+            raise RuntimeError("cannot be captured")
+        return contender
+
+
+def test_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(body, "Stopwatch", Pretended)
+    found = body.run([tiny("swiglu")], CPU, torch.bfloat16, 60)
+    assert {t["mode"] for t in found["timings"]} == {"eager", "graph"}
+    assert all(
+        t["peak_bytes"] == 3 << 20 and t["dtype"] == "bfloat16" and t["bytes"] % 2 == 0 for t in found["timings"]
+    )
+    ours = next(c for c in found["checks"] if c["provider"] == "ours")
+    assert ours["broken"] == ["forward, capture: RuntimeError: cannot be captured"]
+    assert len([t for t in found["timings"] if t["provider"] == "ours"]) == 5  # three passes, one not captured
+    about = dict.fromkeys(("driver", "cuda", "cudnn", "power_limit_w", "sm_clock_mhz", "sm_clock_max_mhz"), "7")
+    found |= {"machine": found["machine"] | about | {"device": "cuda", "memory_clock_mhz": "7"}, "clocks_after": {}}
+    text = pages.markdown(found)
+    assert "each call replayed from a CUDA graph" in text and "ours: forward, capture" in text
+    assert "| forward | 3 | 3 |" in text and "Driver 7" in text
+    # The short table is of graphs, so ours has no forward there.
+    assert "forward | – | – |" in "\n".join(pages.short_table(found, "swiglu", "brain-brats"))
 
 
 @pytest.mark.gpu
