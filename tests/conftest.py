@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 # Triton reads this once, when it is first imported: with it every kernel of the process is interpreted on the CPU,
 # without it every kernel is compiled. So one process cannot do both. Without a GPU the test process interprets (the

@@ -104,11 +104,11 @@ def place(x: Tensor, layout: Layout, poison: float | bool = math.nan) -> Tensor:
 
 @st.composite
 def layouts(draw: st.DrawFn, ndim: int, contiguous: int = 1, expandable: Sequence[int] = ()) -> Layout:
-    """Layouts whose last `contiguous` dimensions keep their order, innermost and without gaps between values."""
+    """Layouts whose last `contiguous` dimensions (0 or 1) stay innermost, without gaps between values."""
     free = ndim - contiguous
     order = (*draw(st.permutations(range(free))), *range(free, ndim))
     step = tuple(draw(st.sampled_from((1, 1, 2))) for _ in range(free)) + (1,) * contiguous
-    margin = st.tuples(*[st.integers(0, 2)] * free, *[st.just(0)] * (contiguous - 1), *[st.integers(0, 8)] * (ndim > free))
+    margin = st.tuples(*[st.integers(0, 2)] * free, *[st.integers(0, 8)] * contiguous)
     expanded = draw(st.frozensets(st.sampled_from(tuple(expandable)), max_size=2)) if expandable else frozenset()
     return Layout(order, draw(margin), draw(margin), step, expanded)
 

@@ -75,7 +75,8 @@ def launch(case: dict[str, Any]) -> None:
     """Forward and, unless `backward` is false, backward of one operator; the values do not matter."""
     dtype = getattr(torch, case.get("dtype", "float16"))
     wide = getattr(torch, case.get("parameters", case.get("dtype", "float16")))  # of scale, shift, gate and weight
-    batch, m, tokens, channels = case.get("batch", 2), case.get("m", 4), case.get("tokens", 576), case.get("channels", 768)
+    batch, m, tokens = case.get("batch", 2), case.get("m", 4), case.get("tokens", 576)
+    channels = case.get("channels", 768)
     grad = case.get("backward", True)
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -103,7 +104,7 @@ def launch(case: dict[str, Any]) -> None:
         kernels.nearest_code(torch.zeros(batch * 4608, 8, dtype=dtype), torch.zeros(8192, 8, dtype=dtype))
         return
     elif op == "partial_ddim_step_":
-        z, x0, observed = torch.zeros(2, batch, m, 8, 24, 24, 8, dtype=dtype).unbind(0) + (torch.zeros(batch, m) > 0,)
+        z, x0, observed = (*torch.zeros(2, batch, m, 8, 24, 24, 8, dtype=dtype).unbind(0), torch.zeros(batch, m) > 0)
         kernels.partial_ddim_step_(z, x0, observed, torch.zeros(200, 2), torch.zeros((), dtype=torch.int64))
         return
     else:

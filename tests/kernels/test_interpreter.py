@@ -3,6 +3,7 @@
 Never in bfloat16, whose matrix products the interpreter computes wrongly without an error.
 """
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -37,9 +38,7 @@ pytestmark = interpreted
 DTYPES = (torch.float16, torch.float32, torch.float64)
 DIMS = (32, 48, 64, 96)
 EPS = 2.0**-13  # near the models' 1e-4
-few = settings(
-    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+few = settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 many = settings(few, max_examples=150, derandomize=False)
 
 
@@ -109,7 +108,7 @@ def opchecks() -> dict[str, list[tuple]]:
     wide = place(x, strided(4))
     observed, table = torch.tensor([[1, 0, 1], [0, 0, 1]]).bool(), normal(4, 2, dtype=torch.float32)
 
-    def grad(*inputs: Tensor | None | str | float) -> tuple:
+    def grad(*inputs: Tensor | str | float | None) -> tuple:
         return tuple(v.clone().requires_grad_() if isinstance(v, Tensor) else v for v in inputs)
 
     return {
@@ -188,7 +187,8 @@ def norm_inputs(draw: st.DrawFn, gated: bool) -> tuple[str, float, list[Tensor |
     dtype = draw(st.sampled_from(DTYPES))
     other = dtype if dtype == torch.float64 else draw(st.sampled_from(DTYPES[:2]))
     seed = draw(st.integers(0, 99))
-    inputs: list[Tensor | None] = [leaf(rows(batch, m, tokens, channels, seed=seed, dtype=dtype), draw(layouts(4, expandable=(0, 1, 2))))]
+    x = rows(batch, m, tokens, channels, seed=seed, dtype=dtype)
+    inputs: list[Tensor | None] = [leaf(x, draw(layouts(4, expandable=(0, 1, 2))))]
     if gated:
         branch = normal(batch, m, tokens, channels, seed=seed + 10, dtype=draw(st.sampled_from((dtype, other))))
         inputs.append(leaf(branch, draw(layouts(4, expandable=(0, 1, 2)))))
@@ -216,7 +216,7 @@ def test_gated_residual_ada_norm(drawn: tuple[str, float, list[Tensor | None], L
 
 @st.composite
 def swiglu_inputs(draw: st.DrawFn) -> tuple[Tensor, Layout]:
-    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)) + [2 * draw(st.integers(1, 80))]
+    shape = [*draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)), 2 * draw(st.integers(1, 80))]
     h = rows(*shape, seed=draw(st.integers(0, 99)), dtype=draw(st.sampled_from(DTYPES)))
     n = len(shape)
     free = tuple(range(n - 1))
@@ -250,7 +250,7 @@ def test_many_shapes(inputs: st.SearchStrategy, check) -> None:
 
 @pytest.mark.parametrize("channels", [192, 288, 384, 576, 768, 1152])
 def test_norms_at_model_widths(channels: int) -> None:
-    batch, m, tokens = 2, 3, 5
+    batch, m, tokens = 1, 3, 5
     shape = (batch, m, tokens, channels)
     packed = normal(batch, 6 * channels, seed=1, dtype=torch.float16)  # chunks of one modulation, as in a block
     scale, shift, gate = (v.requires_grad_() for v in packed.chunk(6, dim=-1)[1:4])
@@ -259,6 +259,17 @@ def test_norms_at_model_widths(channels: int) -> None:
         x, branch = leaf(rows(*shape, dtype=dtype)), leaf(normal(*shape, seed=3, dtype=torch.float16))
         compare(norm(kind, 1e-4), (x, scale, shift, weight))
         compare(gated_norm(kind, 1e-4), (x, branch, gate, scale, shift, weight))
+
+
+@pytest.mark.parametrize(("programs", "sum_rows"), [(8, 2), (1, 32)])
+def test_norm_gradients_over_many_tokens(programs: int, sum_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles to a program and several programs to an element, which the sizes above are too small for."""
+    module = importlib.import_module("kernels.ada_norm")
+    monkeypatch.setattr(module, "TILES", {80: module.TILES[80]._replace(programs=programs)})
+    monkeypatch.setattr(module, "SUM_ROWS", sum_rows)
+    scale, shift, gate = (leaf(normal(2, 24, seed=s, dtype=torch.float32)) for s in (1, 2, 3))
+    x, branch = (leaf(rows(2, 3, 13, 24, seed=s, dtype=torch.float32)) for s in (4, 5))
+    compare(gated_norm("layer", EPS), (x, branch, gate, scale, shift, leaf(normal(24, dtype=torch.float32))))
 
 
 @pytest.mark.parametrize("hidden", [512, 768, 1024, 1536, 2048, 3072])  # of the widths 192, 288, 384, 576, 768, 1152
@@ -288,7 +299,7 @@ def test_attention_of_large_scores() -> None:
 
 @st.composite
 def quantisation_inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    n, codes, dim = draw(st.integers(0, 300)), draw(st.integers(1, 700)), draw(st.sampled_from((1, 3, 4, 8, 12, 16)))
+    n, codes, dim = draw(st.integers(0, 300)), draw(st.integers(1, 700)), draw(st.sampled_from((2, 3, 4, 8, 12, 16)))
     seed, dtype = draw(st.integers(0, 99)), draw(st.sampled_from(DTYPES))
     if draw(st.booleans()):  # whole numbers: exact distances, many ties
         generator = torch.Generator().manual_seed(seed)
@@ -395,6 +406,7 @@ MODULATION = torch.zeros(2, 16)
         (lambda k: k.swiglu(torch.zeros(3, 7)), "7"),
         (lambda k: k.swiglu(torch.zeros(3, 8).int()), "int32"),
         (lambda k: k.nearest_code(torch.zeros(5, 8), torch.zeros(4, 7)), "codebook"),
+        (lambda k: k.nearest_code(torch.zeros(5, 8), torch.zeros(0, 8)), r"\b0\b"),
         (lambda k: k.nearest_code(torch.zeros(5, 8).int(), torch.zeros(4, 8).int()), "int32"),
         (lambda k: k.partial_ddim_step_(ROW, ROW[:, :2], torch.zeros(2, 3) > 0, torch.zeros(4, 2), 0), "x0"),
         (lambda k: k.partial_ddim_step_(ROW, ROW, torch.zeros(2, 2) > 0, torch.zeros(4, 2), 0), "observed"),

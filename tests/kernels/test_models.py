@@ -126,7 +126,8 @@ def test_tokenizer() -> None:
 
 
 def operators(graph: torch.fx.Graph) -> Counter[str]:
-    return Counter(n.target.name().split("::")[1] for n in graph.nodes if "copedit" in str(n.target) and n.op == "call_function")
+    calls = [str(n.target) for n in graph.nodes if n.op == "call_function"]
+    return Counter(name.split(".")[1] for name in calls if name.startswith("copedit."))
 
 
 FORWARD = {"axis_attention": 4, "ada_norm": 5, "gated_residual_ada_norm": 4, "swiglu": 4}
