@@ -4,9 +4,11 @@
 """
 
 from kernels.ada_norm import ada_norm, gated_residual_ada_norm
+from kernels.axis_attention import axis_attention
 from kernels.dispatch import decompositions, implementation
+from kernels.nearest_code import nearest_code
 from kernels.partial_ddim import partial_ddim_step_
-from kernels.reference import axis_attention, nearest_code, rotate
+from kernels.reference import rotate
 from kernels.swiglu import swiglu
 
 PROJECT = "copedit"  # copedit_rt checks it: another package on the index has this import name
