@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -176,6 +177,23 @@ def xformers(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
     return _back(memory_efficient_attention(*(_rows(x, axis) for x in _turned(qkv, rope))), qkv, axis)
 
 
+@contextmanager
+def rotated_before() -> Iterator[None]:
+    """Ours with q or k turned once, into a buffer, instead of where each tile reads it."""
+    module: Any = importlib.import_module("kernels.axis_attention")  # as an attribute it is the operator
+    usual, module.ROTATE_BEFORE = module.ROTATE_BEFORE, True
+    try:
+        yield
+    finally:
+        module.ROTATE_BEFORE = usual
+
+
+def triton_on_cuda(device: torch.device) -> str | None:
+    if kernels.implementation() == "reference":
+        return "COPEDIT_KERNELS=reference"
+    return cuda_only(device)
+
+
 def _attention(axis: str) -> Operator:
     call = partial(sdpa, axis=axis)
     backends = {
@@ -185,6 +203,9 @@ def _attention(axis: str) -> Operator:
         "math": (SDPBackend.MATH, lambda device: None),
     }
     providers = {"ours": Provider(partial(kernels.axis_attention, axis=axis))}
+    if axis == "token":
+        ours = providers["ours"].call
+        providers["ours-rotated-before"] = Provider(ours, missing=triton_on_cuda, context=rotated_before)
     for name, (backend, missing) in backends.items():
         providers[f"sdpa-{name}"] = Provider(call, missing=missing, context=partial(sdpa_kernel, backend))
     providers["compile"] = Provider(call, tier=1, options=DEFAULT)

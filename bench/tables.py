@@ -1,12 +1,13 @@
-"""`python -m bench.tables` writes the floors and what was measured into docs/kernels.md, between its markers.
+"""`python -m bench.tables` writes floors, tile sizes and what was measured into docs/kernels.md, between its markers.
 
-`<!-- floor OPERATOR -->` and `<!-- measured OPERATOR -->` begin a table, `<!-- end -->` ends it. Measured are the
-runs in bench/results/*/kernels.json that were made on a GPU. With --check nothing is written, and the exit code is 1
-if the file is not up to date.
+`<!-- floor OPERATOR -->`, `<!-- tiles OPERATOR -->` and `<!-- measured OPERATOR -->` begin a table, `<!-- end -->` ends
+it. Tile sizes are read from the kernels' modules. Measured are the runs in bench/results/*/kernels.json that were made
+on a GPU. With --check nothing is written, and the exit code is 1 if the file is not up to date.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -22,7 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/kernels.md"
 RESULTS = ROOT / "bench/results"
 NOTHING = "Not measured yet: no GPU run so far. `bench/gpu.sh` on a machine with a GPU fills this table."
-MARKED = re.compile(r"<!-- (floor|measured) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (floor|tiles|measured) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+MODULES = {
+    "axis_attention_token": "axis_attention",
+    "partial_ddim_step_": "partial_ddim",
+}  # where not the operator's name
 SINGLE = ("nearest_code", "partial_ddim_step_")  # always float32
 
 
@@ -50,6 +55,30 @@ def floor_table(op: str) -> list[str]:
     return [*lines, "", f"Values for {PRESET} in {name}: {', '.join(values)}; G is 10⁹ operations."]
 
 
+def tiles_table(op: str) -> list[str]:
+    """The named tile sizes of an operator, by architecture; those of attention also by head dimension."""
+    # Not as an attribute of the package, where the operator has the module's name.
+    module: Any = importlib.import_module(f"kernels.{MODULES.get(op, op)}")
+    if op != "axis_attention_token":
+        fields = next(iter(module.TILES.values()))._fields
+        body = [[f"sm_{architecture}", *map(str, tile)] for architecture, tile in module.TILES.items()]
+        return [f"| | {' | '.join(fields)} |", f"|---|{'--:|' * len(fields)}", *(f"| {' | '.join(r)} |" for r in body)]
+
+    def text(tile: Any) -> str:
+        return f"{tile.BQ} × {tile.BK}, {tile.warps}, {tile.stages}"
+
+    lines = [f"| queries × keys, warps, stages | {' | '.join(f'D = {dim}' for dim in module.HALVES)} |"]
+    lines += [f"|---|{'---|' * len(module.HALVES)}"]
+    for title, table in (
+        ("forward", "FORWARD"),
+        ("backward, dq", "BACKWARD_Q"),
+        ("backward, dk and dv", "BACKWARD_KV"),
+    ):
+        for architecture, dims in getattr(module, table).items():
+            lines.append(f"| {title}, sm_{architecture} | {' | '.join(text(dims[dim]) for dim in module.HALVES)} |")
+    return [*lines, "", f"Those are for 16-bit types; float32 has {text(module.FLOAT32)} everywhere."]
+
+
 def measured_table(op: str, found: dict[str, dict[str, Any]]) -> list[str]:
     """The short table of every recorded run."""
     lines: list[str] = []
@@ -69,7 +98,8 @@ def filled(text: str, found: dict[str, dict[str, Any]]) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind, op = match.groups()
-        lines = floor_table(op) if kind == "floor" else measured_table(op, found)
+        tables = {"floor": floor_table, "tiles": tiles_table, "measured": lambda op: measured_table(op, found)}
+        lines = tables[kind](op)
         return "\n".join([f"<!-- {kind} {op} -->", "", *lines, "", "<!-- end -->"])
 
     return MARKED.sub(table, text)

@@ -1,5 +1,6 @@
 """The benchmark's own correctness: floors counted by hand, wrong answers caught, fair turns, complete reports."""
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -360,7 +361,15 @@ def test_compilers_have_a_share_of_the_time(monkeypatch):
     assert notes["compile"] == notes["compile-max"] == "the time for compilers was up"
 
 
-# Compilers
+# Providers
+
+
+def test_the_other_rotation_is_switched_on_and_off():
+    module = importlib.import_module("kernels.axis_attention")
+    usual = module.ROTATE_BEFORE
+    with OPERATORS["axis_attention_token"].providers["ours-rotated-before"].context():
+        assert module.ROTATE_BEFORE is True
+    assert module.ROTATE_BEFORE is usual
 
 
 def compiled_statuses(operators=OPERATORS):
@@ -415,7 +424,21 @@ def test_document_is_up_to_date():
     assert tables.main(["--check"]) == 0
     text = tables.DOCUMENT.read_text("utf-8")
     marked = set(tables.MARKED.findall(text))
-    assert marked == {(kind, op) for kind in ("floor", "measured") for op in OPERATORS}
+    assert {(kind, op) for kind, op in marked if kind != "tiles"} == {
+        (kind, op) for kind in ("floor", "measured") for op in OPERATORS
+    }
+    tiled = {op for kind, op in marked if kind == "tiles"}
+    assert tiled == {"axis_attention_token", "ada_norm", "swiglu", "partial_ddim_step_"}
+
+
+def test_tiles_come_from_the_modules(monkeypatch):
+    module = importlib.import_module("kernels.swiglu")
+    monkeypatch.setattr(module, "TILES", {80: module.TILES[80]._replace(rows=7)})
+    assert tables.tiles_table("swiglu")[2].startswith("| sm_80 | 7 |")
+    rows = tables.tiles_table("axis_attention_token")
+    tile = importlib.import_module("kernels.axis_attention").BACKWARD_KV[80][96]
+    line = next(row for row in rows if row.startswith("| backward, dk and dv, sm_80"))
+    assert line.endswith(f"| {tile.BQ} × {tile.BK}, {tile.warps}, {tile.stages} |")
 
 
 def test_document_takes_recorded_runs(report, tmp_path):
