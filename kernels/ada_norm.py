@@ -49,13 +49,22 @@ class Tiles(NamedTuple):
 
 
 TILES = {80: Tiles(4, 2, 512, 64), 90: Tiles(4, 2, 512, 64)}
+# Registers a thread may have: plain, gated, gated with 32-bit x, branch or gate. Without a bound ptxas aims at an
+# occupancy and spills a few words to reach it.
+REGISTERS = {"forward": (80, 80, 96), "backward": (96, 128, 168)}
 SUM_ROWS, SUM_COLUMNS = 32, 64  # tile of the kernel that adds the partial sums
 
 
 @jit
-def load_row(pointer, c, inside, fill, WIDE: tl.constexpr):
+def load_row(pointer, c, inside, WIDE: tl.constexpr):
     """One vector of C columns, [BLOCK]."""
-    return tl.load(pointer + c, mask=inside, other=fill).to(WIDE)
+    return tl.load(pointer + c, mask=inside, other=0.0).to(WIDE)
+
+
+@jit
+def load_rows(pointer, t, stride, c, live, WIDE: tl.constexpr):
+    """Tokens t [ROWS, 1] of one element, [ROWS, BLOCK]. Offsets within an element fit 32 bits."""
+    return tl.load(pointer + (t * stride + c[None, :]), mask=live, other=0.0).to(WIDE)
 
 
 @jit
@@ -100,28 +109,29 @@ def norm_forward(
     WIDE: tl.constexpr = tl.float64 if NARROW == tl.float64 else tl.float32
     i = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     # [BLOCK]
     c = tl.arange(0, BLOCK)
     inside = c < C
-    gain = 1.0 + load_row(scale + b * scale_b, c, inside, 0.0, WIDE)
+    gain = 1.0 + load_row(scale + b * scale_b, c, inside, WIDE)
     if WEIGHTED:
-        gain *= load_row(weight, c, inside, 0.0, WIDE)
-    offset = load_row(shift + b * shift_b, c, inside, 0.0, WIDE)
+        gain *= load_row(weight, c, inside, WIDE)
+    offset = load_row(shift + b * shift_b, c, inside, WIDE)
     # [ROWS, BLOCK]
     live = (t < T) & inside[None, :]
-    to = ((b * tl.num_programs(1) + i) * T + t) * C + c[None, :]
-    v = tl.load(x + b * x_b + i * x_i + t * x_t + c[None, :], mask=live, other=0.0).to(WIDE)
+    element = (b * tl.num_programs(1) + i) * T * C
+    to = t * C + c[None, :]
+    v = load_rows(x + b * x_b + i * x_i, t, x_t, c, live, WIDE)
     if GATED:
-        u = tl.load(branch + b * branch_b + i * branch_i + t * branch_t + c[None, :], mask=live, other=0.0).to(WIDE)
-        u *= load_row(gate + b * gate_b, c, inside, 0.0, WIDE)[None, :]
+        u = load_rows(branch + b * branch_b + i * branch_i, t, branch_t, c, live, WIDE)
+        u *= load_row(gate + b * gate_b, c, inside, WIDE)[None, :]
         if gate.dtype.element_ty == branch.dtype.element_ty:
             u = u.to(branch.dtype.element_ty)
         narrow = (v + u.to(NARROW).to(WIDE)).to(NARROW)
-        tl.store(y + to, narrow, mask=live)
+        tl.store(y + element + to, narrow, mask=live)
         v = narrow.to(WIDE)
     n, _ = norm_of(v, t < T, inside, C, EPS, LAYER)
-    tl.store(out + to, (n * gain[None, :] + offset[None, :]).to(NARROW), mask=live)
+    tl.store(out + element + to, (n * gain[None, :] + offset[None, :]).to(NARROW), mask=live)
 
 
 @jit(do_not_specialize=["span"])
@@ -170,24 +180,30 @@ def norm_backward(
     i = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     element = b * tl.num_programs(1) + i
+    y += b * y_b + i * y_i
+    dh += b * dh_b + i * dh_i
+    dx += element * T * C
     # [BLOCK]
     c = tl.arange(0, BLOCK)
     inside = c < C
-    gain = 1.0 + load_row(scale + b * scale_b, c, inside, 0.0, WIDE)
+    gain = 1.0 + load_row(scale + b * scale_b, c, inside, WIDE)
     if WEIGHTED:
-        gain *= load_row(weight, c, inside, 0.0, WIDE)
+        gain *= load_row(weight, c, inside, WIDE)
     shift_sum = tl.zeros([BLOCK], WIDE)
     gain_sum = tl.zeros([BLOCK], WIDE)
     if GATED:
-        factor = load_row(gate + b * gate_b, c, inside, 0.0, WIDE)
+        dy += b * dy_b + i * dy_i
+        branch += b * branch_b + i * branch_i
+        dbranch += element * T * C
+        factor = load_row(gate + b * gate_b, c, inside, WIDE)
         gate_sum = tl.zeros([BLOCK], WIDE)
     for first in range(0, span, ROWS):
-        t = (tl.program_id(0) * span + first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        t = tl.program_id(0) * span + first + tl.arange(0, ROWS)[:, None]
         # [ROWS, BLOCK]
         live = (t < T) & inside[None, :]
-        to = (element * T + t) * C + c[None, :]
-        v = tl.load(y + b * y_b + i * y_i + t * y_t + c[None, :], mask=live, other=0.0).to(WIDE)
-        g = tl.load(dh + b * dh_b + i * dh_i + t * dh_t + c[None, :], mask=live, other=0.0).to(WIDE)
+        to = t * C + c[None, :]
+        v = load_rows(y, t, y_t, c, live, WIDE)
+        g = load_rows(dh, t, dh_t, c, live, WIDE)
         n, inverse = norm_of(v, t < T, inside, C, EPS, LAYER)
         shift_sum += tl.sum(g, 0)
         gain_sum += tl.sum(g * n, 0)
@@ -197,9 +213,8 @@ def norm_backward(
             d -= (tl.sum(g, 1) / C)[:, None]
         d *= inverse
         if GATED:
-            d += tl.load(dy + b * dy_b + i * dy_i + t * dy_t + c[None, :], mask=live, other=0.0).to(WIDE)
-            u = tl.load(branch + b * branch_b + i * branch_i + t * branch_t + c[None, :], mask=live, other=0.0)
-            gate_sum += tl.sum(d * u.to(WIDE), 0)
+            d += load_rows(dy, t, dy_t, c, live, WIDE)
+            gate_sum += tl.sum(d * load_rows(branch, t, branch_t, c, live, WIDE), 0)
             tl.store(dbranch + to, (d * factor[None, :]).to(dbranch.dtype.element_ty), mask=live)
         tl.store(dx + to, d.to(NARROW), mask=live)
     row = (element * tl.num_programs(0) + tl.program_id(0)) * SUMS * C
@@ -252,9 +267,9 @@ def norm_backward_sum(
     to = b * C + c
     tl.store(dshift + to, shift_sum.to(dshift.dtype.element_ty), mask=inside)
     if WEIGHTED:
-        gain = 1.0 + load_row(scale + b * scale_b, c, inside, 0.0, WIDE)
+        gain = 1.0 + load_row(scale + b * scale_b, c, inside, WIDE)
         tl.store(dweight + to, gain_sum * gain, mask=inside)
-        gain_sum *= load_row(weight, c, inside, 0.0, WIDE)
+        gain_sum *= load_row(weight, c, inside, WIDE)
     tl.store(dscale + to, gain_sum.to(dscale.dtype.element_ty), mask=inside)
     if GATED:
         tl.store(dgate + to, gate_sum.to(dgate.dtype.element_ty), mask=inside)
@@ -285,18 +300,29 @@ def _check(
             check_dtype(op, name, tensor)
             check_contiguous_last(op, name, tensor)
     check_device(op, **tensors)
+    for name, tensor in (("x", x), ("branch", branch)):
+        if tensor is not None and not _within_32_bits(tensor):
+            raise ValueError(
+                f"{op}: one element of {name} {tuple(tensor.shape)} with strides {tuple(tensor.stride())} "
+                "spans 2^31 values or more"
+            )
+
+
+def _within_32_bits(x: Tensor) -> bool:
+    return x.shape[2] * max(x.stride(2), x.shape[3]) < 2**31
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def _options(x: Tensor, gate: Tensor | None) -> dict[str, Any]:
-    """Compiler options: 8 columns of a row to a thread."""
+def _options(kernel: str, x: Tensor, branch: Tensor | None, gate: Tensor | None) -> dict[str, Any]:
+    """Compiler options: 8 columns of a row to a thread, and so many registers that none is spilled."""
     block = triton.next_power_of_2(x.shape[3])
     options: dict[str, Any] = {"BLOCK": block, "num_warps": max(1, block // 256)}
-    if gate is not None and gate.dtype.itemsize > 2:
-        options["enable_fp_fusion"] = False  # the product is rounded before the sum, as in the reference
+    if x.dtype != torch.float64:
+        wide = max(t.dtype.itemsize for t in (x, branch, gate) if t is not None) > 2
+        options["maxnreg"] = REGISTERS[kernel][0 if gate is None else 1 + wide]
     return options
 
 
@@ -338,7 +364,9 @@ def _forward(
             WEIGHTED=weight is not None,
             GATED=gate is not None,
             ROWS=rows,
-            **_options(x, gate),
+            # gate * branch is rounded before it is added, as in the reference.
+            enable_fp_fusion=gate is None or x.dtype.itemsize == 2,
+            **_options("forward", x, branch, gate),
         )
     return y, out
 
@@ -362,6 +390,11 @@ def _gated(
     return _forward(x, branch, gate, scale, shift, weight, kind, eps)
 
 
+def _readable(g: Tensor) -> Tensor:
+    """A cotangent as it is, or copied if the kernel cannot read it, as that of a sum, which is expanded over C."""
+    return g if g.stride(3) == 1 and _within_32_bits(g) else g.contiguous()
+
+
 def _backward(
     dh: Tensor,
     dy: Tensor | None,
@@ -376,8 +409,7 @@ def _backward(
 ) -> list[Tensor]:
     """dx, dscale, dshift, then dweight if weighted, then dbranch and dgate if gated."""
     batch, m, tokens, columns = y.shape
-    # A cotangent that was expanded over C (that of a sum) is copied.
-    dh, dy = (g if g is None or g.stride(3) == 1 else g.contiguous() for g in (dh, dy))  # type: ignore[assignment]
+    dh, dy = _readable(dh), None if dy is None else _readable(dy)
     tile = tiles(TILES, y)
     steps = triton.cdiv(batch * m * tokens, tile.programs * tile.backward)
     span = min(max(steps, 1) * tile.backward, tile.span)
@@ -416,7 +448,7 @@ def _backward(
                 LAYER=kind == "layer",
                 ROWS=tile.backward,
                 **flags,
-                **_options(y, None),
+                **_options("backward", y, branch, gate),
             )
         if batch:
             norm_backward_sum[(triton.cdiv(columns, SUM_COLUMNS), batch)](

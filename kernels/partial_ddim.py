@@ -67,14 +67,13 @@ def partial_ddim(
     i = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     if tl.load(observed + b * observed_b + i * observed_i) == 0:
-        if ON_DEVICE:
-            index = tl.load(step)
-        row = tl.where(index < 0, index + steps, index).to(tl.int64)
+        row = tl.load(step).to(tl.int64) if ON_DEVICE else index.to(tl.int64)
+        row = tl.where(row < 0, row + steps, row)
         known = (row >= 0) & (row < steps)
         keep = tl.load(table + row * table_s, mask=known, other=float("nan")).to(WIDE)
         rate = tl.load(table + row * table_s + table_k, mask=known, other=float("nan")).to(WIDE)
         # [BLOCK]
-        k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         live = k < N
         if FLAT:
             from_z = k * z_3
