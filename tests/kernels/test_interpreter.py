@@ -61,7 +61,7 @@ def strided(ndim: int, contiguous: int = 1) -> Layout:
 
 @pytest.mark.parametrize("axis", ["token", "element"])
 @pytest.mark.parametrize("rope", [False, True])
-@pytest.mark.parametrize(("m", "tokens", "dim", "expanded"), [(3, 5, 32, ()), (2, 67, 48, (1,)), (3, 3, 96, (0,))])
+@pytest.mark.parametrize(("m", "tokens", "dim", "expanded"), [(3, 5, 32, ()), (2, 35, 48, (0, 1)), (3, 3, 96, (0,))])
 def test_attention_gradcheck(axis: str, rope: bool, m: int, tokens: int, dim: int, expanded: tuple[int, ...]) -> None:
     shape = [2, m, tokens, 3, 1, dim]
     stored = [1 if d in expanded else n for d, n in enumerate(shape)]
@@ -108,10 +108,25 @@ def opchecks() -> dict[str, list[tuple]]:
     wide = place(x, strided(4))
     observed, table = torch.tensor([[1, 0, 1], [0, 0, 1]]).bool(), normal(4, 2, dtype=torch.float32)
 
+    qkv, rope = normal(2, 3, 5, 3, 2, 32, seed=7, dtype=torch.float32), rope_table(5, 32)
+    wide_qkv, cotangent = place(qkv, strided(6)), normal(2, 3, 5, 2, 32, seed=8, dtype=torch.float32)
+    out, lse = torch.ops.copedit.axis_attention(qkv, rope, "token", True)
+
     def grad(*inputs: Tensor | str | float | None) -> tuple:
         return tuple(v.clone().requires_grad_() if isinstance(v, Tensor) else v for v in inputs)
 
     return {
+        "axis_attention": [
+            (qkv.clone().requires_grad_(), rope, "token", True),
+            (wide_qkv, None, "token", False),
+            (qkv.clone().requires_grad_(), None, "element", True),
+            (wide_qkv, rope, "element", False),
+        ],
+        "axis_attention_backward": [
+            (cotangent, qkv, rope, out, lse, "token"),
+            (place(cotangent, strided(5)), wide_qkv, rope, None, None, "element"),
+        ],
+        "nearest_code": [(x.view(-1, 16), g.view(-1, 16)), (x.view(-1, 4).T[:3].T, g[..., :3].reshape(-1, 3))],
         "ada_norm": [
             grad(x, scale, shift, weight, "rms", EPS),
             grad(x, scale, shift, None, "layer", EPS),
@@ -139,7 +154,11 @@ def test_every_registered_operator_has_an_opcheck() -> None:
     assert names == set(opchecks()), "give the new operator its cases in opchecks()"
 
 
-@pytest.mark.parametrize("op", opchecks())
+OPERATORS = ("axis_attention", "ada_norm", "gated_residual_ada_norm", "swiglu", "nearest_code", "partial_ddim_step_")
+BACKWARD = ("axis_attention_backward", "ada_norm_backward", "swiglu_backward")
+
+
+@pytest.mark.parametrize("op", (*OPERATORS, *BACKWARD))
 def test_opcheck(op: str) -> None:
     for arguments in opchecks()[op]:
         torch.library.opcheck(getattr(torch.ops.copedit, op).default, arguments)
@@ -150,9 +169,13 @@ def test_opcheck(op: str) -> None:
 
 @st.composite
 def attention_inputs(draw: st.DrawFn, axis: str) -> tuple[Tensor, Tensor | None, Layout]:
-    batch, heads = draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    m = draw(st.integers(1, 2) if axis == "token" else st.integers(2, 8))
-    tokens = draw(st.sampled_from((1, 2, 15, 63, 64, 65, 70, 130)) if axis == "token" else st.integers(1, 40))
+    """A pass of the interpreter takes some milliseconds a program: few sequences, but tiles that end anywhere."""
+    if axis == "token":
+        batch, m, heads = draw(st.sampled_from(((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2))))
+        tokens = draw(st.sampled_from((1, 2, 15, 33, 63, 64, 65, 70)))
+    else:
+        batch, m, heads = draw(st.integers(1, 2)), draw(st.sampled_from((2, 3, 4, 4, 5, 8))), draw(st.integers(1, 2))
+        tokens = draw(st.integers(1, 40 // m))
     dim, dtype = draw(st.sampled_from(DIMS)), draw(st.sampled_from(DTYPES))
     size = draw(st.sampled_from((0.1, 1.0, 3.0)))
     qkv = (size * normal(batch, m, tokens, 3, heads, dim, seed=draw(st.integers(0, 99)))).to(dtype)
@@ -281,17 +304,18 @@ def test_swiglu_at_model_widths(hidden: int) -> None:
 @pytest.mark.parametrize("axis", ["token", "element"])
 @pytest.mark.parametrize(("channels", "heads"), [(288, 9), (384, 6), (576, 12), (768, 12), (1152, 12)])
 def test_attention_at_model_widths(axis: str, channels: int, heads: int) -> None:
-    """The projection's output [.., 3C] unflattened, three elements, a ragged last tile."""
-    packed = normal(1, 3, 37, 3 * channels, dtype=torch.float16)
+    """The projection's output [.., 3C] unflattened, a ragged last tile."""
+    m, tokens = (1, 37) if axis == "token" else (3, 5)
+    packed = normal(1, m, tokens, 3 * channels, dtype=torch.float16)
     qkv = packed.unflatten(-1, (3, heads, -1)).requires_grad_()
-    compare(attention(axis), (qkv, rope_table(37, channels // heads)))
+    compare(attention(axis), (qkv, rope_table(tokens, channels // heads)))
 
 
 def test_attention_of_large_scores() -> None:
-    """Scores around 1000: a softmax that does not subtract the largest one overflows."""
-    qkv = 14 * normal(1, 2, 70, 3, 1, 32, dtype=torch.float32)
-    for axis in ("token", "element"):
-        compare(attention(axis), (leaf(qkv), rope_table(70, 32)))
+    """Scores beyond 100: a softmax that does not subtract the largest one overflows."""
+    for axis, m, tokens in (("token", 1, 35), ("element", 3, 5)):
+        qkv = 6 * normal(1, m, tokens, 3, 1, 32, dtype=torch.float32)
+        compare(attention(axis), (leaf(qkv), rope_table(tokens, 32)))
 
 
 # Quantisation and the sampling step
@@ -299,7 +323,7 @@ def test_attention_of_large_scores() -> None:
 
 @st.composite
 def quantisation_inputs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    n, codes, dim = draw(st.integers(0, 300)), draw(st.integers(1, 700)), draw(st.sampled_from((2, 3, 4, 8, 12, 16)))
+    n, codes, dim = draw(st.integers(0, 150)), draw(st.integers(1, 300)), draw(st.sampled_from((2, 3, 4, 8, 12, 16)))
     seed, dtype = draw(st.integers(0, 99)), draw(st.sampled_from(DTYPES))
     if draw(st.booleans()):  # whole numbers: exact distances, many ties
         generator = torch.Generator().manual_seed(seed)
@@ -334,8 +358,8 @@ def test_nearest_code_of_many_shapes(drawn: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_nearest_code_is_exact(offset: float) -> None:
     """Under an offset too, where |c|^2 - 2 z.c cancels; and every code, also a copy, is nearest to itself."""
-    z = normal(700, 8, dtype=torch.float32) + offset
-    book = normal(1100, 8, seed=1, dtype=torch.float32) + offset
+    z = normal(200, 8, dtype=torch.float32) + offset
+    book = normal(500, 8, seed=1, dtype=torch.float32) + offset
     exact = torch.cdist(z.double(), book.double())
     assert torch.equal(kernels.nearest_code(z, book), exact.argmin(1))
     assert torch.equal(kernels.nearest_code(book, torch.cat((book, book.flip(0)))), torch.arange(len(book)))
