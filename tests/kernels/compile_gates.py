@@ -6,6 +6,7 @@ stops after the compilation, as Triton's own `warmup` does. So the gates see the
 argument specialisations that a GPU would get.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -89,6 +90,7 @@ def launch(case: dict[str, Any]) -> None:
     op = case["op"]
     if op == "axis_attention":
         heads, dim = case.get("heads", 2), case["dim"]
+        importlib.import_module("kernels.axis_attention").ROTATE_BEFORE = case.get("before", False)  # type: ignore
         rope = torch.zeros(2, tokens, dim // 2) if case.get("rope") else None
         out = (kernels.axis_attention(zeros(batch, m, tokens, 3, heads, dim), rope, case["axis"]),)
     elif op in ("ada_norm", "gated_residual_ada_norm"):

@@ -63,6 +63,23 @@ def hold(cases: list[dict[str, Any]], launches: int = 1) -> None:
     assert not failed, "\n".join(failed)
 
 
+def test_the_gates_themselves() -> None:
+    case = {"architecture": 80, "dtype": "bfloat16"}
+    good = {"stack": 0, "local": 0, "shared": 1024, "mma": 8, "wgmma": 0, "loads": 6, "wide_loads": 6}
+    assert not complaints(case, {"kernel": "token_forward", **good})
+    assert not complaints(case, {"kernel": "norm_forward", **good})
+    for kernel, change in (
+        ("norm_forward", {"stack": 8}),
+        ("norm_forward", {"local": 8}),
+        ("element_forward", {"shared": 164 * 1024}),
+        ("token_forward", {"mma": 0}),
+        ("norm_forward", {"wide_loads": 5}),
+        ("partial_ddim", {"wide_loads": 1}),
+    ):
+        assert len(complaints(case, {"kernel": kernel, **good, **change})) == 1, (kernel, change)
+    assert complaints(case | {"architecture": 90}, {"kernel": "token_forward", **good}) == ["token_forward: no wgmma"]
+
+
 def crossed(**choices: tuple) -> list[dict[str, Any]]:
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
@@ -79,7 +96,7 @@ TOKEN = [
         ("float32", 64, True),
         ("float32", 96, False),
     )
-]
+] + [{"dtype": "float16", "dim": 64, "rope": True, "before": True}]
 ELEMENT = [
     {"dtype": dtype, "dim": dim, "rope": rope, "m": m}
     for dtype, dim, rope, m in (
@@ -153,7 +170,8 @@ def test_every_attention(architecture: int, dim: int) -> None:
     flags = {"architecture": (architecture,), "op": ("axis_attention",), "dim": (dim,), "rope": (True, False)}
     dtypes = (*HALF, "float32")
     ragged = crossed(**flags, axis=("token",), dtype=dtypes, tokens=(576, 577, 2304))
-    hold(ragged + crossed(**flags, axis=("element",), dtype=dtypes, m=(2, 3, 4, 8)))
+    before = crossed(**flags | {"rope": (True,)}, axis=("token",), dtype=dtypes, before=(True,))
+    hold(ragged + before + crossed(**flags, axis=("element",), dtype=dtypes, m=(2, 3, 4, 8)))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 pytest -m gpu tests/kernels
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -60,11 +61,13 @@ def preset_rope(preset: str) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("axis", ["token", "element"])
-def test_attention(axis: str, preset: str, dtype: torch.dtype) -> None:
+def test_attention(axis: str, preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     m, tokens, heads, dim, _ = shape_of(preset)
     qkv = leaf(normal(1, m, tokens, 3, heads, dim, dtype=dtype, device="cuda"))
     for rope in (preset_rope(preset), None):
         compare(attention(axis), (qkv, rope))
+    monkeypatch.setattr(importlib.import_module("kernels.axis_attention"), "ROTATE_BEFORE", True)
+    compare(attention(axis), (qkv, preset_rope(preset)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,12 +137,31 @@ def test_partial_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     assert error <= 2 * allowed + torch.finfo(dtype).eps * exact[~observed].abs().max()
 
 
+def test_a_captured_loop_counts_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step counter lives on the device: one CUDA graph, replayed, walks through the table."""
+    monkeypatch.setenv("COPEDIT_KERNELS", "triton")
+    z, x0 = (normal(2, 4, 8, 24, 24, 1, seed=s, dtype=torch.float32, device="cuda") for s in (0, 1))
+    observed = torch.arange(8, device="cuda").view(2, 4) % 3 == 0
+    table, step = normal(5, 2, dtype=torch.float32, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    expected = z.clone()
+    for i in range(5):
+        kernels.partial_ddim_step_(expected, x0, observed, table, i)
+    kernels.partial_ddim_step_(z.clone(), x0, observed, table, step)  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.partial_ddim_step_(z, x0, observed, table, step)
+        step.add_(1)
+    for _ in range(5):
+        graph.replay()
+    assert step.item() == 5 and torch.equal(z, expected)
+
+
 # Repeatability
 
 
-def everything(dtype: torch.dtype, batch: int = 2) -> list[Callable[[], list[Tensor]]]:
+def everything(dtype: torch.dtype, batch: int = 2, tokens: int = 576) -> list[Callable[[], list[Tensor]]]:
     """Each operator, forward and backward, as a function that returns outputs and gradients."""
-    m, tokens, heads, dim = 4, 576, 12, 64
+    m, heads, dim = 4, 12, 64
     channels = heads * dim
     qkv = leaf(normal(batch, m, tokens, 3, heads, dim, dtype=dtype, device="cuda"))
     x, branch = (leaf(normal(batch, m, tokens, channels, seed=s, dtype=dtype, device="cuda")) for s in (1, 2))
@@ -201,12 +223,12 @@ def test_no_compilation_for_another_batch_size(monkeypatch: pytest.MonkeyPatch) 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in jitted.values() for cache in kernel.device_caches.values())
 
-    for run in everything(torch.float16, batch=4):
+    for run in everything(torch.float16, batch=4, tokens=64):
         run()
     before = compiled()
     assert before > 0
     for batch in (1, 2, 3, 16, 32):
-        for run in everything(torch.float16, batch):
+        for run in everything(torch.float16, batch, tokens=64):
             run()
         assert compiled() == before, f"batch {batch} compiled {compiled() - before} more kernels"
 

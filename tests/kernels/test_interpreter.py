@@ -311,6 +311,14 @@ def test_attention_at_model_widths(axis: str, channels: int, heads: int) -> None
     compare(attention(axis), (qkv, rope_table(tokens, channels // heads)))
 
 
+@pytest.mark.parametrize("dim", [48, 64])
+def test_rotation_before_the_kernel(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alternative behind the same name: k, and q for the gradient, are turned once into a buffer."""
+    monkeypatch.setattr(importlib.import_module("kernels.axis_attention"), "ROTATE_BEFORE", True)
+    qkv = leaf(normal(1, 2, 35, 3, 2, dim, dtype=torch.float16), strided(6))
+    compare(attention("token"), (qkv, rope_table(35, dim)))
+
+
 def test_attention_of_large_scores() -> None:
     """Scores beyond 100: a softmax that does not subtract the largest one overflows."""
     for axis, m, tokens in (("token", 1, 35), ("element", 3, 5)):
