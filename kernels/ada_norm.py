@@ -19,6 +19,7 @@ columns beyond C are masked, and as C is a multiple of 8 the mask never splits a
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -299,30 +300,37 @@ def _check(
         if tensor is not None:
             check_dtype(op, name, tensor)
             check_contiguous_last(op, name, tensor)
+            if tensor.ndim == 4 and not _within_32_bits(tensor):
+                raise ValueError(
+                    f"{op}: one element of {name} {tuple(tensor.shape)} with strides {tuple(tensor.stride())} "
+                    "spans 2^31 values or more"
+                )
     check_device(op, **tensors)
-    for name, tensor in (("x", x), ("branch", branch)):
-        if tensor is not None and not _within_32_bits(tensor):
-            raise ValueError(
-                f"{op}: one element of {name} {tuple(tensor.shape)} with strides {tuple(tensor.stride())} "
-                "spans 2^31 values or more"
-            )
 
 
 def _within_32_bits(x: Tensor) -> bool:
     return x.shape[2] * max(x.stride(2), x.shape[3]) < 2**31
 
 
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def _options(kernel: str, x: Tensor, branch: Tensor | None, gate: Tensor | None) -> dict[str, Any]:
+def _wide(x: Tensor, branch: Tensor | None, gate: Tensor | None) -> bool:
+    return max(t.dtype.itemsize for t in (x, branch, gate) if t is not None) > 2
+
+
+@functools.cache
+def _options(kernel: str, columns: int, gated: bool, wide: bool, double: bool) -> dict[str, Any]:
     """Compiler options: 8 columns of a row to a thread, and so many registers that none is spilled."""
-    block = triton.next_power_of_2(x.shape[3])
+    block = triton.next_power_of_2(columns)
     options: dict[str, Any] = {"BLOCK": block, "num_warps": max(1, block // 256)}
-    if x.dtype != torch.float64:
-        wide = max(t.dtype.itemsize for t in (x, branch, gate) if t is not None) > 2
-        options["maxnreg"] = REGISTERS[kernel][0 if gate is None else 1 + wide]
+    if not double:
+        options["maxnreg"] = REGISTERS[kernel][1 + wide if gated else 0]
     return options
 
 
@@ -337,8 +345,8 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor | None, Tensor]:
     batch, m, tokens, columns = x.shape
-    out = x.new_empty(x.shape)
-    y = None if gate is None else x.new_empty(x.shape)
+    out = _empty(x)
+    y = None if gate is None else _empty(x)
     if not out.numel():
         return y, out
     rows = tiles(TILES, x).forward
@@ -366,7 +374,7 @@ def _forward(
             ROWS=rows,
             # gate * branch is rounded before it is added, as in the reference.
             enable_fp_fusion=gate is None or x.dtype.itemsize == 2,
-            **_options("forward", x, branch, gate),
+            **_options("forward", columns, gate is not None, _wide(x, branch, gate), x.dtype == torch.float64),
         )
     return y, out
 
@@ -416,11 +424,11 @@ def _backward(
     programs = triton.cdiv(tokens, span)
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     partial = y.new_empty((batch, m * programs, 2 if gate is None else 3, columns), dtype=wide)
-    dx = y.new_empty(y.shape)
-    dscale, dshift = scale.new_empty(scale.shape), shift.new_empty(shift.shape)
+    dx = _empty(y)
+    dscale, dshift = _empty(scale), _empty(shift)
     shares = None if weight is None else y.new_empty((batch, columns), dtype=wide)
-    dbranch = None if branch is None else branch.new_empty(branch.shape)
-    dgate = None if gate is None else gate.new_empty(gate.shape)
+    dbranch = None if branch is None else _empty(branch)
+    dgate = None if gate is None else _empty(gate)
     flags = {"WEIGHTED": weight is not None, "GATED": gate is not None}
     with on(y):
         if y.numel():
@@ -448,7 +456,7 @@ def _backward(
                 LAYER=kind == "layer",
                 ROWS=tile.backward,
                 **flags,
-                **_options("backward", y, branch, gate),
+                **_options("backward", columns, gate is not None, _wide(y, branch, gate), y.dtype == torch.float64),
             )
         if batch:
             norm_backward_sum[(triton.cdiv(columns, SUM_COLUMNS), batch)](
@@ -476,7 +484,7 @@ def _backward(
 
 def _ada_norm_fake(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float) -> Tensor:
     _check("ada_norm", x, scale, shift, weight, kind)
-    return x.new_empty(x.shape)
+    return _empty(x)
 
 
 def _gated_fake(
@@ -490,7 +498,7 @@ def _gated_fake(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     _check("gated_residual_ada_norm", x, scale, shift, weight, kind, branch=branch, gate=gate)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return _empty(x), _empty(x)
 
 
 def _backward_fake(
@@ -506,7 +514,7 @@ def _backward_fake(
     eps: float,
 ) -> list[Tensor]:
     inputs = (y, scale, shift, weight, branch, gate)
-    return [x.new_empty(x.shape) for x in inputs if x is not None]
+    return [_empty(x) for x in inputs if x is not None]
 
 
 def _ada_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -171,9 +171,11 @@ def check_contiguous_last(op: str, name: str, x: Tensor) -> None:
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """Raises ValueError unless all tensors that are given are on one device."""
-    devices = {name: str(x.device) for name, x in tensors.items() if x is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"{op}: tensors on different devices: {', '.join(f'{k} on {v}' for k, v in devices.items())}")
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first = next(iter(given.values())).device
+    if any([x.device != first for x in given.values()]):
+        places = ", ".join(f"{name} on {x.device}" for name, x in given.items())
+        raise ValueError(f"{op}: tensors on different devices: {places}")
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int], dims: int) -> tuple[list[int], list[list[int]]] | None:

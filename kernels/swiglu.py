@@ -6,6 +6,7 @@ for backward: h only; the sigmoid is recomputed. Computed in float32 (float64 if
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +91,9 @@ def _check(h: Tensor) -> None:
 
 def _collapsed(*tensors: Tensor) -> tuple[list[int], list[list[int]]] | None:
     """The leading dimensions as three."""
+    if all([x.is_contiguous() for x in tensors]):
+        rows = math.prod(tensors[0].shape[:-1])
+        return [1, 1, rows], [[0, 0, x.shape[-1]] for x in tensors]
     return collapse(tensors[0].shape[:-1], *(x.stride()[:-1] for x in tensors), dims=3)
 
 
