@@ -60,6 +60,10 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train a model, stage by stage.", no_args_is_help=True, context_settings=_SETTINGS)
 app.add_typer(train, name="train")
+benchmarks = typer.Typer(
+    help="Measure speed and memory on this machine.", no_args_is_help=True, context_settings=_SETTINGS
+)
+app.add_typer(benchmarks, name="bench")
 
 
 def main() -> None:
@@ -326,6 +330,52 @@ def _train(stage: Any, preset: str, output: Path, data: str, override: list[str]
 
     _check_writable(output)
     typer.echo(trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume))
+
+
+@benchmarks.command("kernels")
+def bench_kernels(
+    output: Output,
+    op: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this operator; repeatable.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="bfloat16 (default on a GPU), float16 or float32 (on a CPU).")
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="Time for everything; what does not fit is skipped. By default 7 minutes."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Every operator at every shape of the presets, beside what it could be replaced by.
+
+    Answers are checked before anything is timed. Writes kernels.json, kernels.md and, with matplotlib, kernels.png.
+    On a CPU only the small presets at batch 1, to see that it works.
+    """
+    from bench import kernels as body
+    from bench import report as pages
+
+    _check_writable(output)
+    cases, where, what = body.plan(op, device, dtype)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("measuring")
+        report = body.run(
+            cases,
+            where,
+            what,
+            seconds or body.SECONDS,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            save=lambda so_far: pages.write_json(so_far, output),
+        )
+    paths, remark = pages.write(report, output)
+    if remark:
+        _stderr().print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(pages.summary(report))
+        typer.echo("\n".join(map(str, paths)))
+    if any(check["status"] == "wrong" and check["provider"] == "ours" for check in report["checks"]):
+        raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
 
 
 @app.command()
