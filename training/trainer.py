@@ -158,8 +158,8 @@ class TokenizerTask(Task):
     def read_out(self) -> None:
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects.
 
-        The features are computed once, so that thousands of steps take seconds. They are brought to mean 0 and deviation
-        1, which the first layer takes over at the end. AdamW, cosine decay, batches of 32.
+        The features are computed once, so that thousands of steps take seconds. They are brought to mean 0 and
+        deviation 1, which the first layer takes over at the end. AdamW, cosine decay, batches of 32.
         """
         vae, settings, features = self.tokenizer, self.settings, []
         layers = [e.mlp for e in vae.prompt_encoders if isinstance(e, PromptEncoder)]
