@@ -665,7 +665,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(qkv, rope, *((out, lse) if ctx.axis == "token" else (None, None)))
 
 
-def _gradient(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, None, None, None]:
+def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+    if grad is None:  # nothing that was asked for depends on the output
+        return None, None, None, None
     qkv, rope, out, lse = ctx.saved_tensors
     return _axis_attention_backward(grad, qkv, rope, out, lse, ctx.axis), None, None, None
 
