@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import (
+    cdiv,
     check_contiguous_last,
     check_device,
     check_dtype,
@@ -35,7 +36,6 @@ from kernels.dispatch import (
     register,
     tiles,
     tl,
-    triton,
     use_triton,
 )
 
@@ -327,7 +327,7 @@ def _wide(x: Tensor, branch: Tensor | None, gate: Tensor | None) -> bool:
 @functools.cache
 def _options(kernel: str, columns: int, gated: bool, wide: bool, double: bool) -> dict[str, Any]:
     """Compiler options: 8 columns of a row to a thread, and so many registers that none is spilled."""
-    block = triton.next_power_of_2(columns)
+    block = 1 << (columns - 1).bit_length()
     options: dict[str, Any] = {"BLOCK": block, "num_warps": max(1, block // 256)}
     if not double:
         options["maxnreg"] = REGISTERS[kernel][1 + wide if gated else 0]
@@ -351,7 +351,7 @@ def _forward(
         return y, out
     rows = tiles(TILES, x).forward
     with on(x):
-        norm_forward[(triton.cdiv(tokens, rows), m, batch)](
+        norm_forward[(cdiv(tokens, rows), m, batch)](
             x,
             branch,
             gate,
@@ -419,9 +419,9 @@ def _backward(
     batch, m, tokens, columns = y.shape
     dh, dy = _readable(dh), None if dy is None else _readable(dy)
     tile = tiles(TILES, y)
-    steps = triton.cdiv(batch * m * tokens, tile.programs * tile.backward)
+    steps = cdiv(batch * m * tokens, tile.programs * tile.backward)
     span = min(max(steps, 1) * tile.backward, tile.span)
-    programs = triton.cdiv(tokens, span)
+    programs = cdiv(tokens, span)
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     partial = y.new_empty((batch, m * programs, 2 if gate is None else 3, columns), dtype=wide)
     dx = _empty(y)
@@ -459,7 +459,7 @@ def _backward(
                 **_options("backward", columns, gate is not None, _wide(y, branch, gate), y.dtype == torch.float64),
             )
         if batch:
-            norm_backward_sum[(triton.cdiv(columns, SUM_COLUMNS), batch)](
+            norm_backward_sum[(cdiv(columns, SUM_COLUMNS), batch)](
                 partial,
                 scale,
                 weight,

@@ -43,12 +43,13 @@ HALVES = {32: (16, 0), 48: (16, 8), 64: (32, 0), 96: (32, 16)}  # head dim -> (H
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile of scores; warps and pipeline stages of a program."""
+    """Queries and keys of a tile of scores; warps and pipeline stages of a program; how float32 is multiplied."""
 
     BQ: int
     BK: int
     warps: int
     stages: int
+    precision: str = "ieee"
 
 
 # Kernels
@@ -114,9 +115,9 @@ def store_rows(
 
 
 @jit
-def dot(a, b, acc, WIDE: tl.constexpr):
-    """a b + acc (None: 0) in WIDE; float32 as it is, not as TF32."""
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=WIDE)
+def dot(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """a b + acc (None: 0) in WIDE. PRECISION: of float32 products, "ieee" or "tf32x3" (three TF32 products)."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
 
 
 @jit
@@ -156,6 +157,7 @@ def token_forward(
     qkv, rope, turned, out, lse, x_b, x_i, x_t, x_c, x_h, r_s, r_t, m, T, heads,
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     ROTATE: tl.constexpr, BEFORE: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [B, m, T, heads, D] and, if SAVE, lse [B, m, heads, T], the base-2 log-sum-exp of each row of scores.
 
@@ -187,10 +189,10 @@ def token_forward(
         k_at, v_at, k_turn = j * k_t, j * x_t, (first + j) * r_t
         # [BK, 2 * H0], [BK, 2 * H1] -> [BQ, BK]
         k0 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
-        s = dot(q0, tl.trans(k0), None, WIDE)
+        s = dot(q0, tl.trans(k0), None, WIDE, PRECISION)
         if H1 > 0:
             k1 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
-            s = dot(q1, tl.trans(k1), s, WIDE)
+            s = dot(q1, tl.trans(k1), s, WIDE, PRECISION)
         if not EVEN:
             s = tl.where(there[None, :], s, float("-inf"))
         above = tl.maximum(top, tl.max(s, 1) * SCALE)
@@ -201,10 +203,10 @@ def token_forward(
         p = p.to(qkv.dtype.element_ty)
         # [BK, 2 * H0], [BK, 2 * H1]
         v0 = load_rows(v, v_at, there, 1, None, k_turn, 0, 0, H0, D, False)
-        acc0 = dot(p, v0, acc0 * shrink[:, None], WIDE)
+        acc0 = dot(p, v0, acc0 * shrink[:, None], WIDE, PRECISION)
         if H1 > 0:
             v1 = load_rows(v, v_at, there, 1, None, k_turn, 0, H0, H1, D, False)
-            acc1 = dot(p, v1, acc1 * shrink[:, None], WIDE)
+            acc1 = dot(p, v1, acc1 * shrink[:, None], WIDE, PRECISION)
         k += BK * k_t
         v += BK * x_t
     row = (b * m + i) * T + start
@@ -223,7 +225,7 @@ def token_backward_q(
     qkv, rope, turned, out, lse, grad, delta, dqkv,
     x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, m, T, heads,
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    ROTATE: tl.constexpr, BEFORE: tl.constexpr, EVEN: tl.constexpr,
+    ROTATE: tl.constexpr, BEFORE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq into dqkv [B, m, T, 3, heads, D], and delta [B, m, heads, T] = sum over channels of grad * out.
 
@@ -268,20 +270,20 @@ def token_backward_q(
         # [BK, 2 * H0], [BK, 2 * H1] -> [BQ, BK]
         k0 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
         v0 = load_rows(v, v_at, there, 1, None, k_turn, 0, 0, H0, D, False)
-        s = dot(q0, tl.trans(k0), None, WIDE)
-        dp = dot(g0, tl.trans(v0), None, WIDE)
+        s = dot(q0, tl.trans(k0), None, WIDE, PRECISION)
+        dp = dot(g0, tl.trans(v0), None, WIDE, PRECISION)
         if H1 > 0:
             k1 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
             v1 = load_rows(v, v_at, there, 1, None, k_turn, 0, H0, H1, D, False)
-            s = dot(q1, tl.trans(k1), s, WIDE)
-            dp = dot(g1, tl.trans(v1), dp, WIDE)
+            s = dot(q1, tl.trans(k1), s, WIDE, PRECISION)
+            dp = dot(g1, tl.trans(v1), dp, WIDE, PRECISION)
         p = tl.exp2(s * SCALE - level[:, None])
         if not EVEN:
             p = tl.where(there[None, :], p, 0.0)
         ds = (p * (dp - rest[:, None])).to(qkv.dtype.element_ty)
-        dq0 = dot(ds, k0, dq0, WIDE)
+        dq0 = dot(ds, k0, dq0, WIDE, PRECISION)
         if H1 > 0:
-            dq1 = dot(ds, k1, dq1, WIDE)
+            dq1 = dot(ds, k1, dq1, WIDE, PRECISION)
         k += BK * k_t
         v += BK * x_t
     dqkv += (row * 3 * heads + head) * D
@@ -296,7 +298,7 @@ def token_backward_kv(
     qkv, rope, turned, lse, grad, delta, dqkv,
     x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, m, T, heads,
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    ROTATE: tl.constexpr, BEFORE: tl.constexpr,
+    ROTATE: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into dqkv [B, m, T, 3, heads, D]; the rest as in `token_backward_q`, turned: of q."""
     start, head, b, i = place(BK, m, T, heads)
@@ -326,25 +328,25 @@ def token_backward_kv(
         q_at, g_at, q_turn = n * q_t, n * g_t, (first + n) * r_t
         # [BQ, 2 * H0], [BQ, 2 * H1] -> [BK, BQ]
         q0 = load_rows(q, q_at, there, 1, rope, q_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
-        s = dot(k0, tl.trans(q0), None, WIDE)
+        s = dot(k0, tl.trans(q0), None, WIDE, PRECISION)
         if H1 > 0:
             q1 = load_rows(q, q_at, there, 1, rope, q_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
-            s = dot(k1, tl.trans(q1), s, WIDE)
+            s = dot(k1, tl.trans(q1), s, WIDE, PRECISION)
         # exp2(s - inf) = 0: queries beyond T add nothing
         level = tl.load(lse + sequence + first + n, mask=there, other=float("inf"))
         p = tl.exp2(s * SCALE - level[None, :])
         g0 = load_rows(grad, g_at, there, g_d, None, q_turn, 0, 0, H0, D, False)
-        dv0 = dot(p.to(qkv.dtype.element_ty), g0, dv0, WIDE)
-        dp = dot(v0, tl.trans(g0), None, WIDE)
+        dv0 = dot(p.to(qkv.dtype.element_ty), g0, dv0, WIDE, PRECISION)
+        dp = dot(v0, tl.trans(g0), None, WIDE, PRECISION)
         if H1 > 0:
             g1 = load_rows(grad, g_at, there, g_d, None, q_turn, 0, H0, H1, D, False)
-            dv1 = dot(p.to(qkv.dtype.element_ty), g1, dv1, WIDE)
-            dp = dot(v1, tl.trans(g1), dp, WIDE)
+            dv1 = dot(p.to(qkv.dtype.element_ty), g1, dv1, WIDE, PRECISION)
+            dp = dot(v1, tl.trans(g1), dp, WIDE, PRECISION)
         rest = tl.load(delta + sequence + first + n, mask=there, other=0.0)
         ds = (p * (dp - rest[None, :])).to(qkv.dtype.element_ty)
-        dk0 = dot(ds, q0, dk0, WIDE)
+        dk0 = dot(ds, q0, dk0, WIDE, PRECISION)
         if H1 > 0:
-            dk1 = dot(ds, q1, dk1, WIDE)
+            dk1 = dot(ds, q1, dk1, WIDE, PRECISION)
         q += BQ * q_t
         grad += BQ * g_t
     dqkv += ((((b * m + i) * T + start) * 3 + 1) * heads + head) * D
@@ -378,22 +380,23 @@ def element_forward(
     k = q + x_c
     v = k + x_c
     out += b * M * T * heads * D
-    ks, vs = (), ()
+    ks: tl.tuple = ()
+    vs: tl.tuple = ()
     for _ in tl.static_range(M):
         # [BLOCK, 2 * HALF]
-        ks = ks + (load_rows(k, at, live, 1, rope, turn, r_s, 0, HALF, D, ROTATE),)
-        vs = vs + (load_rows(v, at, live, 1, None, turn, 0, 0, HALF, D, False),)
+        ks += (load_rows(k, at, live, 1, rope, turn, r_s, 0, HALF, D, ROTATE),)
+        vs += (load_rows(v, at, live, 1, None, turn, 0, 0, HALF, D, False),)
         k += x_i
         v += x_i
     for _ in range(0, M, UNROLL):
         for _ in tl.static_range(UNROLL):
             # [BLOCK, 2 * HALF]
             query = load_rows(q, at, live, 1, rope, turn, r_s, 0, HALF, D, ROTATE).to(WIDE)
-            scores = ()
+            scores: tl.tuple = ()
             top = tl.full([BLOCK], float("-inf"), WIDE)
             for j in tl.static_range(M):
                 s = tl.sum(query * ks[j].to(WIDE), 1) * SCALE
-                scores = scores + (s,)
+                scores += (s,)
                 top = tl.maximum(top, s)
             total = tl.zeros([BLOCK], WIDE)
             acc = tl.zeros([BLOCK, 2 * HALF], WIDE)
@@ -429,13 +432,16 @@ def element_backward(
     dq = dqkv + b * M * T * 3 * heads * D
     dk = dq + heads * D
     dv = dk + heads * D
-    ks, vs, dks, dvs = (), (), (), ()
+    ks: tl.tuple = ()
+    vs: tl.tuple = ()
+    dks: tl.tuple = ()
+    dvs: tl.tuple = ()
     for _ in tl.static_range(M):
         # [BLOCK, 2 * HALF]
-        ks = ks + (load_rows(k, at, live, 1, rope, turn, r_s, 0, HALF, D, ROTATE),)
-        vs = vs + (load_rows(v, at, live, 1, None, turn, 0, 0, HALF, D, False),)
-        dks = dks + (tl.zeros([BLOCK, 2 * HALF], WIDE),)
-        dvs = dvs + (tl.zeros([BLOCK, 2 * HALF], WIDE),)
+        ks += (load_rows(k, at, live, 1, rope, turn, r_s, 0, HALF, D, ROTATE),)
+        vs += (load_rows(v, at, live, 1, None, turn, 0, 0, HALF, D, False),)
+        dks += (tl.zeros([BLOCK, 2 * HALF], WIDE),)
+        dvs += (tl.zeros([BLOCK, 2 * HALF], WIDE),)
         k += x_i
         v += x_i
     for _ in range(0, M, UNROLL):
@@ -443,18 +449,20 @@ def element_backward(
             # [BLOCK, 2 * HALF]
             query = load_rows(q, at, live, 1, rope, turn, r_s, 0, HALF, D, ROTATE).to(WIDE)
             g = load_rows(grad, g_at, live, g_d, None, turn, 0, 0, HALF, D, False).to(WIDE)
-            scores = ()
+            scores: tl.tuple = ()
             top = tl.full([BLOCK], float("-inf"), WIDE)
             for j in tl.static_range(M):
                 s = tl.sum(query * ks[j].to(WIDE), 1) * SCALE
-                scores = scores + (s,)
+                scores += (s,)
                 top = tl.maximum(top, s)
-            ps, dps = (), ()
+            ps: tl.tuple = ()
+            dps: tl.tuple = ()
             total, rest = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
             for j in tl.static_range(M):
                 p = tl.exp2(scores[j] - top)
                 dp = tl.sum(g * vs[j].to(WIDE), 1)
-                ps, dps = ps + (p,), dps + (dp,)
+                ps += (p,)
+                dps += (dp,)
                 total += p
                 rest += p * dp
             rest = rest / total
@@ -465,8 +473,8 @@ def element_backward(
                 p = ps[j] / total
                 ds = p * (dps[j] - rest) * D**-0.5
                 dquery += ds[:, None] * ks[j].to(WIDE)
-                dks = dks + (dks_before[j] + ds[:, None] * query,)
-                dvs = dvs + (dvs_before[j] + p[:, None] * g,)
+                dks += (dks_before[j] + ds[:, None] * query,)
+                dvs += (dvs_before[j] + p[:, None] * g,)
             store_rows(dq, to, live, dquery, rope, turn, r_s, 0, HALF, D, ROTATE)
             q += x_i
             grad += g_i
@@ -493,14 +501,20 @@ BACKWARD_KV = {
     80: {32: Tile(64, 64, 4, 2), 48: Tile(32, 64, 4, 2), 64: Tile(32, 64, 4, 3), 96: Tile(16, 128, 8, 2)},
     90: {32: Tile(64, 64, 4, 2), 48: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 96: Tile(32, 64, 4, 2)},
 }
-FLOAT32 = Tile(16, 32, 4, 1)  # exact products run outside the tensor cores, every operand in registers
+# float32 forward: three TF32 products on the tensor cores leave 2^-22 of a product, no more than float32 sums lose.
+# Backward: exact products outside them, as the split operands would not fit in registers.
+FORWARD_32 = {
+    80: dict.fromkeys((32, 48, 64), Tile(64, 16, 4, 1, "tf32x3")) | {96: Tile(16, 16, 4, 1)},
+    90: dict.fromkeys((32, 48, 64, 96), Tile(64, 32, 4, 2, "tf32x3")),
+}
+BACKWARD_32 = {80: dict.fromkeys(HALVES, Tile(16, 16, 4, 1)) | {48: Tile(16, 16, 2, 1)}}
 ROTATED = 64  # rows of `rotate_rows`
 _LARGEST = 128  # rows of a tile at most, whose offsets are int32
 
 
-def token_tile(table: dict[int, dict[int, Tile]], qkv: Tensor) -> Tile:
-    """The tile for qkv in one of the tables above."""
-    return tiles(table, qkv)[qkv.shape[-1]] if qkv.itemsize == 2 else FLOAT32
+def token_tile(half: dict[int, dict[int, Tile]], single: dict[int, dict[int, Tile]], qkv: Tensor) -> Tile:
+    """The tile for qkv, from the table for 16-bit types or the one for wider ones."""
+    return tiles(half if qkv.itemsize == 2 else single, qkv)[qkv.shape[-1]]
 
 
 class Rows(NamedTuple):
@@ -594,11 +608,11 @@ def _forward(qkv: Tensor, rope: Tensor | None, axis: str, save: bool) -> tuple[T
                 qkv, rope, out, *strides, T, heads, m, D, *rows, rope is not None, num_warps=4
             )
             return out, lse
-        before = ROTATE_BEFORE and rope is not None
-        tile = token_tile(FORWARD, qkv)
+        turned = _rotated(qkv.select(3, 1), rope) if rope is not None and ROTATE_BEFORE else None
+        tile = token_tile(FORWARD, FORWARD_32, qkv)
         token_forward[(triton.cdiv(T, tile.BQ) * B * m * heads,)](
-            qkv, rope, _rotated(qkv.select(3, 1), rope) if before else None, out, lse if save else None, *strides,
-            m, T, heads, D, *HALVES[D], tile.BQ, tile.BK, rope is not None, before, T % tile.BK == 0, save,
+            qkv, rope, turned, out, lse if save else None, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
+            rope is not None, turned is not None, T % tile.BK == 0, save, tile.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
@@ -629,18 +643,19 @@ def _backward(
             )
             return dqkv
         assert out is not None and lse is not None
-        before = ROTATE_BEFORE and turn
+        turned = _rotated(qkv.select(3, 1), rope) if rope is not None and ROTATE_BEFORE else None
         delta = torch.empty_like(lse)
-        tile = token_tile(BACKWARD_Q, qkv)
+        tile = token_tile(BACKWARD_Q, BACKWARD_32, qkv)
         token_backward_q[(triton.cdiv(T, tile.BQ) * B * m * heads,)](
-            qkv, rope, _rotated(qkv.select(3, 1), rope) if before else None, out, lse, grad, delta, dqkv, *strides,
-            m, T, heads, D, *HALVES[D], tile.BQ, tile.BK, turn, before, T % tile.BK == 0,
+            qkv, rope, turned, out, lse, grad, delta, dqkv, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
+            turn, turned is not None, T % tile.BK == 0, tile.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        tile = token_tile(BACKWARD_KV, qkv)
+        turned = _rotated(qkv.select(3, 0), rope) if rope is not None and ROTATE_BEFORE else None
+        tile = token_tile(BACKWARD_KV, BACKWARD_32, qkv)
         token_backward_kv[(triton.cdiv(T, tile.BK) * B * m * heads,)](
-            qkv, rope, _rotated(qkv.select(3, 0), rope) if before else None, lse, grad, delta, dqkv, *strides,
-            m, T, heads, D, *HALVES[D], tile.BQ, tile.BK, turn, before,
+            qkv, rope, turned, lse, grad, delta, dqkv, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
+            turn, turned is not None, tile.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dqkv
@@ -665,7 +680,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(qkv, rope, *((out, lse) if ctx.axis == "token" else (None, None)))
 
 
-def _gradient(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, None, None, None]:
+def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+    if grad is None:  # nothing that was asked for depends on the output
+        return None, None, None, None
     qkv, rope, out, lse = ctx.saved_tensors
     return _axis_attention_backward(grad, qkv, rope, out, lse, ctx.axis), None, None, None
 

@@ -98,8 +98,9 @@ def register(
 def _autograd(overload: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """What torch.library.register_autograd makes, without its walk through nested arguments.
 
-    One call forward and backward with a stubbed launcher: 51 us, against 101 us with register_autograd and 109 us with
-    custom_op; without gradients 6, 12 and 16 us; under inference_mode 3, 5 and 8 us (torch 2.13, one CPU core).
+    A call with a stubbed launcher takes 15 us of processor time under autograd, against 27 with register_autograd and
+    31 with custom_op; with its backward 57, 78 and 79; without gradients 6, 8 and 11; under inference_mode 3, 3 and 6
+    (torch 2.13, one busy core).
     """
 
     class Operator(torch.autograd.Function):
@@ -127,6 +128,11 @@ def _autograd(overload: Any, setup_context: Callable[..., None], backward: Calla
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Table for ExportedProgram.run_decompositions that replaces the operators by plain PyTorch."""
     return dict(_DECOMPOSITIONS)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up, in 0.1 us; triton.cdiv takes 3 us outside a kernel."""
+    return -(-a // b)
 
 
 def on(x: Tensor) -> AbstractContextManager[Any]:

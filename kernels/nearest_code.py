@@ -27,25 +27,27 @@ def nearest(
     """index [N] of the nearest of codebook [K, D] to each of z [N, D], both by strides."""
     WIDE: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     n = tl.program_id(0).to(tl.int64) * (32 * GROUPS) + tl.arange(0, 32)
-    channels, best, where = (), (), ()
+    channels: tl.tuple = ()
+    best: tl.tuple = ()
+    where: tl.tuple = ()
     for g in tl.static_range(GROUPS):
         row = n + g * 32
         at = z + row * z_n
         for _ in tl.static_range(D):
             # [32]
-            channels = channels + (tl.load(at, mask=row < N, other=0.0).to(WIDE),)
+            channels += (tl.load(at, mask=row < N, other=0.0).to(WIDE),)
             at += z_c
         # [CODES, 32]
-        best = best + (tl.full([CODES, 32], float("inf"), WIDE),)
-        where = where + (tl.zeros([CODES, 32], tl.int32),)
+        best += (tl.full([CODES, 32], float("inf"), WIDE),)
+        where += (tl.zeros([CODES, 32], tl.int32),)
     for first in range(0, K, CODES):
         k = first + tl.arange(0, CODES)
-        at = codebook + k.to(tl.int64) * c_k
-        code = ()
+        code_at = codebook + k.to(tl.int64) * c_k
+        code: tl.tuple = ()
         for _ in tl.static_range(D):
             # [CODES]; beyond K infinitely far
-            code = code + (tl.load(at, mask=k < K, other=float("inf")).to(WIDE),)
-            at += c_c
+            code += (tl.load(code_at, mask=k < K, other=float("inf")).to(WIDE),)
+            code_at += c_c
         best_before, where_before = best, where
         best, where = (), ()
         for g in tl.static_range(GROUPS):
@@ -54,8 +56,8 @@ def nearest(
                 difference = channels[g * D + c][None, :] - code[c][:, None]
                 distance += difference * difference
             closer = distance < best_before[g]
-            best = best + (tl.where(closer, distance, best_before[g]),)
-            where = where + (tl.where(closer, k[:, None], where_before[g]),)
+            best += (tl.where(closer, distance, best_before[g]),)
+            where += (tl.where(closer, k[:, None], where_before[g]),)
     for g in tl.static_range(GROUPS):
         row = n + g * 32
         least = tl.min(best[g], 0)

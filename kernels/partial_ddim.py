@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import check_device, check_dtype, collapse, jit, on, register, tiles, tl, triton, use_triton
+from kernels.dispatch import cdiv, check_device, check_dtype, collapse, jit, on, register, tiles, tl, use_triton
 
 
 class Tiles(NamedTuple):
@@ -132,7 +132,7 @@ def _step(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, st
     batch, m, values = *z.shape[:2], z[0, 0].numel()
     tile = tiles(TILES, z)
     with on(z):
-        partial_ddim[(triton.cdiv(values, tile.block), m, batch)](
+        partial_ddim[(cdiv(values, tile.block), m, batch)](
             z,
             x0,
             observed,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import (
+    cdiv,
     check_contiguous_last,
     check_dtype,
     collapse,
@@ -22,7 +23,6 @@ from kernels.dispatch import (
     register,
     tiles,
     tl,
-    triton,
     use_triton,
 )
 
@@ -101,9 +101,9 @@ def _launch(kernel: Any, inputs: Sequence[Tensor], out: Tensor, lead: tuple[list
     (size_0, size_1, size_2), strides = lead
     rows, half = size_0 * size_1 * size_2, inputs[-1].shape[-1] // 2
     tile = tiles(TILES, out)
-    block = min(tile.columns, triton.next_power_of_2(half))
+    block = min(tile.columns, 1 << (half - 1).bit_length())
     with on(out):
-        kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(half, block))](
+        kernel[(cdiv(rows, tile.rows), cdiv(half, block))](
             *inputs,
             out,
             rows,
