@@ -241,7 +241,7 @@ PRESETS: dict[str, ModelConfig] = {
             (96, 96, 32),
             _DEMO_TOKENIZER,
             DenoiserConfig(width=192, heads=3, blocks=6, patch=(4, 4, 4)),
-            DiffusionConfig(steps=20),
+            DiffusionConfig(steps=1),
             Preprocessing(field_of_view=(192.0, 192.0, 160.0)),
         ),
         ModelConfig(
@@ -251,7 +251,7 @@ PRESETS: dict[str, ModelConfig] = {
             (96, 96, 4),
             _DEMO_TOKENIZER,
             DenoiserConfig(width=192, heads=3, blocks=6, patch=(4, 4, 4)),
-            DiffusionConfig(steps=20),
+            DiffusionConfig(steps=1),
             Preprocessing(field_of_view=(288.0, 288.0, None)),
         ),
     )
