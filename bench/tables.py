@@ -65,8 +65,7 @@ def tiles_table(op: str) -> list[str]:
         return [f"| | {' | '.join(fields)} |", f"|---|{'--:|' * len(fields)}", *(f"| {' | '.join(r)} |" for r in body)]
 
     def text(tile: Any) -> str:
-        how = f", {tile.precision}" if tile.precision == "tf32x3" else ""
-        return f"{tile.BQ} × {tile.BK}, {tile.warps}, {tile.stages}{how}"
+        return f"{tile.BQ} × {tile.BK}, {tile.warps}, {tile.stages}"
 
     lines = [f"| queries × keys, warps, stages | {' | '.join(f'D = {dim}' for dim in module.HALVES)} |"]
     lines += [f"|---|{'---|' * len(module.HALVES)}"]
@@ -74,21 +73,12 @@ def tiles_table(op: str) -> list[str]:
         ("forward", "FORWARD"),
         ("backward, dq", "BACKWARD_Q"),
         ("backward, dk and dv", "BACKWARD_KV"),
-<<<<<<< HEAD
-        ("float32, forward", "FORWARD_32"),
-        ("float32, backward", "BACKWARD_32"),
-    ):
-        for architecture, dims in getattr(module, table).items():
-            lines.append(f"| {title}, sm_{architecture} | {' | '.join(text(dims[dim]) for dim in module.HALVES)} |")
-    return lines
-=======
         ("float32 forward", "FORWARD_32"),
         ("float32 backward, both", "BACKWARD_32"),
     ):
         for architecture, dims in getattr(module, table).items():
             lines.append(f"| {title}, sm_{architecture} | {' | '.join(text(dims[dim]) for dim in module.HALVES)} |")
     return [*lines, "", "Types of 16 bits where a row does not say float32."]
->>>>>>> kernels
 
 
 def measured_table(op: str, found: dict[str, dict[str, Any]]) -> list[str]:

@@ -498,7 +498,7 @@ BACKWARD_Q = {
     90: {32: Tile(64, 64, 4, 2), 48: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 96: Tile(64, 64, 4, 2)},
 }
 BACKWARD_KV = {
-    80: {32: Tile(64, 64, 4, 2), 48: Tile(32, 64, 4, 2), 64: Tile(32, 64, 4, 2), 96: Tile(16, 128, 8, 2)},
+    80: {32: Tile(64, 64, 4, 2), 48: Tile(32, 64, 4, 2), 64: Tile(32, 32, 4, 2), 96: Tile(16, 128, 8, 2)},
     90: {32: Tile(64, 64, 4, 2), 48: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 96: Tile(32, 64, 4, 2)},
 }
 # float32 forward: three TF32 products on the tensor cores leave 2^-22 of a product, no more than float32 sums lose.
