@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.dispatch import (
     INTERPRETED,
+    cdiv,
     check_contiguous_last,
     check_device,
     check_dtype,
@@ -30,7 +31,6 @@ from kernels.dispatch import (
     register,
     tiles,
     tl,
-    triton,
     use_triton,
 )
 
@@ -125,9 +125,9 @@ def place(BLOCK: tl.constexpr, m, T, heads):
     """First row of this program's tile, its head, sample and element (int64: offsets are products of these)."""
     program = tl.program_id(0)
     tiles = tl.cdiv(T, BLOCK)
-    sequence = (program // tiles).to(tl.int64)
-    element = sequence // heads
-    return (program % tiles).to(tl.int64) * BLOCK, sequence % heads, element // m, element % m
+    start, sequence = program % tiles * BLOCK, program // tiles
+    head, element = sequence % heads, sequence // heads
+    return start.to(tl.int64), head.to(tl.int64), (element // m).to(tl.int64), (element % m).to(tl.int64)
 
 
 @jit
@@ -182,16 +182,16 @@ def token_forward(
     if H1 > 0:
         q1 = load_rows(q, at, live, 1, rope, turn, r_s, H0, H1, D, ROTATE)
         acc1 = tl.zeros([BQ, 2 * H1], WIDE)
+    k_at, v_at, k_rope, k_turn = j * k_t, j * x_t, rope, j * r_t
     top = tl.full([BQ], float("-inf"), WIDE)
     total = tl.zeros([BQ], WIDE)
     for first in range(0, T, BK):
         there = j < T - first
-        k_at, v_at, k_turn = j * k_t, j * x_t, (first + j) * r_t
         # [BK, 2 * H0], [BK, 2 * H1] -> [BQ, BK]
-        k0 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
+        k0 = load_rows(k, k_at, there, 1, k_rope, k_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
         s = dot(q0, tl.trans(k0), None, WIDE, PRECISION)
         if H1 > 0:
-            k1 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
+            k1 = load_rows(k, k_at, there, 1, k_rope, k_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
             s = dot(q1, tl.trans(k1), s, WIDE, PRECISION)
         if not EVEN:
             s = tl.where(there[None, :], s, float("-inf"))
@@ -209,6 +209,8 @@ def token_forward(
             acc1 = dot(p, v1, acc1 * shrink[:, None], WIDE, PRECISION)
         k += BK * k_t
         v += BK * x_t
+        if ROTATE and not BEFORE:
+            k_rope += BK * r_t
     row = (b * m + i) * T + start
     out += (row * heads + head) * D
     to = n * (heads * D)
@@ -264,16 +266,16 @@ def token_backward_q(
     sequence = ((b * m + i) * heads + head) * T + start
     tl.store(delta + sequence + n, rest, mask=live)
     level = tl.load(lse + sequence + n, mask=live, other=float("inf"))
+    k_at, v_at, k_rope, k_turn = j * k_t, j * x_t, rope, j * r_t
     for first in range(0, T, BK):
         there = j < T - first
-        k_at, v_at, k_turn = j * k_t, j * x_t, (first + j) * r_t
         # [BK, 2 * H0], [BK, 2 * H1] -> [BQ, BK]
-        k0 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
+        k0 = load_rows(k, k_at, there, 1, k_rope, k_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
         v0 = load_rows(v, v_at, there, 1, None, k_turn, 0, 0, H0, D, False)
         s = dot(q0, tl.trans(k0), None, WIDE, PRECISION)
         dp = dot(g0, tl.trans(v0), None, WIDE, PRECISION)
         if H1 > 0:
-            k1 = load_rows(k, k_at, there, 1, rope, k_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
+            k1 = load_rows(k, k_at, there, 1, k_rope, k_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
             v1 = load_rows(v, v_at, there, 1, None, k_turn, 0, H0, H1, D, False)
             s = dot(q1, tl.trans(k1), s, WIDE, PRECISION)
             dp = dot(g1, tl.trans(v1), dp, WIDE, PRECISION)
@@ -286,6 +288,8 @@ def token_backward_q(
             dq1 = dot(ds, k1, dq1, WIDE, PRECISION)
         k += BK * k_t
         v += BK * x_t
+        if ROTATE and not BEFORE:
+            k_rope += BK * r_t
     dqkv += (row * 3 * heads + head) * D
     to = n * (3 * heads * D)
     store_rows(dqkv, to, live, dq0 * D**-0.5, rope, turn, r_s, 0, H0, D, ROTATE)
@@ -323,14 +327,14 @@ def token_backward_kv(
         k1 = load_rows(k, at, live, 1, rope, turn, r_s, H0, H1, D, ROTATE)
         v1 = load_rows(v, at, live, 1, None, turn, 0, H0, H1, D, False)
         dk1, dv1 = tl.zeros([BK, 2 * H1], WIDE), tl.zeros([BK, 2 * H1], WIDE)
+    q_at, g_at, q_rope, q_turn = n * q_t, n * g_t, rope, n * r_t
     for first in range(0, T, BQ):
         there = n < T - first
-        q_at, g_at, q_turn = n * q_t, n * g_t, (first + n) * r_t
         # [BQ, 2 * H0], [BQ, 2 * H1] -> [BK, BQ]
-        q0 = load_rows(q, q_at, there, 1, rope, q_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
+        q0 = load_rows(q, q_at, there, 1, q_rope, q_turn, r_s, 0, H0, D, ROTATE and not BEFORE)
         s = dot(k0, tl.trans(q0), None, WIDE, PRECISION)
         if H1 > 0:
-            q1 = load_rows(q, q_at, there, 1, rope, q_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
+            q1 = load_rows(q, q_at, there, 1, q_rope, q_turn, r_s, H0, H1, D, ROTATE and not BEFORE)
             s = dot(k1, tl.trans(q1), s, WIDE, PRECISION)
         # exp2(s - inf) = 0: queries beyond T add nothing
         level = tl.load(lse + sequence + first + n, mask=there, other=float("inf"))
@@ -349,6 +353,8 @@ def token_backward_kv(
             dk1 = dot(ds, q1, dk1, WIDE, PRECISION)
         q += BQ * q_t
         grad += BQ * g_t
+        if ROTATE and not BEFORE:
+            q_rope += BQ * r_t
     dqkv += ((((b * m + i) * T + start) * 3 + 1) * heads + head) * D
     to = j * (3 * heads * D)
     store_rows(dqkv, to, live, dk0 * D**-0.5, rope, turn, r_s, 0, H0, D, ROTATE)
@@ -370,10 +376,11 @@ def element_forward(
     """
     blocks = tl.cdiv(T * heads, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     live = row < T * heads
-    token, head = row // heads, row % heads
+    token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     at, turn = token * x_t + head * x_h, token * r_t
+    to = (token * heads + head) * D
     WIDE: tl.constexpr = tl.float64 if qkv.dtype.element_ty == tl.float64 else tl.float32
     SCALE: tl.constexpr = 1.4426950408889634 * D**-0.5
     q = qkv + b * x_b
@@ -404,7 +411,7 @@ def element_forward(
                 p = tl.exp2(scores[j] - top)
                 total += p
                 acc += p[:, None] * vs[j].to(WIDE)
-            store_rows(out, row * D, live, acc / total[:, None], None, turn, 0, 0, HALF, D, False)
+            store_rows(out, to, live, acc / total[:, None], None, turn, 0, 0, HALF, D, False)
             q += x_i
             out += T * heads * D
 
@@ -418,9 +425,9 @@ def element_backward(
     """dqkv [B, M, T, 3, heads, D] from grad [B, M, T, heads, D] by strides; the rest as in `element_forward`."""
     blocks = tl.cdiv(T * heads, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     live = row < T * heads
-    token, head = row // heads, row % heads
+    token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     at, turn = token * x_t + head * x_h, token * r_t
     g_at, to = token * g_t + head * g_h, (token * 3 * heads + head) * D
     WIDE: tl.constexpr = tl.float64 if qkv.dtype.element_ty == tl.float64 else tl.float32
@@ -501,8 +508,8 @@ BACKWARD_KV = {
     80: {32: Tile(64, 64, 4, 2), 48: Tile(32, 64, 4, 2), 64: Tile(32, 32, 4, 2), 96: Tile(16, 128, 8, 2)},
     90: {32: Tile(64, 64, 4, 2), 48: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 96: Tile(32, 64, 4, 2)},
 }
-# float32 forward: three TF32 products on the tensor cores leave 2^-22 of a product, no more than float32 sums lose.
-# Backward: exact products outside them, as the split operands would not fit in registers.
+# float32 forward: three TF32 products on the tensor cores leave about 2^-22 of a product, the size of what float32 sums
+# lose. Backward: exact products outside them, as the split operands would not fit in registers.
 FORWARD_32 = {
     80: dict.fromkeys((32, 48, 64), Tile(64, 16, 4, 1, "tf32x3")) | {96: Tile(16, 16, 4, 1)},
     90: dict.fromkeys((32, 48, 64, 96), Tile(64, 32, 4, 2, "tf32x3")),
@@ -574,7 +581,7 @@ def _rotated(x: Tensor, rope: Tensor) -> Tensor:
     """x [B, m, T, heads, D] turned, in the channel order of `load_rows`."""
     B, m, T, heads, D = x.shape
     turned = x.new_empty(x.shape)
-    rotate_rows[(triton.cdiv(T, ROTATED) * B * m * heads,)](
+    rotate_rows[(cdiv(T, ROTATED) * B * m * heads,)](
         x, rope, turned, *x.stride()[:4], *rope.stride()[:2], m, T, heads, D, *HALVES[D], ROTATED
     )  # fmt: skip
     return turned
@@ -604,13 +611,13 @@ def _forward(qkv: Tensor, rope: Tensor | None, axis: str, save: bool) -> tuple[T
     with on(qkv):
         if axis == "element":
             rows = element_rows(D, m, qkv.itemsize, False)
-            element_forward[(triton.cdiv(T * heads, rows.BLOCK) * B,)](
+            element_forward[(cdiv(T * heads, rows.BLOCK) * B,)](
                 qkv, rope, out, *strides, T, heads, m, D, *rows, rope is not None, num_warps=4
             )
             return out, lse
         turned = _rotated(qkv.select(3, 1), rope) if rope is not None and ROTATE_BEFORE else None
         tile = token_tile(FORWARD, FORWARD_32, qkv)
-        token_forward[(triton.cdiv(T, tile.BQ) * B * m * heads,)](
+        token_forward[(cdiv(T, tile.BQ) * B * m * heads,)](
             qkv, rope, turned, out, lse if save else None, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
             rope is not None, turned is not None, T % tile.BK == 0, save, tile.precision,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -638,7 +645,7 @@ def _backward(
     with on(qkv):
         if axis == "element":
             rows = element_rows(D, m, qkv.itemsize, True)
-            element_backward[(triton.cdiv(T * heads, rows.BLOCK) * B,)](
+            element_backward[(cdiv(T * heads, rows.BLOCK) * B,)](
                 qkv, rope, grad, dqkv, *strides, T, heads, m, D, *rows, turn, num_warps=4
             )
             return dqkv
@@ -646,14 +653,14 @@ def _backward(
         turned = _rotated(qkv.select(3, 1), rope) if rope is not None and ROTATE_BEFORE else None
         delta = torch.empty_like(lse)
         tile = token_tile(BACKWARD_Q, BACKWARD_32, qkv)
-        token_backward_q[(triton.cdiv(T, tile.BQ) * B * m * heads,)](
+        token_backward_q[(cdiv(T, tile.BQ) * B * m * heads,)](
             qkv, rope, turned, out, lse, grad, delta, dqkv, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
             turn, turned is not None, T % tile.BK == 0, tile.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         turned = _rotated(qkv.select(3, 0), rope) if rope is not None and ROTATE_BEFORE else None
         tile = token_tile(BACKWARD_KV, BACKWARD_32, qkv)
-        token_backward_kv[(triton.cdiv(T, tile.BK) * B * m * heads,)](
+        token_backward_kv[(cdiv(T, tile.BK) * B * m * heads,)](
             qkv, rope, turned, lse, grad, delta, dqkv, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
             turn, turned is not None, tile.precision,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -688,6 +695,7 @@ def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, No
 
 
 def _decomposition(qkv: Tensor, rope: Tensor | None, axis: str, save: bool) -> tuple[Tensor, Tensor]:
+    """The reference; of the log-sum-exp, which only `_backward` reads, no more than its shape."""
     out = reference.axis_attention(qkv, rope, axis).contiguous()
     return out, qkv.new_empty(_shape_of_lse(qkv, axis, save), dtype=_wide(qkv))
 

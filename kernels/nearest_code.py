@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import check_device, check_dtype, jit, on, register, tl, triton, use_triton
+from kernels.dispatch import cdiv, check_device, check_dtype, jit, on, register, tl, use_triton
 
 # Codes of a tile, and warps.
 CODES, WARPS = 16, 8
@@ -91,7 +91,7 @@ def _run(z: Tensor, codebook: Tensor) -> Tensor:
     if len(z):
         groups = _groups(z.shape[1], z.dtype)
         with on(z):
-            nearest[(triton.cdiv(len(z), 32 * groups),)](
+            nearest[(cdiv(len(z), 32 * groups),)](
                 z, codebook, index, *z.stride(), *codebook.stride(), len(z), len(codebook),
                 D=z.shape[1], GROUPS=groups, CODES=CODES, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
