@@ -78,7 +78,8 @@ def register(
 
     run: the launcher. fake: shapes, strides and dtypes of the results. setup_context(ctx, inputs, output),
     backward(ctx, *cotangents): as in torch.library.register_autograd; what backward calls has no derivative.
-    decomposition: the reference, with the operator's arguments in their order.
+    decomposition: the reference, with the operator's arguments in their order; an operator that writes in place cannot
+    have one, since export wraps it first.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

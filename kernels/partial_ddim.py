@@ -158,15 +158,10 @@ def _step(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, st
     torch.autograd.graph.increment_version(z)
 
 
-def _decomposition(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, step: Tensor | None) -> None:
-    reference.partial_ddim_step_(z, x0, observed, table, index if step is None else step.reshape(()))
-
-
 _STEP = register(
     "partial_ddim_step_(Tensor(a!) z, Tensor x0, Tensor observed, Tensor table, SymInt index, Tensor? step) -> ()",
     _step,
     _fake,
-    decomposition=_decomposition,
 )
 
 
