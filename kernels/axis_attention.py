@@ -43,13 +43,15 @@ HALVES = {32: (16, 0), 48: (16, 8), 64: (32, 0), 96: (32, 16)}  # head dim -> (H
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile of scores; warps and pipeline stages of a program; how float32 is multiplied."""
+    """Queries and keys of a tile of scores; warps and pipeline stages of a program; how float32 is multiplied; a bound
+    on registers (None: the compiler's own choice, which may spill a few for more programs at a time)."""
 
     BQ: int
     BK: int
     warps: int
     stages: int
     precision: str = "ieee"
+    registers: int | None = None
 
 
 # Kernels
@@ -514,7 +516,13 @@ FORWARD_32 = {
     80: dict.fromkeys((32, 48, 64), Tile(64, 16, 4, 1, "tf32x3")) | {96: Tile(16, 16, 4, 1)},
     90: dict.fromkeys((32, 48, 64, 96), Tile(64, 32, 4, 2, "tf32x3")),
 }
-BACKWARD_32 = {80: dict.fromkeys(HALVES, Tile(16, 16, 4, 1)) | {48: Tile(16, 16, 2, 1)}}
+BACKWARD_32 = {
+    80: {
+        **dict.fromkeys((32, 48), Tile(16, 16, 4, 1, registers=168)),
+        64: Tile(16, 16, 4, 1, registers=255),
+        96: Tile(16, 32, 8, 1, registers=255),
+    }
+}
 ROTATED = 64  # rows of `rotate_rows`
 _LARGEST = 128  # rows of a tile at most, whose offsets are int32
 
@@ -620,7 +628,7 @@ def _forward(qkv: Tensor, rope: Tensor | None, axis: str, save: bool) -> tuple[T
         token_forward[(cdiv(T, tile.BQ) * B * m * heads,)](
             qkv, rope, turned, out, lse if save else None, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
             rope is not None, turned is not None, T % tile.BK == 0, save, tile.precision,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     return out, lse
 
@@ -646,8 +654,9 @@ def _backward(
         if axis == "element":
             rows = element_rows(D, m, qkv.itemsize, True)
             element_backward[(cdiv(T * heads, rows.BLOCK) * B,)](
-                qkv, rope, grad, dqkv, *strides, T, heads, m, D, *rows, turn, num_warps=4
-            )
+                qkv, rope, grad, dqkv, *strides, T, heads, m, D, *rows, turn, num_warps=4,
+                maxnreg=128 if turn and m <= 2 else None,  # unbounded, the compiler goes for 80 and spills two
+            )  # fmt: skip
             return dqkv
         assert out is not None and lse is not None
         turned = _rotated(qkv.select(3, 1), rope) if rope is not None and ROTATE_BEFORE else None
@@ -656,14 +665,14 @@ def _backward(
         token_backward_q[(cdiv(T, tile.BQ) * B * m * heads,)](
             qkv, rope, turned, out, lse, grad, delta, dqkv, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
             turn, turned is not None, T % tile.BK == 0, tile.precision,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         turned = _rotated(qkv.select(3, 0), rope) if rope is not None and ROTATE_BEFORE else None
         tile = token_tile(BACKWARD_KV, BACKWARD_32, qkv)
         token_backward_kv[(cdiv(T, tile.BK) * B * m * heads,)](
             qkv, rope, turned, lse, grad, delta, dqkv, *strides, m, T, heads, D, *HALVES[D], tile.BQ, tile.BK,
             turn, turned is not None, tile.precision,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     return dqkv
 
