@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
 TILES = {80: Tiles(4, 2, 512, 64), 90: Tiles(4, 2, 512, 64)}
 # Registers a thread may have: plain, gated, gated with 32-bit x, branch or gate. Without a bound ptxas aims at an
 # occupancy and spills a few words to reach it.
-REGISTERS = {"forward": (80, 80, 112), "backward": (96, 128, 168)}
+REGISTERS = {"forward": (80, 80, 112), "backward": (96, 144, 168)}
 SUM_ROWS, SUM_COLUMNS = 32, 64  # tile of the kernel that adds the partial sums
 
 
