@@ -57,7 +57,7 @@ def token() -> None:
 
 
 def element() -> None:
-    qkv = leaf(2 * normal(2, 3, 5, 3, 2, 48, dtype=torch.float32), Layout.inside(6))
+    qkv = leaf(2 * normal(2, 3, 5, 3, 2, 48), Layout.inside(6))
     compare(attention("element"), (qkv, rope_table(5, 48)), Layout.inside(5))
 
 
