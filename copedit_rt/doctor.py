@@ -90,12 +90,19 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
     return devices
 
 
+_IN_USE = {
+    "auto": "Triton on CUDA devices, the PyTorch reference on the CPU",
+    "reference": "the PyTorch reference on every device",
+    "triton": "Triton on every device (on the CPU its interpreter)",
+}
+
+
 def _kernels(problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"COPEDIT_KERNELS": os.environ.get("COPEDIT_KERNELS"), "in_use": None}
     try:
         import kernels
 
-        found["in_use"] = kernels.implementation()
+        found["in_use"] = _IN_USE[kernels.implementation()]
     except Exception as error:
         problems.append(f"the kernels cannot be loaded: {_first_line(error)}")
     return found

@@ -67,6 +67,7 @@ def pretext_losses(tokenizer: CoPeVAE, each: Tensor, observed: Tensor) -> dict[s
     observed: [K, B, m] (bool), K missing patterns of each subject; the terms are means over them. Prompts are means
     over observed elements, so a further pattern costs next to nothing.
     """
+
     def mean_over(part: Tensor) -> Tensor:
         weight = part.to(each.dtype) / part.sum(-1, keepdim=True)
         return torch.einsum("kbm,bmip->kbip", weight, each).flatten(0, 1)

@@ -36,7 +36,8 @@ class Settings:
     for the rest. muon_lr: its peak, 0 for lr.
     whiten (denoiser): above 0, the input layer starts as a rotation of the principal components of a token's values,
     each scaled by its variance to the power -whiten; 0.5 makes all equally large.
-    last_timestep (denoiser): share of the samples that are drawn at the last timestep, where sampling begins.
+    last_timestep (denoiser): share of the samples that are drawn at the last timestep, where sampling begins; above 0,
+    that timestep is pure noise in training, too.
     compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
     export: type of the finished denoiser's weights on disk, "float32" or "float16".
@@ -81,6 +82,11 @@ class Settings:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.prompt_steps < self.steps:
             raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
+        if not 0 <= self.whole_steps <= self.steps:
+            raise CopeditError(f"whole_steps = {self.whole_steps}: must be at least 0 and at most steps = {self.steps}")
+        for name in ("whiten", "last_timestep"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise CopeditError(f"{name} = {getattr(self, name)}: must be from 0 to 1")
         if self.optimizer not in ("adam", "muon"):
             raise CopeditError(f"optimizer = {self.optimizer!r}: must be adam or muon")
         if self.export not in ("float32", "float16"):

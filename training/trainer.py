@@ -216,6 +216,10 @@ class DenoiserTask(Task):
             self._whiten()
             self.average.load_state_dict(self.denoiser.state_dict())
         self.levels = torch.from_numpy(alpha_bar(config.diffusion)).float()
+        if settings.last_timestep:
+            # Sampling begins with nothing but noise. What shines through at alpha-bar 0.015 is lost then, and a network
+            # that was taught to look for it takes its absence for a dark image (Lin et al. 2024).
+            self.levels[-1] = 0.0
         # Not an attribute of its own either: a compiled module holds the same weights under other names.
         self.predict = [torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser]
 
@@ -258,7 +262,8 @@ class DenoiserTask(Task):
         self.size = (self.settings.crop // divisors[0], self.settings.crop // divisors[1])
         activity = []
         for z in self.latents.split(16):
-            variance = net.patchify(z.float()).var(-1).unflatten(2, net.grid).mean((1, 4))
+            values = net.patchify(z.float()).unflatten(-1, (-1, net.channels))
+            variance = values.var(-2).mean(-1).unflatten(2, net.grid).mean((1, 4)) + 1e-6
             activity.append(nn.functional.avg_pool2d(variance[:, None], self.size, stride=1)[:, 0])
         crops = torch.cat(activity).double()
         self.columns = crops.shape[2]

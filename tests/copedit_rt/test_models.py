@@ -533,6 +533,30 @@ def test_the_position_embedding_tells_every_token_apart() -> None:
     assert torch.equal(tokens, tokens[:1].expand_as(tokens))
 
 
+def test_a_crop_is_told_where_it_was_cut() -> None:
+    """Where tokens do not look at each other, the prediction of a crop is the crop of the prediction."""
+    z, t, prompts, observed = tiny_inputs()
+    net = tiny_denoiser(ACROSS, patch=(1, 1, 1))
+    whole, corner = net(z, t, prompts, observed), torch.tensor([[1, 0], [0, 2]])
+    h, w = TINY.latent[0] - 1, TINY.latent[1] - 2
+
+    def cut(x: Tensor) -> Tensor:
+        return torch.stack([x[i, ..., a : a + h, b : b + w, :] for i, (a, b) in enumerate(corner.tolist())])
+
+    assert same(net(cut(z), t, prompts, observed, corner), cut(whole))
+    assert differs(net(cut(z), t, prompts, observed, torch.zeros_like(corner)), cut(whole))
+
+
+def test_rotary_positions_of_a_crop_are_those_of_a_smaller_grid() -> None:
+    """A crop's tokens see each other as the tokens of a whole grid of its size do."""
+    z = tiny_inputs()[0]
+    net = tiny_denoiser(patch=(1, 1, 1))
+    table = net.positions(z[..., :2, :3, :].shape, torch.ones(1, 2, dtype=torch.long))[1]
+    assert torch.equal(table, rope_table((2, 3, z.shape[-1]), net.config.head_dim).double())
+    position, table = net.positions(z.shape, torch.zeros(1, 2, dtype=torch.long))
+    assert torch.equal(position[0, 0], net.position) and torch.equal(table, net.rope)
+
+
 @pytest.mark.parametrize("backbone", ["mdit3d", "dit3d", "dit"])
 def test_unpatchify_inverts_patchify(backbone: str) -> None:
     net, z = tiny_denoiser(backbone=backbone), tiny_inputs()[0]

@@ -84,46 +84,30 @@ def crossed(**choices: tuple) -> list[dict[str, Any]]:
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
-# Every pair of (dtype, head dim) and of (dtype, rope) once; the whole product is below.
+DIMS, DTYPES = (32, 48, 64, 96), (*HALF, "float32")
+# Every operator, dtype and head dim; the product with every shape and flag is below.
 TOKEN = [
-    {"dtype": dtype, "dim": dim, "rope": rope}
-    for dtype, dim, rope in (
-        ("float16", 32, True),
-        ("float16", 96, False),
-        ("bfloat16", 48, True),
-        ("bfloat16", 64, True),
-        ("bfloat16", 96, True),
-        ("float32", 64, True),
-        ("float32", 96, False),
-    )
-] + [{"dtype": "float16", "dim": 64, "rope": True, "before": True}]
-ELEMENT = [
-    {"dtype": dtype, "dim": dim, "rope": rope, "m": m}
-    for dtype, dim, rope, m in (
-        ("float16", 64, False, 4),
-        ("bfloat16", 96, False, 4),
-        ("bfloat16", 48, True, 3),
-        ("float32", 32, False, 8),
-        ("float32", 96, True, 2),
-    )
+    *crossed(dtype=DTYPES, dim=DIMS, rope=(True,)),
+    {"dtype": "float16", "dim": 96, "rope": False},
+    {"dtype": "float32", "dim": 96, "rope": False},
+    {"dtype": "float16", "dim": 64, "rope": True, "before": True},
 ]
+ELEMENT = [
+    *crossed(dtype=DTYPES, dim=DIMS, rope=(False,), m=(4,)),
+    {"dtype": "bfloat16", "dim": 48, "rope": True, "m": 3},
+    {"dtype": "float32", "dim": 32, "rope": False, "m": 8},
+    {"dtype": "float32", "dim": 96, "rope": True, "m": 2},
+]
+NORMS = ("ada_norm", "gated_residual_ada_norm")
 NORM = [
-    {"op": op, "kind": kind, "channels": channels, "dtype": dtype, "parameters": parameters, "weight": weight}
-    for op, kind, channels, dtype, parameters, weight in (
-        ("ada_norm", "rms", 768, "bfloat16", "bfloat16", True),
-        ("ada_norm", "layer", 1152, "float32", "float32", False),
-        ("gated_residual_ada_norm", "rms", 768, "bfloat16", "bfloat16", True),
-        ("gated_residual_ada_norm", "rms", 384, "float16", "float32", True),
-        ("gated_residual_ada_norm", "layer", 1152, "float32", "float32", True),
-        ("gated_residual_ada_norm", "layer", 288, "bfloat16", "bfloat16", False),
-    )
+    *crossed(op=NORMS, kind=("rms",), channels=(768,), dtype=DTYPES, parameters=("float32",), weight=(True,)),
+    *crossed(op=NORMS, kind=("rms",), channels=(768,), dtype=("bfloat16",), parameters=("bfloat16",), weight=(True,)),
+    *crossed(op=NORMS, kind=("layer",), channels=(1152,), dtype=DTYPES, parameters=("float32",), weight=(False,)),
+    *crossed(op=NORMS[1:], kind=("rms",), channels=(192, 384), dtype=DTYPES, parameters=("float32",), weight=(True,)),
 ]
 FLAT = [
-    {"op": "swiglu", "channels": 2048, "dtype": "bfloat16"},
-    {"op": "swiglu", "channels": 768, "dtype": "float32"},
-    {"op": "nearest_code", "dtype": "float32"},
-    {"op": "partial_ddim_step_", "dtype": "float32"},
-    {"op": "partial_ddim_step_", "dtype": "float16"},
+    *crossed(op=("swiglu",), channels=(2048,), dtype=DTYPES),
+    *crossed(op=("nearest_code", "partial_ddim_step_"), dtype=DTYPES),
 ]
 
 

@@ -49,6 +49,10 @@ SMALL = (
     "pretext_every=2",
     "prompt_steps=0",
     "readout_steps=0",
+    "whole_steps=0",
+    "whiten=0",
+    "last_timestep=0",
+    "muon_lr=0",
     "batch_size=2",
     "subjects=4",
     "checkpoint_every=2",
@@ -157,10 +161,87 @@ def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
         assert loss(fitted) < 0.5 * loss(plain)
 
 
+def denoiser_task(tmp_path, *overrides, images=None):
+    vae = checkpoint.load_tokenizer(train("tokenizer", tmp_path / "vae", "steps=2"))[1]
+    images = trainer.phantom_images(TINY, 4, None) if images is None else images
+    settings = load_settings("denoiser", "demo-brain", (*SMALL, "crop=0", *overrides))
+    return trainer.DenoiserTask(TINY, settings, images, vae, tmp_path / "latents.safetensors")
+
+
+def test_the_input_layer_can_start_with_all_components_equally_large(tmp_path):
+    torch.manual_seed(0)
+    task = denoiser_task(tmp_path, "whiten=0.5")
+    tokens = task.denoiser.patchify(task.latents.float()).flatten(0, 2)
+    variance = torch.linalg.eigvalsh(tokens.mT @ tokens / len(tokens)).flip(0)
+    embedded = tokens @ task.denoiser.embed.weight.detach().mT
+    found = torch.linalg.eigvalsh(embedded.mT @ embedded / len(embedded)).flip(0)
+    raised = variance[: len(found)] > trainer.WHITEN_FLOOR * variance.sum()
+    assert raised.sum() > 5 and torch.allclose(found[raised], found[0], rtol=1e-3)
+    assert found.sum() == pytest.approx(len(found), rel=1e-3), "as large as the position embedding beside it"
+    assert torch.equal(task.average.embed.weight, task.denoiser.embed.weight)
+    assert variance[0] > 20 * variance[raised.nonzero()[-1]], "which they are not by themselves"
+
+
+def test_crops_are_drawn_where_something_happens(tmp_path):
+    images = trainer.phantom_images(TINY, 4, None)
+    images[:, :, :, 8:] = 0.0  # which the encoder sees across the border
+    task = denoiser_task(tmp_path, "crop=8", images=images)
+    rng = np.random.default_rng(0)
+    drawn = [task._crop(np.array([0]), rng) for _ in range(200)]
+    corners = np.array([corner[0].tolist() for _, corner in drawn])
+    assert corners.min() == 0 and corners.max() == 1 and task.chances.shape == (8, 4)
+    chances = task.chances[0].reshape(2, 2)
+    assert chances[1].sum() < 0.4 and chances.sum() == pytest.approx(1)
+    assert (corners == 1).mean(0) == pytest.approx([chances[1].sum(), chances[:, 1].sum()], abs=0.1)
+    for crop, corner in drawn[:5]:
+        x, y = (2 * int(n) for n in corner[0])
+        assert torch.equal(crop[0], task.latents[0, ..., x : x + 2, y : y + 2, :].float())
+
+
+def test_the_last_steps_see_whole_images_and_as_many_tokens(tmp_path, monkeypatch):
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    seen, original = [], trainer.MDiT3D.forward
+
+    def forward(self, z, *args):
+        seen.append((tuple(z.shape[::3][:1] + z.shape[3:]), len(args)))
+        return original(self, z, *args)
+
+    monkeypatch.setattr(trainer.MDiT3D, "forward", forward)
+    train("denoiser", tmp_path / "a", "steps=3", "batch_size=8", "crop=8", "whole_steps=1", f"tokenizer={vae}")
+    assert seen == [((8, 2, 2, 2), 4), ((8, 2, 2, 2), 4), ((2, 4, 4, 2), 3)]
+
+
+def test_a_share_of_the_samples_is_drawn_at_the_last_timestep(tmp_path):
+    task = denoiser_task(tmp_path, "last_timestep=0.5", "batch_size=8")
+    drawn, predict = [], task.predict[0]
+    task.predict = [lambda zt, t, *rest: drawn.append(t) or predict(zt, t, *rest)]
+    for step in range(40):
+        task.loss(step, np.random.default_rng(step), torch.Generator().manual_seed(step))
+    last = (torch.cat(drawn) == len(task.levels) - 1).float().mean()
+    assert task.levels[-1] == 0 < task.levels[-2] and denoiser_task(tmp_path / "b").levels[-1] > 0
+    assert 0.4 < last < 0.6 and torch.cat(drawn).unique().numel() > 50
+
+
+def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, monkeypatch):
+    first = denoiser_task(tmp_path)
+    vae = first.frozen[0]
+    encoded, encode = [], type(vae).encode
+    monkeypatch.setattr(type(vae), "encode", lambda self, x, *a: encoded.append(1) or encode(self, x, *a))
+    args = (first.config, first.settings, trainer.phantom_images(TINY, 4, None))
+    again = trainer.DenoiserTask(*args, vae, tmp_path / "latents.safetensors")
+    assert not encoded and torch.equal(again.latents, first.latents) and torch.equal(again.prompts, first.prompts)
+    with torch.no_grad():
+        vae.latent_mean += 1
+    other = trainer.DenoiserTask(*args, vae, tmp_path / "latents.safetensors")
+    assert len(encoded) == 8 and not torch.equal(other.latents, first.latents)
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     stage, _, optimizer = stage.partition(" ")
     extra = ("steps=5", f"optimizer={optimizer or 'adam'}")
+    if optimizer:
+        extra += ("muon_lr=1e-2", "whiten=0.5", "last_timestep=0.5", "whole_steps=1")
     if stage == "denoiser":
         extra += (f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2')}",)
     whole = train(stage, tmp_path / "whole", *extra)
@@ -233,6 +314,18 @@ def test_bad_settings_are_named(tmp_path):
         load_settings("tokenizer", "nope")
     with pytest.raises(CopeditError, match=r"crop = 10: must divide by \(4, 4\) and fit"):
         train("tokenizer", tmp_path / "c", "steps=2", "crop=10")
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    for override, message in (
+        ("crop=6", r"crop = 6: must divide by \(8, 8\) and fit"),
+        ("whole_steps=3", "whole_steps = 3: must be at least 0 and at most steps = 2"),
+        ("last_timestep=1.5", "last_timestep = 1.5: must be from 0 to 1"),
+        ("whiten=-1.0", "whiten = -1.0: must be from 0 to 1"),
+    ):
+        with pytest.raises(CopeditError, match=message):
+            train("denoiser", tmp_path / override, "steps=2", "whole_steps=0", override, f"tokenizer={vae}")
+    flat = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, backbone="unet", width=96))
+    with pytest.raises(CopeditError, match="crop and whiten are for transformers"):
+        train("denoiser", tmp_path / "unet", "steps=2", f"tokenizer={vae}", config=flat)
     with pytest.raises(CopeditError, match="needs its tokenizer"):
         train("denoiser", tmp_path / "a", "steps=2")
     with pytest.raises(CopeditError, match="--data /nowhere is not a folder"):
