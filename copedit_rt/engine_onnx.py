@@ -92,7 +92,7 @@ class OnnxEngine:
         options.log_severity_level = 4  # errors are raised as well
         threads = os.environ.get("OMP_NUM_THREADS", "")
         options.intra_op_num_threads = int(threads) if threads.isdigit() else 0
-        self._sessions = {}
+        self._sessions: dict[str, Any] = {}
         for name in (ENCODER, STEP, DECODER):
             try:
                 self._sessions[name] = onnxruntime.InferenceSession(

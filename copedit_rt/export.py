@@ -127,14 +127,13 @@ def export_onnx(model: str | Path, output: Path, precision: str = "float32") -> 
     """
     if precision not in PRECISIONS:
         raise CopeditError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    folder = checkpoint.locate(model)
-    config, tokenizer, denoiser = _load(folder)
-    _narrow(tokenizer, denoiser, getattr(torch, precision))
     output = output.absolute()
     part = output.with_name(f".{output.name}.part")
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise CopeditError(f"{output} is there and not empty; choose another folder with -o, or delete it")
+        config, tokenizer, denoiser = _load(checkpoint.locate(model))
+        _narrow(tokenizer, denoiser, getattr(torch, precision))
         shutil.rmtree(part, ignore_errors=True)  # what a killed export left
         try:
             _write(part, config, tokenizer, denoiser, precision)
