@@ -194,7 +194,7 @@ def render(report: dict[str, Any]) -> RenderableType:
     setting = report["kernels"]["COPEDIT_KERNELS"]
     top.add_row(
         "kernels",
-        f"{report['kernels']['in_use']} (COPEDIT_KERNELS {'not set' if setting is None else setting})",
+        f"{report['kernels']['in_use'] or 'none'} (COPEDIT_KERNELS {'not set' if setting is None else setting})",
     )
     for name, found in report["engines"].items():
         top.add_row("engine", f"{name} {found or 'not installed'}")

@@ -35,7 +35,7 @@ class TorchEngine:
         self.max_memory = max_memory
         self._device = device
         self.device = device.type
-        self.versions = {"torch": torch.__version__}
+        self.versions = {"torch": str(torch.__version__)}
         self.tokenizer = tokenizer.to(device).eval().requires_grad_(False)
         self.denoiser = denoiser.to(device).eval().requires_grad_(False)
         self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns

@@ -257,7 +257,13 @@ def _graph(
             same = data.dtype.name == dtype and data.tobytes() == weights.read(length)
         if same:
             value.const_value = onnx_ir.ExternalTensor(
-                file, offset, length, data.dtype, shape=data.shape, name=name, base_dir=str(folder)
+                file,
+                offset,
+                length,
+                data.dtype,
+                shape=onnx_ir.Shape(data.shape.numpy()),
+                name=name,
+                base_dir=str(folder),
             )
     model.producer_name, model.producer_version = "copedit", copedit_rt.__version__
     return onnx_ir.to_proto(model).SerializeToString()
@@ -296,12 +302,13 @@ def _attention(
     """
     from onnxscript import FLOAT, opset23
 
+    op: Any = opset23  # its type variables do not fit what Cast returns
     assert attn_mask is None and not dropout_p and not is_causal and scale is None and not enable_gqa
     if len(query.shape) == 4:
-        return opset23.Attention(query, key, value)[0]
-    q, k, v = (opset23.Cast(x, to=FLOAT.dtype) for x in (query, key, value))
-    scores = opset23.MatMul(opset23.Mul(q, query.shape[-1] ** -0.5), opset23.Transpose(k, perm=[0, 1, 2, 4, 3]))
-    return opset23.CastLike(opset23.MatMul(opset23.Softmax(scores, axis=-1), v), value)
+        return op.Attention(query, key, value)[0]
+    q, k, v = (op.Cast(x, to=FLOAT.dtype) for x in (query, key, value))
+    scores = op.MatMul(op.Mul(q, query.shape[-1] ** -0.5), op.Transpose(k, perm=[0, 1, 2, 4, 3]))
+    return op.CastLike(op.MatMul(op.Softmax(scores, axis=-1), v), value)
 
 
 @contextmanager
