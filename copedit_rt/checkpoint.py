@@ -1,4 +1,7 @@
-"""A model is a folder: `config.json`, `tokenizer.safetensors`, `denoiser.safetensors`. Nothing is pickled."""
+"""A model is a folder: `config.json`, `tokenizer.safetensors`, `denoiser.safetensors`. Nothing is pickled.
+
+What handles tensors loads torch when it is called: engines without torch find and read a folder with the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from copedit_rt.config import ModelConfig
-from copedit_rt.denoiser import MDiT3D, UNet, build_denoiser
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
-from copedit_rt.tokenizer import CoPeVAE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from copedit_rt.denoiser import MDiT3D, UNet
+    from copedit_rt.tokenizer import CoPeVAE
 
 BUILT_IN = Path(__file__).parent / "weights"
 CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
@@ -56,6 +59,9 @@ def write_config(folder: Path, config: ModelConfig) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     """Tensors of a safetensors file and its SHA-256. Raises CopeditError for anything else, a pickle included."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_tensors
+
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -70,6 +76,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Write tensors as safetensors, the floating-point ones as dtype where one is given."""
+    from safetensors.torch import save as save_tensors
+
     plain = {
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous()
         for name, t in tensors.items()
@@ -98,6 +106,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) ->
 
 def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
     """Configuration, tokenizer (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
+    from copedit_rt.tokenizer import CoPeVAE
+
     config = read_config(folder)
     tensors, digest = read_tensors(folder / TOKENIZER)
     tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
@@ -107,6 +117,8 @@ def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
 
 def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
     """Configuration, denoiser (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
+    from copedit_rt.denoiser import build_denoiser
+
     config = read_config(folder)
     tensors, digest = read_tensors(folder / DENOISER)
     denoiser = build_denoiser(config)

@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -64,6 +65,10 @@ benchmarks = typer.Typer(
     help="Measure speed and memory on this machine.", no_args_is_help=True, context_settings=_SETTINGS
 )
 app.add_typer(benchmarks, name="bench")
+exports = typer.Typer(
+    help="Write a model for an engine without torch.", no_args_is_help=True, context_settings=_SETTINGS
+)
+app.add_typer(exports, name="export")
 
 
 def main() -> None:
@@ -88,6 +93,10 @@ Solver = Annotated[
     str | None, typer.Option(metavar="ddim|dpm2m", help="First- or second-order sampler; by default the model's.")
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
+Engine = Annotated[
+    str,
+    typer.Option(metavar="torch|onnxruntime", help="What computes; onnxruntime takes a folder of copedit export onnx."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Slices = Annotated[
     str | None,
@@ -124,6 +133,7 @@ def synth(
     ] = 1,
     solver: Solver = None,
     device: Device = "auto",
+    engine: Engine = "torch",
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
@@ -152,6 +162,7 @@ def synth(
         samples=samples,
         solver=solver,
         device=device,
+        engine=engine,
         max_memory=_bytes(max_memory),
         overwrite=overwrite,
         resample=resample,
@@ -177,6 +188,7 @@ def inspect(
     sax: Sax = None,
     model: Model = None,
     device: Device = "auto",
+    engine: Engine = "torch",
     missing_slices: Slices = None,
     as_json: Json = False,
 ) -> None:
@@ -188,7 +200,7 @@ def inspect(
     from rich.console import Console
 
     found = _find([*(inputs or ()), *(more or ())], _explicit(t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax))
-    models = _Models(model, device)
+    models = _Models(model, device, engine=engine)
     slices = _numbers(missing_slices)
     reports = [_look(files, models, slices, several=len(found) > 1) for files in found]
     if as_json:
@@ -378,6 +390,30 @@ def bench_kernels(
         raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
 
 
+@exports.command("onnx")
+def export_onnx(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    precision: Annotated[
+        str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """ONNX graphs of a model: encoder with prompt heads, sampler step, decoder.
+
+    The new folder is a model for every engine. Needs the extra `export`.
+    """
+    from copedit_rt import export as body
+
+    _check_writable(output)
+    report = body.export_onnx(model, output, precision)
+    if as_json:
+        _print_json(report)
+    else:
+        for name, size in report["files"].items():
+            typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, devices, kernels in use, models, and what each extra still needs."""
@@ -422,6 +458,7 @@ def synthesise(
     samples: int = 1,
     solver: str | None = None,
     device: str = "auto",
+    engine: str = "torch",
     max_memory: int | None = None,
     overwrite: bool = False,
     resample: bool = False,
@@ -436,7 +473,7 @@ def synthesise(
     wanted = _targets(target)
     _check_writable(output)
     found = _find(inputs, explicit)
-    models, err = _Models(model, device, max_memory), _stderr()
+    models, err = _Models(model, device, max_memory, engine), _stderr()
     entries: list[dict[str, Any]] = []
     with _progress(err) as bar:
         studies = bar.add_task("studies", total=len(found), visible=len(found) > 1)
@@ -671,8 +708,8 @@ class _UnusableModel(CopeditError):
 class _Models:
     """Chooses models and loads each once."""
 
-    def __init__(self, model: str | None, device: str, max_memory: int | None = None) -> None:
-        self._model, self._device, self._max_memory = model, device, max_memory
+    def __init__(self, model: str | None, device: str, max_memory: int | None = None, engine: str = "torch") -> None:
+        self._model, self._device, self._max_memory, self._engine = model, device, max_memory, engine
         self._loaded: dict[str, Synthesizer] = {}
 
     def choose(self, task: str, elements: Mapping[str, Any]) -> tuple[str, ModelConfig]:
@@ -698,9 +735,13 @@ class _Models:
 
         if name not in self._loaded:
             try:
-                self._loaded[name] = Synthesizer.load(name, self._device, self._max_memory)
+                with warnings.catch_warnings(record=True) as remarks:
+                    warnings.simplefilter("always", UserWarning)
+                    self._loaded[name] = Synthesizer.load(name, self._device, self._max_memory, engine=self._engine)
             except CopeditError as error:
                 raise _UnusableModel(error) from error
+            for remark in remarks:
+                print(f"copedit: {remark.message}", file=sys.stderr)
         return self._loaded[name]
 
 

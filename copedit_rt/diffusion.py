@@ -1,18 +1,22 @@
-"""Noise schedule, partial noise and the deterministic sampler (Section 3.3, Appendix B.3)."""
+"""Noise schedule, partial noise and the deterministic sampler (Section 3.3, Appendix B.3).
+
+Importing this loads no torch: engines without it take schedule, tables and noise from here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import typing
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from copedit_rt.config import DiffusionConfig, Solver
 from copedit_rt.errors import CopeditError
-from kernels import partial_ddim_step_
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def alpha_bar(config: DiffusionConfig) -> np.ndarray:
@@ -86,10 +90,9 @@ def add_noise(z0: Tensor, eps: Tensor, level: Tensor, observed: Tensor) -> Tenso
     shape = (-1,) + (1,) * (z0.ndim - 1)
     level = level.reshape(shape).to(z0.dtype)
     noised = level.sqrt() * z0 + (1 - level).sqrt() * eps
-    return torch.where(observed.reshape(observed.shape + (1,) * (z0.ndim - 2)), z0, noised)
+    return z0.where(observed.reshape(observed.shape + (1,) * (z0.ndim - 2)), noised)
 
 
-@torch.no_grad()
 def sample(
     predict: Callable[[Tensor, Tensor], Tensor],
     z: Tensor,
@@ -105,14 +108,19 @@ def sample(
     elements; not modified. Returns the latents after the last step; observed elements keep their bits throughout.
     `plan.Plan` does the same for the networks of `denoiser.MDiT3D`, with less work.
     """
-    z = z.clone()
-    tables = [torch.from_numpy(table).to(z.device) for table in solver_tables(config, steps, solver)]
-    predictions: list[Tensor] = []
-    for i, t in enumerate(timesteps(config, steps)):
-        now = predict(z, torch.full((z.shape[0],), int(t), device=z.device))
-        predictions = [now, *predictions][: len(tables)]
-        for table, x0 in zip(tables, predictions, strict=False):
-            partial_ddim_step_(z, x0, observed, table, i)
-        if progress:
-            progress(i + 1, steps)
-    return z
+    import torch
+
+    from kernels import partial_ddim_step_
+
+    with torch.no_grad():
+        z = z.clone()
+        tables = [torch.from_numpy(table).to(z.device) for table in solver_tables(config, steps, solver)]
+        predictions: list[Tensor] = []
+        for i, t in enumerate(timesteps(config, steps)):
+            now = predict(z, torch.full((z.shape[0],), int(t), device=z.device))
+            predictions = [now, *predictions][: len(tables)]
+            for table, x0 in zip(tables, predictions, strict=False):
+                partial_ddim_step_(z, x0, observed, table, i)
+            if progress:
+                progress(i + 1, steps)
+        return z

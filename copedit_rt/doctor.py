@@ -10,7 +10,10 @@ import os
 import platform
 import re
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from copedit_rt.engine import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,12 +40,16 @@ def diagnose() -> dict[str, Any]:
         "packages": {name: version(name) for name in RUNTIME},
         "devices": _devices(problems),
         "kernels": _kernels(problems),
+        "engines": {name: version(name) for name in ENGINES},
         "models": _models(problems),
         "extras": _extras(),
     }
+    # Triton is only published for Linux; elsewhere the reference runs. ONNX Runtime alone is an engine, too.
+    spared = {"triton"} if platform.system() != "Linux" else set()
+    if report["engines"]["onnxruntime"]:
+        spared |= {"torch", "triton", "einops"} if not report["engines"]["torch"] else set()
     for name, found in report["packages"].items():
-        # Triton is only published for Linux; elsewhere the reference runs.
-        if found is None and not (name == "triton" and platform.system() != "Linux"):
+        if found is None and name not in spared:
             problems.append(f"{name} is not installed: {_pip([name])}")
     return report | {"problems": problems}
 
@@ -69,6 +76,8 @@ def _pip(requirements: list[str]) -> str:
 def _devices(problems: list[str]) -> list[dict[str, Any]]:
     devices: list[dict[str, Any]] = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
     devices[0]["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if find_spec("torch") is None:
+        return devices
     try:
         import torch
 
@@ -99,6 +108,8 @@ _IN_USE = {
 
 def _kernels(problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"COPEDIT_KERNELS": os.environ.get("COPEDIT_KERNELS"), "in_use": None}
+    if find_spec("torch") is None:
+        return found
     try:
         import kernels
 
@@ -190,8 +201,10 @@ def render(report: dict[str, Any]) -> RenderableType:
     setting = report["kernels"]["COPEDIT_KERNELS"]
     top.add_row(
         "kernels",
-        f"{report['kernels']['in_use']} (COPEDIT_KERNELS {'not set' if setting is None else setting})",
+        f"{report['kernels']['in_use'] or 'none'} (COPEDIT_KERNELS {'not set' if setting is None else setting})",
     )
+    for name, found in report["engines"].items():
+        top.add_row("engine", f"{name} {found or 'not installed'}")
     for model in report["models"]:
         top.add_row("model", f"{model['name']}: {model['task']}, {' '.join(model['elements'])}, {model['mib']} MiB")
     for extra, state in report["extras"].items():

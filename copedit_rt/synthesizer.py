@@ -1,29 +1,32 @@
-"""The main job: a study in, the same study with what was missing out."""
+"""The main job: a study in, the same study with what was missing out. torch is loaded only for its own engine."""
 
 from __future__ import annotations
 
 import platform
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 import copedit_rt
 from copedit_rt import checkpoint, diffusion
 from copedit_rt.config import ModelConfig
-from copedit_rt.denoiser import MDiT3D, UNet
+from copedit_rt.engine import ENGINES, Encoded, Engine
 from copedit_rt.errors import CopeditError
 from copedit_rt.geometry import Prepared, prepare
 from copedit_rt.perception import Perception
-from copedit_rt.plan import Plan
 from copedit_rt.study import STACK, Study
-from copedit_rt.tokenizer import CoPeVAE
+
+if TYPE_CHECKING:
+    import torch
+
+    from copedit_rt.denoiser import MDiT3D, UNet
+    from copedit_rt.tokenizer import CoPeVAE
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Result:
 
 
 class Synthesizer:
-    """A loaded model on one device, for many studies.
+    """A loaded model on one device and engine, for many studies.
 
     Safe to call from several threads: each prepares its study by itself, then they take turns with the network, one at
     a time. (One Synthesizer, that is: several on one device know nothing of each other.)
@@ -56,30 +59,59 @@ class Synthesizer:
         weights: Any = None,
         max_memory: int | None = None,
     ):
-        """weights: what identifies them, kept in the record of each result.
+        """On torch; `load` knows the other engines.
+
+        weights: what identifies them, kept in the record of each result.
 
         max_memory: bytes that the feature maps of the tokenizer, the largest thing in memory, may take; volumes are
         then encoded and decoded one at a time, and in slabs if one alone takes more. None: all at once.
         """
-        self.config = config
-        self.max_memory = max_memory
-        self.device = choose_device(device)
-        self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
-        self.denoiser = denoiser.to(self.device).eval().requires_grad_(False)
-        self.weights = weights
+        from copedit_rt.engine_torch import TorchEngine
+
+        self._use(config, TorchEngine(config, tokenizer, denoiser, choose_device(device), max_memory), weights)
+
+    def _use(self, config: ModelConfig, engine: Engine, weights: Any) -> None:
+        self.config, self.engine, self.weights = config, engine, weights
         self._turn = threading.RLock()
-        self._plan = lru_cache(maxsize=4)(self._make_plan)  # a cohort has few missing patterns
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "auto", max_memory: int | None = None) -> Synthesizer:
-        """A built-in model by name or a model folder; max_memory as above. Raises CopeditError for a folder that is not
-        one, damaged weights or a device that is not there."""
+    def load(
+        cls, model: str | Path, device: str = "auto", max_memory: int | None = None, engine: str = "torch"
+    ) -> Synthesizer:
+        """A built-in model by name or a model folder; max_memory as above.
+
+        engine: "torch", or "onnxruntime" for a folder that `copedit export onnx` wrote, on the CPU and without torch.
+        ONNX files that are damaged, stale or foreign are refused: torch takes over with a warning (UserWarning).
+
+        Raises CopeditError for a folder that is not a model, damaged weights, a device that is not there, an engine
+        that is unknown, not installed or cannot do what is asked, and ONNX files that are refused where there is no
+        torch.
+        """
         folder = checkpoint.locate(model)
+        if engine not in ENGINES:
+            raise CopeditError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+        if engine == "onnxruntime":
+            from copedit_rt.engine_onnx import OnnxEngine, Refused
+
+            try:
+                built = OnnxEngine(folder, device, max_memory)
+            except Refused as error:
+                if find_spec("torch") is None:
+                    raise CopeditError(f"{error} (torch, which could take over, is not installed)") from error
+                warnings.warn(f"{error}; torch takes over", stacklevel=2)
+            else:
+                self = cls.__new__(cls)
+                self._use(built.config, built, built.weights)
+                return self
+        elif find_spec("torch") is None:
+            raise CopeditError(
+                "engine torch: torch is not installed; install it, or choose the engine onnxruntime and a folder that "
+                "copedit export onnx wrote"
+            )
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
         return cls(config, tokenizer, denoiser, device, {"tokenizer": first, "denoiser": second}, max_memory)
 
-    @torch.no_grad()
     def perceive(self, study: Study) -> Perception:
         """What the prompt heads say about a study; nothing needs to be missing.
 
@@ -87,9 +119,8 @@ class Synthesizer:
         """
         prepared = prepare(study, self.config, allow_complete=True)
         with self._turn:
-            return self._encode(prepared)[2]
+            return self._perception(prepared, self._encode(prepared))
 
-    @torch.no_grad()
     def synthesize(
         self,
         study: Study,
@@ -122,10 +153,11 @@ class Synthesizer:
         mean: dict[str, np.ndarray] = {}
         spread: dict[str, np.ndarray] = {}
         with self._turn:
-            latents, observed, perception, prompts = self._encode(prepared)
+            encoded = self._encode(prepared)
             for sample in range(samples):
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
-                z = self._denoise(latents, observed, prompts, study.name, steps, solver, seed, sample, report)
+                start = self._start(encoded.latents, prepared.observed, study.name, seed, sample)
+                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report)
                 images = prepared.restore(self._decode(z, prepared))
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
@@ -139,7 +171,7 @@ class Synthesizer:
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
         volumes = {name: value.astype(np.float32) for name, value in mean.items()}
         record = self._record(prepared, wanted, {"method": solver, "steps": steps, "seed": seed, "samples": samples})
-        return Result(study.with_synthetic(volumes), perception, record, std)
+        return Result(study.with_synthetic(volumes), self._perception(prepared, encoded), record, std)
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
@@ -158,64 +190,29 @@ class Synthesizer:
                 raise CopeditError(f"target {name!r}: {prepared.study.name} has a file for it; nothing to synthesise")
         return [name for name in prepared.missing if not target or name in target]
 
-    def _encode(self, prepared: Prepared) -> tuple[Tensor, Tensor, Perception, Tensor]:
-        """Latents [1, m, 8, h, w, d] (zero where missing), observed [1, m], perception, prompts [1, 3, P]."""
-        config, vae = self.config, self.tokenizer
-        observed = torch.from_numpy(prepared.observed).to(self.device)
-        images = torch.from_numpy(prepared.images[prepared.observed]).to(self.device)
-        seen = vae.encode(images[None], self.max_memory)[0]
-        z = seen.new_zeros(len(observed), *seen.shape[1:])
-        z[observed] = seen
-        prompts = vae.prompts(z[None], observed[None])
-        count, which, _ = vae.assess(prompts)
-        alone = vae.assess(vae.prompts_of_each(seen[None])[0])[1].float().cpu().numpy()
-        names = [name for name, there in zip(config.elements, prepared.observed, strict=True) if there]
-        perception = Perception.from_logits(
-            config.elements,
-            count[0].float().cpu().numpy(),
-            which[0].float().cpu().numpy(),
-            dict(zip(names, alone, strict=True)),
-        )
-        return z[None], observed[None], perception, prompts
+    def _encode(self, prepared: Prepared) -> Encoded:
+        return self.engine.encode(prepared.images[prepared.observed])
 
-    def _denoise(
-        self,
-        latents: Tensor,
-        observed: Tensor,
-        prompts: Tensor,
-        study: str,
-        steps: int,
-        solver: str,
-        seed: int,
-        sample: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> Tensor:
-        z = self.tokenizer.normalise(latents)
-        for i, element in enumerate(self.config.elements):
-            if not observed[0, i]:
-                eps = diffusion.noise(seed, study, element, tuple(z.shape[2:]), sample)
-                z[0, i] = torch.from_numpy(eps).to(z)
-        net = self.denoiser
-        if isinstance(net, MDiT3D):
-            return self._plan(tuple(observed[0].tolist()), steps, solver).run(z, prompts, progress)
+    def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
+        elements = self.config.elements
+        names = [name for name, there in zip(elements, prepared.observed, strict=True) if there]
+        alone = dict(zip(names, encoded.alone, strict=True))
+        return Perception.from_logits(elements, encoded.count, encoded.missing, alone)
 
-        def predict(z: Tensor, t: Tensor) -> Tensor:
-            return net(z, t, prompts, observed)
+    def _start(self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int, sample: int) -> np.ndarray:
+        """Where sampling starts [m, 8, h, w, d]: observed latents, and noise in the missing elements."""
+        z = np.empty((len(observed), *latents.shape[1:]), np.float32)
+        z[observed] = latents
+        for i in np.flatnonzero(~observed):
+            z[i] = diffusion.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
+        return z
 
-        return diffusion.sample(predict, z, observed, self.config.diffusion, steps, progress, solver)
-
-    def _make_plan(self, observed: tuple[bool, ...], steps: int, solver: str) -> Plan:
-        assert isinstance(self.denoiser, MDiT3D)
-        return Plan(self.denoiser, self.config, steps, torch.tensor([observed]), solver)
-
-    def _decode(self, z: Tensor, prepared: Prepared) -> np.ndarray:
-        """Images [m, 1, H, W, D] of normalised latents [1, m, 8, h, w, d]; brain: only the missing are decoded."""
-        joint = self.config.task == "cardiac"
+    def _decode(self, z: np.ndarray, prepared: Prepared) -> np.ndarray:
+        """Images [m, 1, H, W, D] of latents [m, 8, h, w, d]; brain: only the missing are decoded."""
         # Slabs are decoded together, so that no seam appears between them.
-        chosen = slice(None) if joint else torch.from_numpy(~prepared.observed)
-        codes, _ = self.tokenizer.quantise(self.tokenizer.denormalise(z[:, chosen]))
+        chosen = np.ones_like(prepared.observed) if self.config.task == "cardiac" else ~prepared.observed
         images = np.zeros_like(prepared.images)
-        images[chosen] = self.tokenizer.decode(codes, joint, self.max_memory)[0].float().cpu().numpy()
+        images[chosen] = self.engine.decode(z[chosen])
         return images
 
     def _record(self, prepared: Prepared, wanted: list[str], sampler: dict[str, Any]) -> dict[str, Any]:
@@ -233,10 +230,11 @@ class Synthesizer:
             "synthesised": wanted,
             "sampler": sampler,
             "geometry": prepared.record(),
-            "device": self.device.type,
+            "engine": self.engine.name,
+            "device": self.engine.device,
             "versions": {
                 "copedit": copedit_rt.__version__,
-                "torch": torch.__version__,
+                **self.engine.versions,
                 "numpy": np.__version__,
                 "python": platform.python_version(),
             },
@@ -245,6 +243,8 @@ class Synthesizer:
 
 def choose_device(name: str) -> torch.device:
     """auto (CUDA where there is one), cpu, cuda or cuda:N. Raises CopeditError for anything else or a missing GPU."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from copedit_rt import checkpoint, diffusion, synthesizer
+from copedit_rt import checkpoint, diffusion, engine_torch
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
 from copedit_rt.denoiser import build_denoiser
 from copedit_rt.errors import CopeditError
@@ -89,7 +89,7 @@ def test_all_that_is_missing_comes_back_on_the_reference_grid(brain_model):
 
 def test_steps_run_from_the_noisiest_and_observed_latents_keep_their_bits(brain_model, monkeypatch):
     seen, times = [], []
-    net = brain_model.denoiser
+    net = brain_model.engine.denoiser
     predict, modulate = net.predict, net.modulate
     monkeypatch.setattr(net, "predict", lambda z, *rest: seen.append(z.clone()) or predict(z, *rest))
     monkeypatch.setattr(net, "modulate", lambda t, *rest: times.append(t[:, 0].tolist()) or modulate(t, *rest))
@@ -104,7 +104,7 @@ def test_steps_run_from_the_noisiest_and_observed_latents_keep_their_bits(brain_
 @pytest.mark.parametrize("solver", ["ddim", "dpm2m"])
 def test_a_synthesis_is_what_the_plain_sampler_makes(brain_model, monkeypatch, solver):
     made = brain_model.synthesize(brain("t1", "t2"), steps=5, solver=solver)
-    net = brain_model.denoiser
+    net = brain_model.engine.denoiser
 
     class Plain:
         def __init__(self, prompts_of, config, steps, observed, solver):
@@ -116,10 +116,10 @@ def test_a_synthesis_is_what_the_plain_sampler_makes(brain_model, monkeypatch, s
 
             return diffusion.sample(predict, z, self.observed, *self.rest, progress, solver)
 
-    monkeypatch.setattr(synthesizer, "Plan", Plain)
-    brain_model._plan.cache_clear()
+    monkeypatch.setattr(engine_torch, "Plan", Plain)
+    brain_model.engine.plan.cache_clear()
     plain = brain_model.synthesize(brain("t1", "t2"), steps=5, solver=solver)
-    brain_model._plan.cache_clear()
+    brain_model.engine.plan.cache_clear()
     assert made.record == plain.record and made.record["sampler"]["method"] == solver
     for name in ("t1ce", "flair"):
         np.testing.assert_allclose(made.study.volumes[name].data, plain.study.volumes[name].data, atol=1e-4)
@@ -128,7 +128,7 @@ def test_a_synthesis_is_what_the_plain_sampler_makes(brain_model, monkeypatch, s
 def test_two_threads_take_turns_and_get_what_one_alone_gets(brain_model, monkeypatch):
     studies = [brain(*names, name="+".join(names)) for names in (["t1"], ["t1", "t2"], ["flair"], ["t2", "flair"])] * 2
     alone = [brain_model.synthesize(study) for study in studies]
-    inside, original = [], brain_model._denoise
+    inside, original = [], brain_model.engine.sample
 
     def denoise(*args):
         inside.append(threading.get_ident())
@@ -138,7 +138,7 @@ def test_two_threads_take_turns_and_get_what_one_alone_gets(brain_model, monkeyp
         inside.pop()
         return z
 
-    monkeypatch.setattr(brain_model, "_denoise", denoise)
+    monkeypatch.setattr(brain_model.engine, "sample", denoise)
     users = set()
     with ThreadPoolExecutor(2) as pool:
 
@@ -157,9 +157,9 @@ def test_two_threads_take_turns_and_get_what_one_alone_gets(brain_model, monkeyp
 def test_a_memory_ceiling_changes_nothing_but_the_memory(brain_model, heart_model, monkeypatch):
     for model, study, name in ((brain_model, brain("t1", "t2"), "flair"), (heart_model, heart([5, 6]), "sax")):
         whole = model.synthesize(study).study.volumes[name].data
-        monkeypatch.setattr(model, "max_memory", 100 * 2**10)
+        monkeypatch.setattr(model.engine, "max_memory", 100 * 2**10)
         np.testing.assert_allclose(model.synthesize(study).study.volumes[name].data, whole, atol=1e-4)
-        monkeypatch.setattr(model, "max_memory", 2**10)
+        monkeypatch.setattr(model.engine, "max_memory", 2**10)
         with pytest.raises(CopeditError, match="max_memory of"):
             model.synthesize(study)
 
@@ -181,13 +181,13 @@ def test_target_returns_a_part_of_the_same_synthesis(brain_model):
 
 
 def test_samples_give_mean_and_standard_deviation(brain_model, monkeypatch):
-    original, drawn = brain_model._denoise, []
+    original, drawn = brain_model.engine.sample, []
 
     def denoise(*args):
         drawn.append(original(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(brain_model, "_denoise", denoise)
+    monkeypatch.setattr(brain_model.engine, "sample", denoise)
     study, calls = brain("t1", "t2", "flair"), []
     result = brain_model.synthesize(study, samples=3, progress=lambda i, n: calls.append((i, n)))
     prepared = prepare(study, BRAIN)
@@ -210,18 +210,18 @@ def test_a_heart_keeps_every_slice_that_was_there(heart_model):
 
 def test_slabs_are_decoded_as_one_stack(heart_model):
     codes = torch.randn(1, 4, 8, 4, 4, 1)
-    joint = heart_model.tokenizer.decode(codes, joint=True)
-    stack = heart_model.tokenizer.decoder(torch.cat(list(codes[0]), -1)[None])
+    joint = heart_model.engine.tokenizer.decode(codes, joint=True)
+    stack = heart_model.engine.tokenizer.decoder(torch.cat(list(codes[0]), -1)[None])
     torch.testing.assert_close(torch.cat(list(joint[0]), -1), stack[0])
-    assert not torch.allclose(joint, heart_model.tokenizer.decode(codes, joint=False), atol=1e-3)
+    assert not torch.allclose(joint, heart_model.engine.tokenizer.decode(codes, joint=False), atol=1e-3)
 
 
 def test_decoding_only_what_is_missing_equals_decoding_all(brain_model):
     prepared = prepare(brain("t1", "flair"), BRAIN)
     z = torch.randn(1, 4, 8, 4, 4, 2)
-    images = brain_model._decode(z, prepared)
-    codes, _ = brain_model.tokenizer.quantise(brain_model.tokenizer.denormalise(z))
-    every = brain_model.tokenizer.decode(codes, joint=False)[0].numpy()
+    images = brain_model._decode(z[0].numpy(), prepared)
+    codes, _ = brain_model.engine.tokenizer.quantise(brain_model.engine.tokenizer.denormalise(z))
+    every = brain_model.engine.tokenizer.decode(codes, joint=False)[0].numpy()
     np.testing.assert_allclose(images[[1, 2]], every[[1, 2]], atol=1e-5)
     assert not images[[0, 3]].any()
 
@@ -244,7 +244,7 @@ def test_identity_is_the_heads_verdict_on_one_image_alone(brain_model):
 def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
     import json
 
-    checkpoint.save(tmp_path / "m", BRAIN, brain_model.tokenizer, brain_model.denoiser)
+    checkpoint.save(tmp_path / "m", BRAIN, brain_model.engine.tokenizer, brain_model.engine.denoiser)
     loaded = Synthesizer.load(tmp_path / "m", "cpu")
     result = loaded.synthesize(brain("t1"), steps=3, seed=7)
     record = json.loads(json.dumps(result.record))
