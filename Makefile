@@ -66,6 +66,6 @@ $(VENV)/installed: $(VENV)/created $(METADATA)
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	@echo "==> installing the test tools and the extra \`train\`"
-	$(INSTALL) --quiet -e ".[test,train]"
+	@echo "==> installing the test tools and the extras \`train\` and \`export\`"
+	$(INSTALL) --quiet -e ".[test,train,export]"
 	@touch $@
