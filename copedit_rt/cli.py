@@ -1,7 +1,8 @@
 """The command `copedit`. Nothing heavy is imported before a sub-command runs, so that help is instant.
 
 Exit codes: 0 done; 1 an error, told in one sentence on stderr; 2 wrong usage; 3 `inspect` flagged something;
-130 interrupted. Answers go to stdout, progress and remarks to stderr; with --json, stdout is one JSON
+130 interrupted,
+143 terminated. Answers go to stdout, progress and remarks to stderr; with --json, stdout is one JSON
 document.
 """
 
@@ -42,7 +43,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except CopeditError as error:
             print(f"copedit: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print("copedit: interrupted; what is complete stays, repeat the command to go on", file=sys.stderr)
             raise typer.Exit(130) from None

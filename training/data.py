@@ -126,6 +126,12 @@ def folder_images(
     return np.load(cache, mmap_mode="c")[: len(rows)]
 
 
+def study_names(output: Path) -> list[str]:
+    """The study of each row of a run's images, as `folder_images` noted them; none for phantoms."""
+    index = output / "images.json"
+    return [row["study"] for row in json.loads(index.read_text(encoding="utf-8"))["studies"]] if index.exists() else []
+
+
 @contextlib.contextmanager
 def _new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A float16 map to be filled, complete under its name or not there at all."""

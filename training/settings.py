@@ -20,6 +20,7 @@ class Settings:
     """Hyperparameters of one stage.
 
     steps, batch_size (subjects), lr (peak of a linear warm-up and cosine decay), warmup (steps), seed.
+    accumulate: micro-batches of batch_size subjects in a step, shared by the processes of torchrun.
     subjects: simulated subjects to train on. dtype: autocast type, "float32" or "bfloat16".
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
     crop (tokenizer): reconstruct random crops of so many voxels in the plane, 0 for whole images. The pretext tasks
@@ -42,6 +43,7 @@ class Settings:
     lr: float
     warmup: int = 100
     seed: int = 0
+    accumulate: int = 1
     subjects: int = 256
     dtype: str = "bfloat16"
     clip: float = 1.0
@@ -65,7 +67,7 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "subjects", "pretext_every", "draws", "prompt_batch")
+        counts = ("steps", "batch_size", "accumulate", "subjects", "pretext_every", "draws", "prompt_batch")
         for name in (*counts, "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")

@@ -172,9 +172,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     original = kind.after_step
 
     def after_step(self, step):
-        original(self, step)
         if step == 3:  # after the checkpoint at 2, before the one at 4
             raise Stop
+        return original(self, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "after_step", after_step)
@@ -202,17 +202,27 @@ def test_a_run_folder_is_not_overwritten_nor_resumed_with_other_settings(tmp_pat
         train("tokenizer", tmp_path / "a", "steps=3", resume=True)
     described = json.loads((tmp_path / "a" / "run.json").read_text())
     del described["model"]["diffusion"]["solver"]  # as written before there were solvers
+    del described["settings"]["accumulate"]
     (tmp_path / "a" / "run.json").write_text(json.dumps(described))
     train("tokenizer", tmp_path / "a", f"steps={described['settings']['steps']}", resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_terms(tmp_path, monkeypatch):
-    def broken(*args):
-        return torch.tensor(float("nan"), requires_grad=True), {"l1": float("nan"), "count": 1.0}
+def test_a_loss_that_is_not_finite_stops_with_step_term_and_subjects(tmp_path, monkeypatch):
+    original = trainer.DenoiserTask.loss
+    tokenizer = train("tokenizer", tmp_path / "vae", "steps=1")
 
-    monkeypatch.setattr(trainer.TokenizerTask, "loss", broken)
-    with pytest.raises(CopeditError, match=r"step 0: the loss is nan .*'l1': nan"):
-        train("tokenizer", tmp_path / "a", "steps=2")
+    def broken(self, step, rng, generator):
+        loss, terms = original(self, step, rng, generator)
+        if step == 3 and 2 in self.drawn:
+            loss = loss * float("nan")
+        return loss, terms
+
+    monkeypatch.setattr(trainer.DenoiserTask, "loss", broken)
+    settings = ("steps=5", "accumulate=8", "batch_size=1", "checkpoint_every=1", f"tokenizer={tokenizer}")
+    with pytest.raises(CopeditError, match=r"step 3: loss nan on phantom 2; look"):
+        train("denoiser", tmp_path / "a", *settings)
+    task = checkpoint.read_tensors(tmp_path / "a" / "checkpoint-00000003" / "task.safetensors")[0]
+    assert all(value.isfinite().all() for value in task.values()), "nothing of that step is kept"
 
 
 def test_bad_settings_are_named(tmp_path):
