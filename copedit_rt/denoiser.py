@@ -191,21 +191,23 @@ class MDiT3D(nn.Module):
         return rearrange(z, "b m c (h p) (w q) (d r) -> b m (h w d) (p q r c)", p=p, q=q, r=r)
 
     def unpatchify(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of `patchify`; shape is that of the latents."""
-        (p, q, r), (h, w, d) = self.patch, self.grid
+        """Inverse of `patchify`; shape is that of the latents, whole or cropped in the plane."""
+        (p, q, r), (h, w, d) = self.patch, (shape[-3] // self.patch[0], shape[-2] // self.patch[1], self.grid[2])
         x = rearrange(x, "b m (h w d) (p q r c) -> b m c (h p) (w q) (d r)", p=p, q=q, r=r, h=h, w=w, d=d)
         if self.config.backbone == "dit":
             return rearrange(x, "b d (m c) h w 1 -> b m c h w d", m=shape[1])
         return x if self.alternate else rearrange(x, "b 1 (m c) h w d -> b m c h w d", m=shape[1])
 
-    def forward(self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor) -> Tensor:
+    def forward(
+        self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, corner: Tensor | None = None
+    ) -> Tensor:
         """Clean latents [B, m, 8, h, w, d] from partially noised ones.
 
         z: [B, m, 8, h, w, d] normalised latents, noise at timestep t in the missing elements. t: [B] in 0..499.
         prompts: [B, 3, P] (None only for prompts = none or mask). observed: [B, m] bool, read only by the "mask"
-        ablation: the full model is told nothing about what is missing but what the prompts say.
+        ablation: the full model is told nothing about what is missing but what the prompts say. corner: see `predict`.
         """
-        return self.predict(z, self.modulate(t, prompts, observed))
+        return self.predict(z, self.modulate(t, prompts, observed), corner=corner)
 
     def modulate(self, t: Tensor, prompts: Tensor | None, observed: Tensor) -> list[Tensor]:
         """All that time and prompts do: modulation [B, 6C] of each block, then [B, 2C] of the final layer.
@@ -216,20 +218,36 @@ class MDiT3D(nn.Module):
         parts = [block.modulation(prompted if block.prompted else time) for block in self._blocks()]
         return [*parts, self.final_modulation(time)]
 
-    def predict(self, z: Tensor, modulation: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+    def positions(self, shape: torch.Size, corner: Tensor) -> tuple[Tensor, Tensor]:
+        """Of crops of latents of this shape: their part of the position embedding [B, 1, T', C], and their rope.
+
+        corner [B, 2]: where each crop begins in the plane, in tokens. Rotary positions are relative: the same for all.
+        """
+        h, w, _ = (n // p for n, p in zip(shape[-3:], self.patch, strict=True))
+        _, columns, depth = self.grid
+        local = torch.arange(h)[:, None, None] * columns + torch.arange(w)[:, None]
+        local = (local * depth + torch.arange(depth)).flatten().to(corner.device)
+        first = (corner[:, 0] * columns + corner[:, 1]) * depth
+        return self.position[first[:, None] + local][:, None], self.rope[:, local]
+
+    def predict(
+        self, z: Tensor, modulation: Sequence[Tensor], rows: Tensor | None = None, corner: Tensor | None = None
+    ) -> Tensor:
         """`forward` given what `modulate` returns for t [B].
 
         rows [N]: predict only these elements (see `pick`), [N, 8, h, w, d]; "mdit3d" then leaves out what nothing else
-        reads, from the last block's attention on.
+        reads, from the last block's attention on. corner [B, 2]: z holds crops of whole latents in the plane that begin
+        at these tokens (training).
         """
         *parts, final = modulation
-        x = self.embed(self.patchify(z)) + self.position.to(z.dtype)
+        position, table = (self.position, self.rope) if corner is None else self.positions(z.shape, corner)
+        x = self.embed(self.patchify(z)) + position.to(z.dtype)
         last = rows if self.alternate else None
         for i, (block, part) in enumerate(zip(self._blocks(), parts, strict=True)):
             if i == 1 and self.alternate:
                 x = x + self.element[:, None].to(x.dtype)
             # Rotary positions belong to attention over tokens; across elements there is no order to encode.
-            rope = self.rope if self.alternate and block.axis == "token" else None
+            rope = table if self.alternate and block.axis == "token" else None
             x = block.modulated(x, part, rope, last if i == len(parts) - 1 else None)
         if last is not None:
             final = final.index_select(0, last // z.shape[1])

@@ -23,15 +23,21 @@ class Settings:
     accumulate: micro-batches of batch_size subjects in a step, shared by the processes of torchrun.
     subjects: simulated subjects to train on. dtype: autocast type, "float32" or "bfloat16".
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
-    crop (tokenizer): reconstruct random crops of so many voxels in the plane, 0 for whole images. The pretext tasks
-    always read whole images, every `pretext_every` steps, with their weight raised accordingly.
+    crop: train on random crops of so many voxels in the plane, 0 for whole images. In the tokenizer the pretext tasks
+    always read whole images, every `pretext_every` steps, with their weight raised accordingly. In the denoiser a batch
+    of crops holds more subjects, patterns and timesteps for its tokens; the last `whole_steps` steps are on whole
+    images, as many at a time as have the tokens of a batch of crops.
     draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
     quantise_from (tokenizer): the first step with quantisation. Before it stage I is a plain autoencoder, so that the
     codebook starts from latents that already mean something.
     prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own (peak `prompt_lr`, 0 for
     lr), train the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
     readout_steps (tokenizer): after them, steps of the linear layers and heads alone on pooled features.
-    optimizer (denoiser): "adam", or "muon" (Jordan et al. 2024) for the blocks' matrices and Adam for the rest.
+    optimizer (denoiser): "adam", or "muon" (Jordan et al. 2024) for all matrices but those of the conditioning and Adam
+    for the rest. muon_lr: its peak, 0 for lr.
+    whiten (denoiser): above 0, the input layer starts as a rotation of the principal components of a token's values,
+    each scaled by its variance to the power -whiten; 0.5 makes all equally large.
+    last_timestep (denoiser): share of the samples that are drawn at the last timestep, where sampling begins.
     compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
     export: type of the finished denoiser's weights on disk, "float32" or "float16".
@@ -57,8 +63,12 @@ class Settings:
     prompt_batch: int = 4
     prompt_lr: float = 0.0
     readout_steps: int = 0
+    whole_steps: int = 0
+    whiten: float = 0.0
+    last_timestep: float = 0.0
     device: str = "auto"
     optimizer: str = "adam"
+    muon_lr: float = 0.0
     compile: bool = False
     ema: float = 0.9999
     tokenizer: str = ""

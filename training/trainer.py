@@ -8,6 +8,7 @@ needs no generator state, and how many processes there are changes nothing but r
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -32,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from copedit_rt import checkpoint
-from copedit_rt.config import ModelConfig
-from copedit_rt.denoiser import build_denoiser
+from copedit_rt.config import ModelConfig, Triple
+from copedit_rt.denoiser import MDiT3D, build_denoiser
 from copedit_rt.diffusion import add_noise, alpha_bar
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.files import write_atomically
@@ -45,6 +46,7 @@ from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
 READOUT_LR = 3e-3
+WHITEN_FLOOR = 5e-4  # of the total variance; smaller components are not raised further
 
 
 def randomness(seed: int, step: int, part: int) -> tuple[np.random.Generator, torch.Generator]:
@@ -116,10 +118,7 @@ class TokenizerTask(Task):
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
         super().__init__(config, settings)
         self.images = images
-        divisors, sizes = config.tokenizer.compression[:2], config.image[:2]
-        crop = settings.crop
-        if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors, sizes, strict=True)):
-            raise CopeditError(f"crop = {crop}: must divide by {divisors} and fit into the image's plane {sizes}")
+        _check_crop(settings.crop, config.tokenizer.compression, config.image)
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )
@@ -259,23 +258,27 @@ class TokenizerTask(Task):
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
 
-    @torch.enable_grad()
     def read_out(self) -> None:
-        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects.
-
-        The features are computed once, so that thousands of steps take seconds. They are brought to mean 0 and
-        deviation 1, which the first layer takes over at the end. AdamW, cosine decay, batches of 32.
-        """
-        vae, settings, features = self.tokenizer, self.settings, []
-        layers = [e.mlp for e in vae.prompt_encoders if isinstance(e, PromptEncoder)]
+        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects."""
+        vae, features = self.tokenizer, []
         for subject in self.images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x,) if self.cardiac else (x, x.flip(3)):
-                with torch.no_grad():
-                    features.append(vae.features_of_each(vae.encode(view)))
-        every = torch.cat(features)
-        mean, deviation = every.mean((0, 1)), every.std((0, 1)).clamp_min(1e-9)
-        every = (every - mean) / deviation
+                with self.autocast():
+                    features.append(vae.features_of_each(vae.encode(view)).float())
+        self.fit_heads(torch.cat(features))
+
+    @torch.enable_grad()
+    def fit_heads(self, features: Tensor) -> None:
+        """The part of `read_out` that trains, on features [N, m, 3, b].
+
+        They are computed once, so that thousands of steps take seconds, and brought to mean 0 and deviation 1, which
+        the first layer takes over at the end. AdamW, cosine decay, batches of 32.
+        """
+        vae, settings = self.tokenizer, self.settings
+        layers = [e.mlp for e in vae.prompt_encoders if isinstance(e, PromptEncoder)]
+        mean, deviation = features.mean((0, 1)), features.std((0, 1)).clamp_min(1e-9)
+        every = (features - mean) / deviation
         scale_prompts(vae, every.flatten(0, 1))
         weights = [p for module in (*layers, vae.heads) for p in module.parameters()]
         optimizer = torch.optim.AdamW(weights, READOUT_LR, weight_decay=0.01)
@@ -294,10 +297,18 @@ class TokenizerTask(Task):
                 mlp[0].bias -= mlp[0].weight @ center
 
 
+def _check_crop(crop: int, divisors: Triple, image: Triple) -> None:
+    if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors[:2], image[:2], strict=True)):
+        raise CopeditError(f"crop = {crop}: must divide by {divisors[:2]} and fit into the image's plane {image[:2]}")
+
+
 class DenoiserTask(Task):
     """Stage II: mean squared error of the predicted clean latents, all elements (equation 5)."""
 
-    def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE):
+    def __init__(
+        self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE, cache: Path | None = None
+    ):
+        """cache: file for the latents and prompts of all images, read where an earlier run left it."""
         super().__init__(config, settings)
         self.denoiser = build_denoiser(config)
         self.average = build_denoiser(config).requires_grad_(False)
@@ -306,16 +317,27 @@ class DenoiserTask(Task):
         # The tokenizer is frozen: latents and the prompts of single elements are computed once. In a list, so that
         # checkpoints do not hold it.
         self.frozen = [tokenizer.to(self.device).requires_grad_(False)]
-        self.latents, self.prompts = self._encode(images)
+        self.latents, self.prompts = self._encode(images, cache)
         self.views = len(self.latents) // len(images)
+        if settings.crop:
+            self._prepare_crops()
+        if settings.whiten:
+            self._whiten()
+            self.average.load_state_dict(self.denoiser.state_dict())
         self.levels = torch.from_numpy(alpha_bar(config.diffusion)).float()
         # Not an attribute of its own either: a compiled module holds the same weights under other names.
         self.predict = [torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser]
 
     @torch.no_grad()
-    def _encode(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
         """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images."""
         (vae,), latents, prompts = self.frozen, [], []
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())).digest()
+        key = torch.tensor(list(digest), dtype=torch.uint8)
+        if cache and cache.exists():
+            found, _ = checkpoint.read_tensors(cache)
+            if torch.equal(found["tokenizer"], key):
+                return found["latents"].to(self.device), found["prompts"].to(self.device)
         for subject in images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x,) if self.cardiac else (x, x.flip(3)):
@@ -323,24 +345,88 @@ class DenoiserTask(Task):
                     z = vae.encode(view).float()
                     prompts.append(vae.prompts_of_each(z))
                 latents.append(vae.normalise(z).half())
-        return torch.cat(latents), torch.cat(prompts)
+        every = torch.cat(latents), torch.cat(prompts)
+        if cache:
+            checkpoint.write_tensors(cache, {"latents": every[0], "prompts": every[1], "tokenizer": key})
+        return every
+
+    def _net(self) -> MDiT3D:
+        if not isinstance(self.denoiser, MDiT3D):
+            raise CopeditError(f"crop and whiten are for transformers; leave them at 0 for {self.config.name}")
+        return self.denoiser
+
+    @torch.no_grad()
+    def _prepare_crops(self) -> None:
+        """How likely each crop of each subject is to be drawn: in proportion to what happens in it.
+
+        Half of a skull-stripped brain's grid is background, which is learned at once.
+        """
+        (h, w, _), image, net = self.config.tokenizer.compression, self.config.image, self._net()
+        divisors = (h * net.patch[0], w * net.patch[1], 1)
+        _check_crop(self.settings.crop, divisors, image)
+        self.size = (self.settings.crop // divisors[0], self.settings.crop // divisors[1])
+        activity = []
+        for z in self.latents.split(16):
+            variance = net.patchify(z.float()).var(-1).unflatten(2, net.grid).mean((1, 4))
+            activity.append(nn.functional.avg_pool2d(variance[:, None], self.size, stride=1)[:, 0])
+        crops = torch.cat(activity).double()
+        self.columns = crops.shape[2]
+        self.chances = (crops / crops.sum((1, 2), keepdim=True)).flatten(1).cpu().numpy()
+
+    @torch.no_grad()
+    def _whiten(self) -> None:
+        """Scale the principal components of a token's values in the input layer, see `Settings.whiten`.
+
+        The first component of a token of a simulated brain has 10,000 times the variance of the last; the detail in
+        the small ones is learned late, or not at all, where it enters as small as it is.
+        """
+        net, whiten = self._net(), self.settings.whiten
+        some = torch.from_numpy(np.random.default_rng(self.settings.seed).permutation(len(self.latents))[:32])
+        tokens = net.patchify(self.latents[some.to(self.device)].float()).flatten(0, 2)
+        variance, components = torch.linalg.eigh(tokens.mT @ tokens / len(tokens))
+        kept = min(net.config.width, len(variance))
+        variance, components = variance[-kept:], components[:, -kept:]
+        scale = variance.clamp_min(WHITEN_FLOOR * variance.sum()) ** -whiten
+        scale *= (net.config.width / (scale.square() * variance).sum()).sqrt()
+        rotation, _ = torch.linalg.qr(torch.randn(net.config.width, kept, device=self.device))
+        net.embed.weight.copy_(rotation @ (components * scale).mT)
+
+    def _crop(self, chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Latents of one random crop of each chosen subject, and where it begins, [B, 2] in tokens."""
+        drawn = [rng.choice(self.chances.shape[1], p=self.chances[i]) for i in chosen]
+        corner = torch.tensor([divmod(int(k), self.columns) for k in drawn])
+        (p, q, _), (h, w) = self._net().patch, self.size
+        crops = [
+            self.latents[i, ..., p * x : p * (x + h), q * y : q * (y + w), :]
+            for i, (x, y) in zip(chosen, corner.tolist(), strict=True)
+        ]
+        return torch.stack(crops).float(), corner.to(self.device)
 
     def forward(self, step: int, part: int) -> tuple[Tensor, Terms]:
         return self.loss(step, *randomness(self.settings.seed, step, part))
 
     def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        batch = self.settings.batch_size
+        settings, batch = self.settings, self.settings.batch_size
+        cropped = settings.crop > 0 and step < settings.steps - settings.whole_steps
+        if settings.crop and not cropped:
+            batch = max(1, batch * math.prod(self.size) // math.prod(self._net().grid[:2]))
         chosen = torch.from_numpy(rng.choice(len(self.latents), batch, replace=len(self.latents) < batch))
         self.drawn = chosen.numpy() // self.views
-        z0 = self.latents[chosen.to(self.device)].float()
+        if cropped:
+            z0, corner = self._crop(chosen.numpy(), rng)
+        else:
+            z0, corner = self.latents[chosen.to(self.device)].float(), None
         observed = draw_observed(rng, batch, z0.shape[1], self.cardiac).to(self.device)
         weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
         prompts = (self.prompts[chosen.to(self.device)] * weight).sum(1)
         t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
+        if settings.last_timestep:
+            t[torch.from_numpy(rng.random(batch) < settings.last_timestep)] = len(self.levels) - 1
         eps = torch.randn(z0.shape, generator=generator).to(self.device)
         zt = add_noise(z0, eps, self.levels[t].to(self.device), observed)
         with self.autocast():
-            x0 = self.predict[0](zt, t.to(self.device), prompts, observed)
+            where = () if corner is None else (corner,)
+            x0 = self.predict[0](zt, t.to(self.device), prompts, observed, *where)
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
         loss = error.mean()
         return loss, {"mse": loss.item(), "mse_missing": error.detach()[~observed].mean().item()}
@@ -432,7 +518,8 @@ def _run(
             raise CopeditError(
                 f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
             )
-        task = DenoiserTask(config, settings, images, tokenizer)
+        with distributed.first():
+            task = DenoiserTask(config, settings, images, tokenizer, output / "latents.safetensors")
 
     optimizers = _optimizers(task, settings)
     start = _restore(output, task, optimizers) if resume else 0
@@ -467,7 +554,7 @@ def _loop(
             began = time.perf_counter()
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(settings, step)
+                    group["lr"] = learning_rate(settings, step) * group.get("factor", 1.0)
             terms, subjects = _gradients(task, model, step, parts)
             norm = nn.utils.clip_grad_norm_(weights, settings.clip).item()
             if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
@@ -559,9 +646,10 @@ class _Signals:
 
 
 def _optimizers(task: Task, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW (Adam where weight_decay is 0) for everything, or for all but the matrices of the blocks beside Muon."""
+    """AdamW (Adam where weight_decay is 0) for everything, or beside Muon for what it is not for."""
     named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if ".blocks." in name and p.ndim == 2 and settings.optimizer == "muon"]
+    muon = (".blocks.", ".embed.", ".final.") if settings.optimizer == "muon" else ()
+    matrices = [p for name, p in named if p.ndim == 2 and any(part in name for part in muon)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     decay = settings.weight_decay
@@ -570,7 +658,9 @@ def _optimizers(task: Task, settings: Settings) -> list[torch.optim.Optimizer]:
     ]
     if matrices:
         # Its step is scaled to the size of Adam's, so that both follow one learning rate.
-        found.append(torch.optim.Muon(matrices, settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        factor = (settings.muon_lr or settings.lr) / settings.lr
+        group = {"params": matrices, "factor": factor}
+        found.append(torch.optim.Muon([group], settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
