@@ -9,6 +9,7 @@ document.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -330,7 +331,9 @@ def _train(stage: Any, preset: str, output: Path, data: str, override: list[str]
     from training import trainer
 
     _check_writable(output)
-    typer.echo(trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume))
+    folder = trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one speaks
+        typer.echo(folder)
 
 
 @benchmarks.command("kernels")

@@ -176,10 +176,12 @@ class TokenizerTask(Task):
             every = self.latents if self.latents is not None else distributed.gather(z)
             own = z.detach() + parts * (z - z.detach())
             z = torch.cat((every[: part * size], own, every[(part + 1) * size :]))
-        for module in self.tokenizer.prompt_encoders.modules():
-            if isinstance(module, nn.BatchNorm3d):  # all micro-batches see the same statistics: noted once
-                module.track_running_stats = part == self.first
+        norms = [x for x in self.tokenizer.prompt_encoders.modules() if isinstance(x, nn.BatchNorm3d)]
+        for norm in norms:  # all micro-batches see the same statistics, which are noted once
+            norm.track_running_stats = part == self.first
         features = self.tokenizer.features_of_each(z)
+        for norm in norms:
+            norm.track_running_stats = True
         if not self.scaled:
             scale_prompts(self.tokenizer, features.detach().flatten(0, 1))
             distributed.broadcast(*(p.data for p in self.tokenizer.prompt_encoders.parameters()))
@@ -546,7 +548,7 @@ def _loop(
     parts = range(distributed.rank() * share, (distributed.rank() + 1) * share)
     model: nn.Module = task
     if distributed.world() > 1:
-        model = DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=task.sparse)
+        model = DistributedDataParallel(task, find_unused_parameters=task.sparse)
     path = output / "log.jsonl" if writes else Path(os.devnull)
     with _progress(console) as bar, _Signals() as signals, open(path, "a", buffering=1, encoding="utf-8") as log:
         shown = bar.add_task(stage, total=settings.steps, completed=start, note="")

@@ -2,10 +2,19 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from copedit_rt import checkpoint
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
@@ -186,6 +195,193 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
         "checkpoint-00000004",
         "checkpoint-00000005",
     ]
+
+
+def forked(*arguments, environment=None, **options):
+    """train(...) in a process of its own, which has all imports already."""
+
+    def body():
+        os.environ.update(environment or {})
+        torch.set_num_threads(1)
+        try:
+            train(*arguments, **options)
+        except CopeditError as error:
+            print(error)
+            os._exit(error.exit_code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    return process
+
+
+def steps_done(folder):
+    log = folder / "log.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["step"] + 1 if log.exists() and log.stat().st_size else 0
+
+
+def until(condition, process):
+    while process.is_alive() and not condition():
+        time.sleep(0.002)
+    assert process.is_alive(), "it was to be interrupted"
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, stage):
+    extra = ["steps=60", "checkpoint_every=3"]
+    if stage == "denoiser":
+        extra.append(f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2')}")
+    whole = forked(stage, tmp_path / "whole", *extra)
+    whole.join()
+    random = np.random.default_rng(0)
+    for kill in range(10):
+        process = forked(stage, tmp_path / "killed", *extra, resume=kill > 0)
+        moment = 5 * kill + int(random.integers(1, 6))
+        until(lambda moment=moment: steps_done(tmp_path / "killed") >= moment, process)
+        time.sleep(random.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    last = forked(stage, tmp_path / "killed", *extra, resume=True)
+    last.join()
+    assert whole.exitcode == last.exitcode == 0
+    assert same_weights(tmp_path / "whole" / "model", tmp_path / "killed" / "model", f"{stage}.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_says_so(tmp_path, number, capfd):
+    extra = ("steps=40", "checkpoint_every=1000")
+    process = forked("tokenizer", tmp_path / "stopped", *extra)
+    until(lambda: steps_done(tmp_path / "stopped") >= 3, process)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    done = steps_done(tmp_path / "stopped")
+    said = f"{number.name}: stopped after step {done - 1}, and all is saved; go on with --resume"
+    assert said in capfd.readouterr().out
+    assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
+    resumed = train("tokenizer", tmp_path / "stopped", *extra, resume=True)
+    assert same_weights(train("tokenizer", tmp_path / "whole", *extra), resumed, "tokenizer.safetensors")
+
+
+def together(*arguments, count=2, **options):
+    """The same as the processes of torchrun; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        forked(*arguments, environment=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, **options) for i in range(count)
+    ]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_two_processes_do_what_one_does_with_accumulation(tmp_path, stage):
+    extra = ["steps=8", "batch_size=1", "accumulate=4", "lr=1e-3", "checkpoint_every=4"]
+    if stage == "denoiser":
+        extra.append(f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2', config=HEART)}")
+    else:
+        extra += ["quantise_from=2", "prompt_steps=2", "prompt_batch=1", "draws=2"]
+    alone = train(stage, tmp_path / "alone", *extra, config=HEART)
+    assert together(stage, tmp_path / "both", *extra, config=HEART) == [0, 0]
+    both = losses(tmp_path / "both")
+    assert len(both) == 8, "one process writes"
+    for a, b in zip(losses(tmp_path / "alone"), both, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"seconds"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    models = (alone, tmp_path / "both" / "model")
+    first, second = (checkpoint.read_tensors(model / f"{stage}.safetensors")[0] for model in models)
+    for name, value in first.items():
+        if not name.endswith(("conv.0.bias", "conv.3.bias")):  # normalised away: their gradient is rounding
+            torch.testing.assert_close(value.float(), second[name].float(), rtol=0.01, atol=2e-4, msg=name)
+    if stage == "tokenizer":
+        assert all(x["contrast"] > 0.1 for x in both if "contrast" in x), "one subject alone has no negatives"
+
+
+def test_processes_resume_stop_and_refuse_together(tmp_path, monkeypatch, capfd):
+    extra = ("steps=4", "batch_size=1", "accumulate=2", "checkpoint_every=2")
+    train("tokenizer", tmp_path / "alone", *extra)
+    assert together("tokenizer", tmp_path / "both", *extra) == [0, 0]
+    (tmp_path / "both" / "checkpoint-00000004").rename(tmp_path / "hidden")
+    assert together("tokenizer", tmp_path / "both", *extra, resume=True) == [0, 0]
+    assert same_weights(tmp_path / "hidden", tmp_path / "both" / "checkpoint-00000004", "task.safetensors")
+
+    assert together("tokenizer", tmp_path / "odd", *extra, "accumulate=3") == [1, 1]
+    assert "accumulate = 3: 2 processes cannot share so many micro-batches" in capfd.readouterr().out
+    original = trainer.TokenizerTask.forward
+
+    def broken(self, step, part):
+        loss, terms = original(self, step, part)
+        if part == 1:
+            terms["l1"] = float("inf")
+            loss = loss * float("inf")
+        return loss, terms
+
+    monkeypatch.setattr(trainer.TokenizerTask, "forward", broken)
+    assert together("tokenizer", tmp_path / "broken", *extra) == [1, 99], "process 0 speaks, the other leaves"
+    row = trainer.TokenizerTask(TINY, Settings(4, 1, 1.0, accumulate=2), np.zeros((4, 2, 1, 16, 16, 8))).choose(0, 1)[0]
+    assert f"step 0: l1 inf, loss inf on phantom {row.rows[0]};" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("config", [TINY, HEART], ids=lambda c: c.task)
+def test_micro_batches_add_up_to_the_loss_of_the_whole_batch(config):
+    settings = Settings(8, 2, 1e-3, accumulate=3, dtype="float32", draws=2)
+    rng = np.random.default_rng(0)
+    images = rng.random((7, len(config.elements), 1, *config.image), dtype=np.float32)
+    torch.manual_seed(0)
+    task = trainer.TokenizerTask(config, settings, images).double()
+    before = {name: x.clone() for name, x in task.state_dict().items()}
+    images = task.images = images.astype(np.float64)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Tensor, "float", Tensor.double)
+    task.scaled.fill_(True)
+    task.codebook.started.fill_(True)
+    terms, _ = trainer._gradients(task, task, 0, range(3))
+    gradients = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
+    norm = task.tokenizer.prompt_encoders[0].conv[1]
+    assert norm.num_batches_tracked == 1
+    running = norm.running_mean.clone()
+    task.load_state_dict(before)
+    task.zero_grad()
+
+    chosen = [task.choose(0, part)[0] for part in range(3)]
+    x = torch.cat([task.load(drawn) for drawn in chosen])
+    z = task.tokenizer.encode(x)
+    each = task.tokenizer.prompts_of_each(z)
+    observed = torch.cat([drawn.observed for drawn in chosen], 1)
+    pretext = pretext_losses(task.tokenizer, each, observed)
+    codes, _ = task.tokenizer.quantise(z.detach())
+    l1 = (task.tokenizer.decode(z + (codes - z).detach(), task.cardiac) - x).abs().mean()
+    commitment = (z - codes).square().mean()
+    loss = l1 + 0.25 * commitment + 0.01 * (pretext["count"] + 0.5 * pretext["position"] + 0.5 * pretext["contrast"])
+    loss.backward()
+    monkey.undo()
+    assert terms["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert terms["contrast"] == pytest.approx(pretext["contrast"].item(), rel=1e-9)
+    torch.testing.assert_close(running, norm.running_mean)
+    for name, p in task.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-6, atol=1e-12, msg=name)
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_command(tmp_path):
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    settings = "steps=1 subjects=2 batch_size=1 accumulate=2 prompt_steps=0 readout_steps=0 crop=16 warmup=0"
+    sets = [word for item in settings.split() for word in ("--set", item)]
+    train = ("-m", "copedit_rt.cli", "train", "tokenizer", "--preset", "demo-cardiac", "-o", str(tmp_path / "a"))
+    done = subprocess.run([*command, *train, *sets], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "a" / "model")], "one process prints"
+    assert len(losses(tmp_path / "a")) == 1
+    checkpoint.load_tokenizer(tmp_path / "a" / "model")
 
 
 def test_seeds_differ(tmp_path):
