@@ -35,13 +35,14 @@ from torch.nn.parallel import DistributedDataParallel
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig, Triple
 from copedit_rt.denoiser import MDiT3D, build_denoiser
-from copedit_rt.diffusion import add_noise, alpha_bar
+from copedit_rt.diffusion import add_noise, alpha_bar, sample
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.files import write_atomically
 from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
-from training import distributed, layouts
-from training.data import draw_observed, folder_images, phantom_images, study_names
-from training.losses import PRETEXT, EMACodebook, pretext_losses, scale_prompts, weigh
+from training import distributed, layouts, memory
+from training.data import draw_observed, folder_images, held_out_images, phantom_images, study_names
+from training.evaluate import psnr, ssim3d
+from training.losses import PRETEXT, Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
@@ -89,8 +90,24 @@ class Task(nn.Module, ABC):
         return {}
 
     @abstractmethod
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        """PSNR (dB) and SSIM on held-out images [N, m, 1, H, W, D]; a picture [rows, columns] in 0..1 of the first
+        one's middle slices, truth above result."""
+
+    @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the model folder of the finished run."""
+
+    def _compare(self, result: Tensor, truth: np.ndarray) -> tuple[float, float]:
+        """PSNR and SSIM of volumes [N, 1, H, W, D], the slabs of a heart [m, 1, H, W, D] each by itself."""
+        pairs = list(zip(result.float().clamp(0, 1).cpu().numpy(), truth.astype(np.float32), strict=True))
+        noise = float(np.mean([min(psnr(a[0], b[0]), 100.0) for a, b in pairs]))
+        return noise, float(np.mean([ssim3d(a[0], b[0]) for a, b in pairs]))
+
+
+def _picture(*rows: np.ndarray) -> np.ndarray:
+    """Middle slices of elements [m, 1, H, W, D], a row each, upright."""
+    return np.vstack([np.hstack([np.rot90(x[0, :, :, x.shape[-1] // 2]) for x in row]) for row in rows]).clip(0, 1)
 
 
 @dataclass(frozen=True)
@@ -118,19 +135,29 @@ class TokenizerTask(Task):
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
         super().__init__(config, settings)
         self.images = images
-        _check_crop(settings.crop, config.tokenizer.compression, config.image)
+        crop = settings.crop
+        _check_crop(crop, config.tokenizer.compression, config.image)
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )
         self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
         self.register_buffer("scaled", torch.tensor(False))
+        (h, w, d), m = config.image, len(config.elements)
+        self.adversary: Adversary | None = None
+        if settings.adversarial_from >= 0:
+            self.adversary = Adversary((crop or h, crop or w, d * m if self.cardiac else d))
+        # Not a part of it: its weights never change, and checkpoints do not hold them.
+        self.perceptual = [Perceptual(Path(settings.perceptual), self.device)] if settings.perceptual else []
+        if settings.checkpointing:
+            memory.checkpoint_activations(self.tokenizer)
         self.latents: Tensor | None = None  # of all micro-batches of the step, where the pretext tasks need them
         self.quantised: list[tuple[Tensor, Tensor, torch.Generator]] = []  # vectors, indices, of this step
         self.to(self.device)
 
     @property
     def sparse(self) -> bool:
-        return self.settings.pretext_every > 1 or self.settings.prompt_steps > 0
+        settings = self.settings
+        return settings.pretext_every > 1 or settings.prompt_steps > 0 or settings.adversarial_from > 0
 
     def prompts_alone(self, step: int) -> bool:
         return step >= self.settings.steps - self.settings.prompt_steps
@@ -227,11 +254,20 @@ class TokenizerTask(Task):
                 # Straight through: the decoder sees the codes, the encoder the decoder's gradient.
                 wide = wide + (codes - wide).detach()
             output = self.tokenizer.decode(wide, joint=self.cardiac)
+            volumes = self._volumes(output), self._volumes(images)
+            for network in self.perceptual:
+                terms["perceptual"] = network(*volumes)
+            if self.adversary and step >= self.settings.adversarial_from:
+                terms |= self.adversary(*volumes)
         error = output.float() - images
         terms["l1"] = error.abs().mean()
         state = {"psnr": -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))}
         loss = weigh(terms, PRETEXT * self.settings.pretext_every)
         return loss, {name: term.item() for name, term in terms.items()} | state
+
+    def _volumes(self, images: Tensor) -> Tensor:
+        """Images [B, m, 1, H, W, D] as volumes [N, 1, H, W, D]: one a modality, or one a stack of slabs."""
+        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.cardiac else images.flatten(0, 1)
 
     def after_step(self, step: int) -> Terms:
         if not self.quantised:
@@ -245,6 +281,19 @@ class TokenizerTask(Task):
 
     def _share_codes(self) -> None:
         distributed.broadcast(self.tokenizer.codebook.data, *self.codebook.buffers())
+
+    @torch.no_grad()
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        found = []
+        for subject in reversed(images):
+            with self.autocast():
+                z = self.tokenizer.encode(torch.from_numpy(subject[None]).to(self.device).float())
+                codes, _ = self.tokenizer.quantise(z.float())
+                (result,) = self.tokenizer.decode(codes if self.codebook.started else z, joint=self.cardiac).float()
+            found.append(self._compare(result, subject))
+        names = ("val_psnr", "val_ssim")
+        terms = dict(zip(names, map(float, np.mean(found, axis=0)), strict=True))
+        return terms, _picture(images[0], result.cpu().numpy())
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
@@ -315,6 +364,8 @@ class DenoiserTask(Task):
         self.denoiser = build_denoiser(config)
         self.average = build_denoiser(config).requires_grad_(False)
         self.average.load_state_dict(self.denoiser.state_dict())
+        if settings.checkpointing:
+            memory.checkpoint_activations(self.denoiser)
         self.to(self.device)
         # The tokenizer is frozen: latents and the prompts of single elements are computed once. In a list, so that
         # checkpoints do not hold it.
@@ -334,8 +385,9 @@ class DenoiserTask(Task):
     def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
         """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images."""
         (vae,), latents, prompts = self.frozen, [], []
-        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())).digest()
-        key = torch.tensor(list(digest), dtype=torch.uint8)
+        if cache:
+            digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())).digest()
+            key = torch.tensor(list(digest), dtype=torch.uint8)
         if cache and cache.exists():
             found, _ = checkpoint.read_tensors(cache)
             if torch.equal(found["tokenizer"], key):
@@ -412,10 +464,10 @@ class DenoiserTask(Task):
         cropped = settings.crop > 0 and step < settings.steps - settings.whole_steps
         if settings.crop and not cropped:
             batch = max(1, batch * math.prod(self.size) // math.prod(self._net().grid[:2]))
-        chosen = torch.from_numpy(rng.choice(len(self.latents), batch, replace=len(self.latents) < batch))
-        self.drawn = chosen.numpy() // self.views
+        rows = rng.choice(len(self.latents), batch, replace=len(self.latents) < batch)
+        chosen, self.drawn = torch.from_numpy(rows), rows // self.views
         if cropped:
-            z0, corner = self._crop(chosen.numpy(), rng)
+            z0, corner = self._crop(rows, rng)
         else:
             z0, corner = self.latents[chosen.to(self.device)].float(), None
         observed = draw_observed(rng, batch, z0.shape[1], self.cardiac).to(self.device)
@@ -440,6 +492,41 @@ class DenoiserTask(Task):
         for slow, fast in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
             slow.lerp_(fast, 1 - decay)
         return {}
+
+    @torch.no_grad()
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        """Per number of missing elements, one pattern a subject, always the same; averaged weights, the sampler's
+        defaults."""
+        (vae,), m = self.frozen, len(self.config.elements)
+        found: dict[str, list[float]] = {}
+        for i, subject in reversed(list(enumerate(images))):
+            rng, generator = randomness(self.settings.seed, i, 0)
+            with self.autocast():
+                z = vae.encode(torch.from_numpy(subject[None]).to(self.device).float()).float()
+            order, start = rng.permutation(m), int(rng.integers(0, m))
+            for count in range(1, m):
+                missing = np.sort(order[:count]) if not self.cardiac else min(start, m - count) + np.arange(count)
+                observed = torch.ones(1, m, dtype=torch.bool)
+                observed[:, missing] = False
+                observed = observed.to(self.device)
+                noise = torch.randn(z.shape, generator=generator).to(self.device)
+                begin = torch.where(observed[:, :, None, None, None, None], vae.normalise(z), noise)
+                with self.autocast():
+                    prompts = vae.prompts(z, observed)
+                    latents = sample(
+                        lambda x, t, p=prompts, o=observed: self.average(x, t, p, o).float(),
+                        begin,
+                        observed,
+                        self.config.diffusion,
+                        self.config.diffusion.steps,
+                    )
+                    codes, _ = vae.quantise(vae.denormalise(latents))
+                    (result,) = vae.decode(codes, joint=self.cardiac).float()
+                noise_ratio, similarity = self._compare(result[missing], subject[missing])
+                found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)
+                found.setdefault(f"val_ssim_{count}", []).append(similarity)
+        terms = {name: float(np.mean(values)) for name, values in found.items()}
+        return terms, _picture(images[0], result.cpu().numpy())
 
     def export(self, folder: Path) -> None:
         checkpoint.save(folder, self.config, tokenizer=self.frozen[0])
@@ -477,6 +564,15 @@ def run(
     config = config or ModelConfig.preset(preset)
     with distributed.processes(settings.device):
         return _run(stage, preset, output, data, settings, resume, config)
+
+
+def expected(stage: Stage, preset: str, data: str = "phantom", overrides: Sequence[str] = ()) -> str:
+    """What a step of this run is expected to need of a GPU's memory, as text. Raises CopeditError as `run` does."""
+    settings, config = load_settings(stage, preset, overrides), ModelConfig.preset(preset)
+    subjects = settings.subjects
+    if data != "phantom":
+        subjects = len(layouts.split(layouts.find(Path(data), config).subjects)["train"])
+    return memory.render(memory.estimate(stage, config, settings, subjects), settings)
 
 
 def _run(
@@ -523,9 +619,18 @@ def _run(
         with distributed.first():
             task = DenoiserTask(config, settings, images, tokenizer, output / "latents.safetensors")
 
+    held_out = None
+    if settings.validate_every:
+        with distributed.first():
+            held_out = held_out_images(config, found, output, settings.validate_subjects)
+        if not len(held_out):
+            console.print("no validation: none of the held-out subjects can be used", highlight=False)
+            held_out = None
+    if stage == "tokenizer" and not settings.perceptual:
+        console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
     optimizers = _optimizers(task, settings)
     start = _restore(output, task, optimizers) if resume else 0
-    _loop(stage, output, task, optimizers, start, console)
+    _loop(stage, output, task, optimizers, start, held_out, console)
     if not distributed.rank():
         task.export(output / "model")
     distributed.wait()
@@ -538,19 +643,28 @@ def _loop(
     task: Task,
     optimizers: Sequence[torch.optim.Optimizer],
     start: int,
+    held_out: np.ndarray | None,
     console: Console,
 ) -> None:
-    """Steps from `start` to the end, with the log and the checkpoints. Raises CopeditError for what is not finite, and
-    Stopped, all saved, after a signal."""
+    """Steps from `start` to the end, with the log, validation and checkpoints.
+
+    Raises CopeditError for what is not finite and, all saved, Stopped after a signal.
+    """
     settings, writes = task.settings, not distributed.rank()
-    weights = [p for p in task.parameters() if p.requires_grad]
+    weights = [p for name, p in task.named_parameters() if p.requires_grad and not name.startswith("adversary.")]
+    opponent = [p for name, p in task.named_parameters() if name.startswith("adversary.")]
     share = settings.accumulate // distributed.world()
     parts = range(distributed.rank() * share, (distributed.rank() + 1) * share)
     model: nn.Module = task
     if distributed.world() > 1:
         model = DistributedDataParallel(task, find_unused_parameters=task.sparse)
     path = output / "log.jsonl" if writes else Path(os.devnull)
-    with _progress(console) as bar, _Signals() as signals, open(path, "a", buffering=1, encoding="utf-8") as log:
+    with (
+        _progress(console) as bar,
+        _Signals() as signals,
+        open(path, "a", buffering=1, encoding="utf-8") as log,
+        _board(output / "tensorboard", start, console) if writes else nullcontext() as board,
+    ):
         shown = bar.add_task(stage, total=settings.steps, completed=start, note="")
         for step in range(start, settings.steps):
             began = time.perf_counter()
@@ -558,12 +672,20 @@ def _loop(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step) * group.get("factor", 1.0)
             terms, subjects = _gradients(task, model, step, parts)
-            norm = nn.utils.clip_grad_norm_(weights, settings.clip).item()
+            norm, _ = (nn.utils.clip_grad_norm_(x, settings.clip).item() for x in (weights, opponent))
             if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
                 _leave(_not_finite(step, terms, norm, subjects, study_names(output)))
             for optimizer in optimizers:
                 optimizer.step()
             terms |= task.after_step(step) | {"gradient": norm, "seconds": time.perf_counter() - began}
+            if held_out is not None and (step + 1) % settings.validate_every == 0 and writes:
+                found, picture = task.validate(held_out)
+                terms |= found
+                if board:
+                    board.add_image("validation/truth above result", picture, step, dataformats="HW")
+            for name, value in terms.items():
+                if board and (step % max(1, settings.steps // 10_000) == 0 or name.startswith("val_")):
+                    board.add_scalar(name.replace("val_", "validation/"), value, step)
             log.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
             bar.update(shown, advance=1, note=" ".join(f"{k} {v:.3g}" for k, v in terms.items()))
             stop = signals.agreed(task.device)
@@ -574,6 +696,17 @@ def _loop(
                 distributed.wait()
                 name = signal.Signals(stop).name
                 _leave(Stopped(f"{name}: stopped after step {step}, and all is saved; go on with --resume", stop))
+
+
+def _board(folder: Path, start: int, console: Console) -> Any:
+    """Context of TensorBoard's writer, which hides what an interrupted run wrote from step `start` on; of None where
+    there is no TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        console.print("no TensorBoard: install the extra `train`; log.jsonl has all figures", highlight=False)
+        return nullcontext()
+    return SummaryWriter(str(folder), purge_step=start)
 
 
 def _gradients(
@@ -649,15 +782,23 @@ class _Signals:
 
 def _optimizers(task: Task, settings: Settings) -> list[torch.optim.Optimizer]:
     """AdamW (Adam where weight_decay is 0) for everything, or beside Muon for what it is not for."""
-    named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    every = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    opponent = [p for name, p in every if name.startswith("adversary.")]
+    named = [(name, p) for name, p in every if not name.startswith("adversary.")]
     muon = (".blocks.", ".embed.", ".final.") if settings.optimizer == "muon" else ()
     matrices = [p for name, p in named if p.ndim == 2 and any(part in name for part in muon)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     decay = settings.weight_decay
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, settings.lr, betas=(0.9, settings.beta2), weight_decay=decay)
-    ]
+    # The fused one needs no copies of all weights, but is not there for every device.
+    adam = partial(
+        torch.optim.AdamW,
+        lr=settings.lr,
+        betas=(0.9, settings.beta2),
+        weight_decay=decay,
+        fused=task.device.type == "cuda" or None,
+    )
+    found: list[torch.optim.Optimizer] = [adam(group) for group in (rest, opponent) if group]
     if matrices:
         # Its step is scaled to the size of Adam's, so that both follow one learning rate.
         factor = (settings.muon_lr or settings.lr) / settings.lr

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from training import trainer
 from training.data import draw_observed, model_images, phantom_images
-from training.losses import EMACodebook, pretext_losses, scale_prompts, weigh
+from training.losses import Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, load_settings
 
 TINY = ModelConfig(
@@ -197,12 +198,22 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     ]
 
 
-def forked(*arguments, environment=None, **options):
-    """train(...) in a process of its own, which has all imports already."""
+FORK = multiprocessing.get_context("fork")
+
+
+def forked(*arguments, environment=None, gate=None, **options):
+    """train(...) in a process of its own, which has all imports already; no step beyond gate.value begins."""
+    original = trainer.learning_rate
+
+    def paced(settings, step):
+        while gate is not None and step > gate.value:
+            time.sleep(0.001)
+        return original(settings, step)
 
     def body():
         os.environ.update(environment or {})
         torch.set_num_threads(1)
+        trainer.learning_rate = paced
         try:
             train(*arguments, **options)
         except CopeditError as error:
@@ -213,7 +224,7 @@ def forked(*arguments, environment=None, **options):
             os._exit(99)
         os._exit(0)
 
-    process = multiprocessing.get_context("fork").Process(target=body)
+    process = FORK.Process(target=body)
     process.start()
     return process
 
@@ -238,8 +249,8 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, stage):
     whole.join()
     random = np.random.default_rng(0)
     for kill in range(10):
-        process = forked(stage, tmp_path / "killed", *extra, resume=kill > 0)
         moment = 5 * kill + int(random.integers(1, 6))
+        process = forked(stage, tmp_path / "killed", *extra, resume=kill > 0, gate=FORK.Value("i", moment + 3))
         until(lambda moment=moment: steps_done(tmp_path / "killed") >= moment, process)
         time.sleep(random.uniform(0, 0.03))
         process.kill()
@@ -254,9 +265,11 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, stage):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_and_says_so(tmp_path, number, capfd):
     extra = ("steps=40", "checkpoint_every=1000")
-    process = forked("tokenizer", tmp_path / "stopped", *extra)
+    gate = FORK.Value("i", 9)
+    process = forked("tokenizer", tmp_path / "stopped", *extra, gate=gate)
     until(lambda: steps_done(tmp_path / "stopped") >= 3, process)
     os.kill(process.pid, number)
+    gate.value = 100
     process.join()
     assert process.exitcode == 128 + number
     done = steps_done(tmp_path / "stopped")
@@ -369,6 +382,97 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole_batch(config):
     for name, p in task.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-6, atol=1e-12, msg=name)
+
+
+def test_the_papers_settings():
+    for preset, sizes, steps in (
+        ("brain-brats", (8, 32), (400_000, 100_000)),
+        ("brain-ixi", (8, 32), (400_000, 100_000)),
+        ("cardiac", (64, 64), (100_000, 100_000)),
+    ):
+        first, second = (load_settings(stage, preset) for stage in ("tokenizer", "denoiser"))
+        assert (first.batch_size * first.accumulate, second.batch_size * second.accumulate) == sizes
+        assert (first.steps, second.steps) == steps
+        assert (first.lr, second.lr) == (1e-4, 5e-5) and first.beta2 == second.beta2 == 0.999
+        assert second.ema == 0.9999 and first.weight_decay == 0 and 0 <= first.adversarial_from < first.steps
+        assert ModelConfig.preset(preset)
+
+
+def test_the_adversary_is_trained_beside_and_resumed(tmp_path):
+    extra = ("steps=6", "adversarial_from=2", "crop=0", "lr=1e-3")
+    whole = train("tokenizer", tmp_path / "whole", *extra, config=HEART)
+    log = losses(tmp_path / "whole")
+    assert ["adversarial" in x for x in log] == ["discriminator" in x for x in log] == [False] * 2 + [True] * 4
+    folders = (tmp_path / "whole" / f"checkpoint-{step:08d}" for step in (4, 6))
+    first, second = (checkpoint.read_tensors(folder / "task.safetensors")[0] for folder in folders)
+    names = [name for name in first if name.startswith("adversary.")]
+    assert names and all(not torch.equal(first[name], second[name]) for name in names if name.endswith("weight"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-00000006")
+    resumed = train("tokenizer", tmp_path / "resumed", *extra, config=HEART, resume=True)
+    assert same_weights(whole, resumed, "tokenizer.safetensors")
+    assert not any("adversary" in name for name in checkpoint.read_tensors(whole / "tokenizer.safetensors")[0])
+
+
+def test_adversarial_losses_are_least_squares_with_separate_gradients():
+    torch.manual_seed(0)
+    adversary = Adversary((16, 16, 12))
+    output, images = (torch.rand(2, 1, 16, 16, 12, requires_grad=True) for _ in range(2))
+    terms = adversary(output, images)
+    fake, real = adversary.net(output)[-1], adversary.net(images)[-1]
+    torch.testing.assert_close(terms["adversarial"], (fake - 1).square().mean())
+    torch.testing.assert_close(terms["discriminator"], (fake.square().mean() + (real - 1).square().mean()) / 2)
+    (wanted,) = torch.autograd.grad((fake - 1).square().mean(), output)
+    terms["adversarial"].backward(retain_graph=True)
+    torch.testing.assert_close(output.grad, wanted)
+    assert all(p.grad is None for p in adversary.parameters())
+    output.grad = None
+    terms["discriminator"].backward()
+    assert output.grad is None and all(p.grad.abs().sum() > 0 for p in adversary.net[-1].parameters())
+    with pytest.raises(CopeditError, match=r"adversarial_from: \(16, 16, 4\) voxels are too few"):
+        Adversary((16, 16, 4))
+
+
+def test_the_perceptual_term_reads_medicalnets_names_and_is_zero_for_equals(tmp_path):
+    from monai.networks.nets import ResNetFeatures
+
+    torch.manual_seed(0)
+    net = ResNetFeatures("resnet10", pretrained=False).eval()
+    state = {f"module.{name}": x for name, x in net.state_dict().items() if "num_batches" not in name}
+    checkpoint.write_tensors(tmp_path / "net.safetensors", state | {"module.conv_seg.0.bias": torch.zeros(3)})
+    perceptual = Perceptual(tmp_path / "net.safetensors", torch.device("cpu"))
+    a, b = torch.rand(2, 1, 16, 16, 16, requires_grad=True), torch.rand(2, 1, 16, 16, 16)
+    assert perceptual(a, a.detach() * 3 + 1).item() < 1e-4, "scale and offset do not count"
+    total = 0.0
+    for x, y in zip(a.detach(), b, strict=True):
+        u, v = (net(((k - k.mean()) / k.std(correction=0))[None])[-1][0] for k in (x, y))
+        total += ((u / u.norm(dim=0) - v / v.norm(dim=0)) ** 2).sum(0).mean().item() / 2
+    distance = perceptual(a, b)
+    assert distance.item() == pytest.approx(total, rel=1e-3)
+    distance.backward()
+    assert a.grad.abs().sum() > 0 and all(p.grad is None for p in perceptual.net.parameters())
+    with pytest.raises(CopeditError, match=r"perceptual = .*: no such file"):
+        Perceptual(tmp_path / "none", torch.device("cpu"))
+    with pytest.raises(CopeditError, match=r"tensor bn1\.bias is missing"):
+        checkpoint.write_tensors(tmp_path / "part.safetensors", {"conv1.weight": state["module.conv1.weight"]})
+        Perceptual(tmp_path / "part.safetensors", torch.device("cpu"))
+
+
+def test_validation_is_logged_and_changes_nothing(tmp_path, monkeypatch):
+    held_out = np.random.default_rng(5).random((2, 3, 1, 16, 16, 4)).astype(np.float16)
+    monkeypatch.setattr(trainer, "held_out_images", lambda *_: held_out)
+    config = dataclasses.replace(HEART, diffusion=dataclasses.replace(HEART.diffusion, steps=2))
+    plain = train("tokenizer", tmp_path / "a", "steps=4", config=config)
+    watched = train("tokenizer", tmp_path / "b", "steps=4", "validate_every=2", config=config)
+    assert same_weights(plain, watched, "tokenizer.safetensors")
+    assert ["val_psnr" in x for x in losses(tmp_path / "b")] == [False, True, False, True]
+    model = train("denoiser", tmp_path / "c", "steps=2", "validate_every=2", f"tokenizer={watched}", config=config)
+    line = losses(tmp_path / "c")[1]
+    measured = {name for name in line if name.startswith("val_")}
+    assert measured == {"val_psnr_1", "val_psnr_2", "val_ssim_1", "val_ssim_2"}
+    assert 0 < line["val_psnr_1"] < 40 and -1 < line["val_ssim_2"] < 1
+    assert checkpoint.read_config(model) == config
+    assert list((tmp_path / "c" / "tensorboard").iterdir()), "TensorBoard's file"
 
 
 @pytest.mark.slow
