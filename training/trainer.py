@@ -513,13 +513,11 @@ class DenoiserTask(Task):
                 begin = torch.where(observed[:, :, None, None, None, None], vae.normalise(z), noise)
                 with self.autocast():
                     prompts = vae.prompts(z, observed)
-                    latents = sample(
-                        lambda x, t, p=prompts, o=observed: self.average(x, t, p, o).float(),
-                        begin,
-                        observed,
-                        self.config.diffusion,
-                        self.config.diffusion.steps,
-                    )
+
+                    def predict(x: Tensor, t: Tensor, p: Tensor = prompts, o: Tensor = observed) -> Tensor:
+                        return self.average(x, t, p, o).float()
+
+                    latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
                     codes, _ = vae.quantise(vae.denormalise(latents))
                     (result,) = vae.decode(codes, joint=self.cardiac).float()
                 noise_ratio, similarity = self._compare(result[missing], subject[missing])
