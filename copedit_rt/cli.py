@@ -1,13 +1,15 @@
 """The command `copedit`. Nothing heavy is imported before a sub-command runs, so that help is instant.
 
 Exit codes: 0 done; 1 an error, told in one sentence on stderr; 2 wrong usage; 3 `inspect` flagged something;
-130 interrupted. Answers go to stdout, progress and remarks to stderr; with --json, stdout is one JSON
+130 interrupted,
+143 terminated. Answers go to stdout, progress and remarks to stderr; with --json, stdout is one JSON
 document.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -43,7 +45,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except CopeditError as error:
             print(f"copedit: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print("copedit: interrupted; what is complete stays, repeat the command to go on", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -287,22 +289,35 @@ Preset = Annotated[str, typer.Option(help="A preset: its model and its training 
 Data = Annotated[str, typer.Option(metavar="phantom|DIR", help="What to train on: simulated subjects or a data set.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
+Estimate = Annotated[
+    bool, typer.Option("--estimate", help="Only say how much memory of a GPU a step is expected to take.")
+]
 
 
 @train.command("tokenizer")
 def train_tokenizer(
-    preset: Preset, output: Output, data: Data = "phantom", override: Set = None, resume: Resume = False
+    preset: Preset,
+    output: Output,
+    data: Data = "phantom",
+    override: Set = None,
+    resume: Resume = False,
+    estimate: Estimate = False,
 ) -> None:
     """Stage I: the autoencoder, its codebook and its prompt heads."""
-    _train("tokenizer", preset, output, data, override, resume)
+    _train("tokenizer", preset, output, data, override, resume, estimate)
 
 
 @train.command("denoiser")
 def train_denoiser(
-    preset: Preset, output: Output, data: Data = "phantom", override: Set = None, resume: Resume = False
+    preset: Preset,
+    output: Output,
+    data: Data = "phantom",
+    override: Set = None,
+    resume: Resume = False,
+    estimate: Estimate = False,
 ) -> None:
     """Stage II: the diffusion transformer, on the latents of a trained tokenizer (--set tokenizer=FOLDER)."""
-    _train("denoiser", preset, output, data, override, resume)
+    _train("denoiser", preset, output, data, override, resume, estimate)
 
 
 @train.command("check-data")
@@ -337,11 +352,18 @@ def train_check_data(
         raise typer.Exit(1)
 
 
-def _train(stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool) -> None:
+def _train(
+    stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool, estimate: bool
+) -> None:
     from training import trainer
 
+    if estimate:
+        typer.echo(trainer.expected(stage, preset, data, override or ()))
+        return
     _check_writable(output)
-    typer.echo(trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume))
+    folder = trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one speaks
+        typer.echo(folder)
 
 
 @benchmarks.command("kernels")

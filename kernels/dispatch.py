@@ -1,7 +1,8 @@
 """Which implementation runs, and what the Triton operators share: registration, checks, tile configurations.
 
 `COPEDIT_KERNELS` = auto (default): Triton for CUDA tensors, the PyTorch reference elsewhere. reference: always the
-reference. triton: always Triton, on CUDA or, with TRITON_INTERPRET=1, through its interpreter on the CPU.
+reference. triton: always Triton, on CUDA or, with TRITON_INTERPRET=1, through its interpreter on the CPU. (Of tensors
+that have shapes only, on any device: what it would allocate is known without running it.)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 try:
@@ -52,7 +54,8 @@ def use_triton(*tensors: Tensor) -> bool:
         raise ValueError(
             "CUDA tensors need triton, which cannot be imported: install it or set COPEDIT_KERNELS=reference"
         )
-    if wanted == "triton" and not cuda and not (INTERPRETED and all(x.is_cpu for x in tensors)):
+    interpreted = INTERPRETED and all(x.is_cpu for x in tensors)
+    if wanted == "triton" and not (cuda or interpreted or all(isinstance(x, FakeTensor) for x in tensors)):
         devices = ", ".join(sorted({str(x.device) for x in tensors}))
         raise ValueError(f"COPEDIT_KERNELS='triton' needs CUDA tensors or TRITON_INTERPRET=1, not tensors on {devices}")
     return cuda or wanted == "triton"

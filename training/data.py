@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -21,10 +22,11 @@ from copedit_rt.files import unwritable, write_atomically
 from copedit_rt.geometry import prepare
 from copedit_rt.study import Study, Volume
 from training import phantom
-from training.layouts import DataSet, Skipped, ahead, read_all, split
+from training.layouts import DataSet, Skipped, ahead, load, read_all, split
 from training.phantom import Phantom
 
 HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
+VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
 HEART_LENGTH = 96.0  # mm that a simulated short-axis stack covers, base to apex
 
 
@@ -124,6 +126,26 @@ def folder_images(
     report = {"about": about, "studies": rows, "skipped": left_out}
     write_atomically(index, (json.dumps(report, indent=1) + "\n").encode())
     return np.load(cache, mmap_mode="c")[: len(rows)]
+
+
+def held_out_images(config: ModelConfig, data: DataSet | None, output: Path, subjects: int) -> np.ndarray:
+    """The first held-out studies that can be used, at most `subjects`: float16 [n, m, 1, H, W, D].
+
+    data None: phantoms from `VALIDATION` on; otherwise those of `split.json` in the run's folder.
+    """
+    if data is None:
+        found = [model_images(config, VALIDATION + i).astype(np.float16) for i in range(subjects)]
+    else:
+        test = set(split(data.subjects, output / "split.json")["test"])
+        every = (load(config, entry) for entry in data.studies if entry.subject in test)
+        found = list(itertools.islice((images for images in every if not isinstance(images, Skipped)), subjects))
+    return np.stack(found) if found else np.empty(0, np.float16)
+
+
+def study_names(output: Path) -> list[str]:
+    """The study of each row of a run's images, as `folder_images` noted them; none for phantoms."""
+    index = output / "images.json"
+    return [row["study"] for row in json.loads(index.read_text(encoding="utf-8"))["studies"]] if index.exists() else []
 
 
 @contextlib.contextmanager

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from copedit_rt import checkpoint
+from copedit_rt.errors import CopeditError
 from copedit_rt.tokenizer import CoPeVAE, PromptEncoder, full_precision
 
 COMMITMENT = 0.25
+PERCEPTUAL = 0.05
+ADVERSARIAL = 0.01
 PRETEXT = 0.01  # lambda of equation 4
 TEMPERATURE = 0.2
 
@@ -107,16 +115,79 @@ def scale_prompts(tokenizer: CoPeVAE, features: Tensor) -> None:
                 x = F.relu(layer(x))
 
 
+class Adversary(nn.Module):
+    """MONAI's patch discriminator (Isola et al. 2017) under its least-squares loss (Mao et al. 2017).
+
+    Its norms are those of single volumes, so that the loss of one does not depend on the micro-batch it is in. It has
+    three levels, or fewer where an axis is shorter than 24 voxels. Raises CopeditError without MONAI.
+    """
+
+    def __init__(self, shape: Sequence[int]):
+        """shape: (H, W, D) of the volumes."""
+        super().__init__()
+        try:
+            from monai.losses import PatchAdversarialLoss
+            from monai.networks.nets import PatchDiscriminator
+        except ImportError as error:
+            raise CopeditError("adversarial_from needs MONAI: install the extra `train`, or set it to -1") from error
+        levels = [n for n in (1, 2, 3) if min(shape) // 2**n > 2]
+        if not levels:
+            raise CopeditError(f"adversarial_from: {tuple(shape)} voxels are too few for a discriminator; set it to -1")
+        self.net = PatchDiscriminator(3, 64, in_channels=1, num_layers_d=levels[-1], norm="INSTANCE")
+        self.criterion = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
+
+    def forward(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """output, images: [N, 1, H, W, D] -> "adversarial", whose gradient is the output's alone, and "discriminator",
+        whose gradient is the discriminator's alone. Convolutions follow autocast, the losses are float32."""
+        frozen = {name: p.detach() for name, p in self.net.named_parameters()}
+        fooled = functional_call(self.net, frozen, (output,))[-1].float()
+        fake, real = (self.net(x)[-1].float() for x in (output.detach(), images))
+        wrong = self.criterion(fake, False, True) + self.criterion(real, True, True)
+        return {"adversarial": self.criterion(fooled, True, False), "discriminator": 0.5 * wrong}
+
+
+class Perceptual:
+    """Squared distance between the last features of MedicalNet's ResNet-10 (Chen et al. 2019), of unit length at each
+    place, as in MONAI's PerceptualLoss, which can only download the network. Volumes are brought to mean 0 and
+    deviation 1, as it was trained, each by itself. Frozen."""
+
+    def __init__(self, weights: Path, device: torch.device):
+        """weights: the network's state as safetensors, with or without "module." in front of the names.
+
+        Raises CopeditError for a file that is missing or not that, and without MONAI.
+        """
+        try:
+            from monai.networks.nets import ResNetFeatures
+        except ImportError as error:
+            raise CopeditError("perceptual needs MONAI: install the extra `train`, or leave it empty") from error
+        if not weights.is_file():
+            raise CopeditError(f"perceptual = {str(weights)!r}: no such file; name the weights, or leave it empty")
+        net = ResNetFeatures("resnet10", pretrained=False)
+        given = {name.removeprefix("module."): x for name, x in checkpoint.read_tensors(weights)[0].items()}
+        counters = {name: x for name, x in net.state_dict().items() if name.endswith("num_batches_tracked")}
+        checkpoint.fill(net, counters | {k: x for k, x in given.items() if k in net.state_dict()}, weights)
+        self.net = net.to(device).eval().requires_grad_(False)
+
+    def __call__(self, output: Tensor, images: Tensor) -> Tensor:
+        """output, images: [N, 1, H, W, D]; the mean over volumes and places, float32."""
+        a, b = (F.normalize(self.net(F.instance_norm(x.float()))[-1].float(), dim=1) for x in (output, images))
+        return (a - b).square().sum(1).mean()
+
+
 def weigh(terms: dict[str, Tensor], pretext: float) -> Tensor:
     """Total of stage I of the terms that there are; `pretext` is the weight of the pretext tasks.
 
-    The perceptual and adversarial terms need weights and a discriminator and are not here yet.
+    The discriminator's own term counts in full: it and the rest share no weights.
     """
     total = torch.zeros(())
     if "l1" in terms:
         total = terms["l1"]
     if "commitment" in terms:
         total = total + COMMITMENT * terms["commitment"]
+    if "perceptual" in terms:
+        total = total + PERCEPTUAL * terms["perceptual"]
+    if "adversarial" in terms:
+        total = total + ADVERSARIAL * terms["adversarial"] + terms["discriminator"]
     if "count" in terms:
         total = total + pretext * (terms["count"] + 0.5 * terms["position"] + 0.5 * terms["contrast"])
     return total

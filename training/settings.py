@@ -20,6 +20,7 @@ class Settings:
     """Hyperparameters of one stage.
 
     steps, batch_size (subjects), lr (peak of a linear warm-up and cosine decay), warmup (steps), seed.
+    accumulate: micro-batches of batch_size subjects in a step, shared by the processes of torchrun.
     subjects: simulated subjects to train on. dtype: autocast type, "float32" or "bfloat16".
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
     crop: train on random crops of so many voxels in the plane, 0 for whole images. In the tokenizer the pretext tasks
@@ -32,6 +33,9 @@ class Settings:
     prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own (peak `prompt_lr`, 0 for
     lr), train the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
     readout_steps (tokenizer): after them, steps of the linear layers and heads alone on pooled features.
+    adversarial_from (tokenizer): the first step with the adversarial term, -1 for none. perceptual (tokenizer): file
+    with the weights of its network (`losses.Perceptual`), empty for no such term.
+    checkpointing: less memory for more time, see `memory.checkpoint_activations`.
     optimizer (denoiser): "adam", or "muon" (Jordan et al. 2024) for all matrices but those of the conditioning and Adam
     for the rest. muon_lr: its peak, 0 for lr.
     whiten (denoiser): above 0, the input layer starts as a rotation of the principal components of a token's values,
@@ -42,6 +46,7 @@ class Settings:
     ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
     export: type of the finished denoiser's weights on disk, "float32" or "float16".
     checkpoint_every, keep: how often, and how many checkpoints stay.
+    validate_every: steps between measurements on the first `validate_subjects` held-out subjects, 0 for none.
     """
 
     steps: int
@@ -49,6 +54,7 @@ class Settings:
     lr: float
     warmup: int = 100
     seed: int = 0
+    accumulate: int = 1
     subjects: int = 256
     dtype: str = "bfloat16"
     clip: float = 1.0
@@ -62,6 +68,9 @@ class Settings:
     prompt_batch: int = 4
     prompt_lr: float = 0.0
     readout_steps: int = 0
+    adversarial_from: int = -1
+    perceptual: str = ""
+    checkpointing: bool = False
     whole_steps: int = 0
     whiten: float = 0.0
     last_timestep: float = 0.0
@@ -74,10 +83,12 @@ class Settings:
     export: str = "float32"
     checkpoint_every: int = 250
     keep: int = 2
+    validate_every: int = 0
+    validate_subjects: int = 4
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "subjects", "pretext_every", "draws", "prompt_batch")
-        for name in (*counts, "checkpoint_every", "keep"):
+        counts = ("steps", "batch_size", "accumulate", "subjects", "pretext_every", "draws", "prompt_batch")
+        for name in (*counts, "checkpoint_every", "keep", "validate_subjects"):
             if getattr(self, name) < 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.prompt_steps < self.steps:

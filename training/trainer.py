@@ -1,6 +1,8 @@
-"""Both training stages on one device: a loop that can be stopped anywhere and goes on exactly where it was.
+"""Both training stages: a loop that can be stopped anywhere and goes on exactly where it was.
 
-Everything random at step i is drawn from generators seeded by (seed, i), so a resumed run needs no generator state.
+A step is the mean over `accumulate` micro-batches, one after the other in one process or spread over those of torchrun.
+Everything random in micro-batch k of step i is drawn from generators seeded by (seed, i, k), so that a resumed run
+needs no generator state, and how many processes there are changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -9,31 +11,38 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig, Triple
 from copedit_rt.denoiser import MDiT3D, build_denoiser
-from copedit_rt.diffusion import add_noise, alpha_bar
-from copedit_rt.errors import CopeditError
+from copedit_rt.diffusion import add_noise, alpha_bar, sample
+from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.files import write_atomically
-from copedit_rt.synthesizer import choose_device
 from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
-from training import layouts
-from training.data import draw_observed, folder_images, phantom_images
-from training.losses import PRETEXT, EMACodebook, pretext_losses, scale_prompts, weigh
+from training import distributed, layouts, memory
+from training.data import draw_observed, folder_images, held_out_images, phantom_images, study_names
+from training.evaluate import psnr, ssim3d
+from training.losses import PRETEXT, Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
@@ -41,61 +50,172 @@ READOUT_LR = 3e-3
 WHITEN_FLOOR = 5e-4  # of the total variance; smaller components are not raised further
 
 
+def randomness(seed: int, step: int, part: int) -> tuple[np.random.Generator, torch.Generator]:
+    """Generators of a micro-batch. numpy pads seeds with zeros: those of part 0 are those of (seed, step)."""
+    rng = np.random.default_rng((seed, step, part))
+    return rng, torch.Generator().manual_seed(int(rng.integers(2**63)))
+
+
 class Task(nn.Module, ABC):
-    """What is trained: its weights are all that a checkpoint needs besides the optimizer."""
+    """What is trained: its weights are all that a checkpoint needs besides the optimizer.
+
+    drawn: the subjects of the last micro-batch, as rows of the images.
+    """
+
+    drawn: np.ndarray
 
     def __init__(self, config: ModelConfig, settings: Settings):
         super().__init__()
         self.config, self.settings = config, settings
         self.cardiac = config.task == "cardiac"
-        self.device = choose_device(settings.device)
+        self.device = distributed.own_device(settings.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
 
-    @abstractmethod
-    def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        """Loss of one freshly drawn batch, and what goes to the log. generator is the CPU's on every device."""
+    @property
+    def sparse(self) -> bool:
+        """Whether there are steps in which some weights get no gradient."""
+        return False
 
-    def after_step(self, step: int) -> None:
-        """Called after each optimizer step."""
+    def before_step(self, step: int, parts: Sequence[int]) -> None:
+        """Called before a step with the micro-batches that this process has in it."""
+
+    @abstractmethod
+    def forward(self, step: int, part: int) -> tuple[Tensor, Terms]:
+        """Loss of one freshly drawn micro-batch, and what goes to the log."""
+
+    def after_step(self, step: int) -> Terms:
+        """Called after each optimizer step; more for the log."""
+        return {}
+
+    @abstractmethod
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        """PSNR (dB) and SSIM on held-out images [N, m, 1, H, W, D]; a picture [rows, columns] in 0..1 of the first
+        one's middle slices, truth above result."""
 
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the model folder of the finished run."""
 
+    def _compare(self, result: Tensor, truth: np.ndarray) -> tuple[float, float]:
+        """PSNR and SSIM of volumes [N, 1, H, W, D], the slabs of a heart [m, 1, H, W, D] each by itself."""
+        pairs = list(zip(result.float().clamp(0, 1).cpu().numpy(), truth.astype(np.float32), strict=True))
+        noise = float(np.mean([min(psnr(a[0], b[0]), 100.0) for a, b in pairs]))
+        return noise, float(np.mean([ssim3d(a[0], b[0]) for a, b in pairs]))
+
+
+def _picture(*rows: np.ndarray) -> np.ndarray:
+    """Middle slices of elements [m, 1, H, W, D], a row each, upright."""
+    return np.vstack([np.hstack([np.rot90(x[0, :, :, x.shape[-1] // 2]) for x in row]) for row in rows]).clip(0, 1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A micro-batch of stage I: rows of the images, whether each is mirrored, where the crop begins (None: whole), and
+    the missing patterns [draws, B, m] of the pretext tasks (None: not in this step)."""
+
+    rows: np.ndarray
+    mirrored: np.ndarray
+    corner: tuple[int, int] | None
+    observed: Tensor | None
+
 
 class TokenizerTask(Task):
-    """Stage I: L1 + vector quantisation + pretext tasks (equation 4)."""
+    """Stage I: L1 + vector quantisation + pretext tasks (equation 4).
+
+    What the micro-batches of a step share: the codes, which move once after it towards the vectors of all; and the
+    pretext tasks, which see the latents of all, so that negatives and the statistics of batch normalisation are those
+    of the whole batch. Latents are small enough for that; those of other micro-batches are constants, and as the mean
+    of the parts' gradients is taken, a micro-batch's own weigh as many times as there are parts.
+    """
 
     scaled: Tensor
 
     def __init__(self, config: ModelConfig, settings: Settings, images: np.ndarray):
         super().__init__(config, settings)
         self.images = images
-        _check_crop(settings.crop, config.tokenizer.compression, config.image)
+        crop = settings.crop
+        _check_crop(crop, config.tokenizer.compression, config.image)
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )
         self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
         self.register_buffer("scaled", torch.tensor(False))
+        (h, w, d), m = config.image, len(config.elements)
+        self.adversary: Adversary | None = None
+        if settings.adversarial_from >= 0:
+            self.adversary = Adversary((crop or h, crop or w, d * m if self.cardiac else d))
+        # Not a part of it: its weights never change, and checkpoints do not hold them.
+        self.perceptual = [Perceptual(Path(settings.perceptual), self.device)] if settings.perceptual else []
+        if settings.checkpointing:
+            memory.checkpoint_activations(self.tokenizer)
+        self.latents: Tensor | None = None  # of all micro-batches of the step, where the pretext tasks need them
+        self.quantised: list[tuple[Tensor, Tensor, torch.Generator]] = []  # vectors, indices, of this step
         self.to(self.device)
 
-    def draw(self, rng: np.random.Generator, batch: int) -> Tensor:
-        """Whole images [batch, m, 1, H, W, D]."""
-        chosen = rng.choice(len(self.images), batch, replace=len(self.images) < batch)
-        images = torch.from_numpy(self.images[np.sort(chosen)]).to(self.device).float()
-        if not self.cardiac:  # left and right are interchangeable in a brain, not in a chest
-            flip = torch.from_numpy(rng.random(batch) < 0.5).to(self.device)
+    @property
+    def sparse(self) -> bool:
+        settings = self.settings
+        return settings.pretext_every > 1 or settings.prompt_steps > 0 or settings.adversarial_from > 0
+
+    def prompts_alone(self, step: int) -> bool:
+        return step >= self.settings.steps - self.settings.prompt_steps
+
+    def choose(self, step: int, part: int) -> tuple[Drawn, torch.Generator]:
+        """What micro-batch `part` of a step is, in whichever process."""
+        settings, alone = self.settings, self.prompts_alone(step)
+        rng, generator = randomness(settings.seed, step, part)
+        batch = settings.prompt_batch if alone else settings.batch_size
+        rows = np.sort(rng.choice(len(self.images), batch, replace=len(self.images) < batch))
+        # Left and right are interchangeable in a brain, not in a chest.
+        mirrored = np.zeros(batch, dtype=bool) if self.cardiac else rng.random(batch) < 0.5
+        corner = observed = None
+        if settings.crop and not alone:
+            x, y = (int(rng.integers(0, n - settings.crop + 1)) for n in self.config.image[:2])
+            corner = x, y
+        if alone or step % settings.pretext_every == 0:
+            shape = (settings.draws, batch)
+            m = len(self.config.elements)
+            observed = draw_observed(rng, shape[0] * shape[1], m, self.cardiac).unflatten(0, shape)
+        return Drawn(rows, mirrored, corner, observed), generator
+
+    def load(self, drawn: Drawn) -> Tensor:
+        """Whole images [B, m, 1, H, W, D]."""
+        images = torch.from_numpy(self.images[drawn.rows]).to(self.device).float()
+        if drawn.mirrored.any():
+            flip = torch.from_numpy(drawn.mirrored).to(self.device)
             images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
         return images
 
-    def pretext(self, rng: np.random.Generator, z: Tensor) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def before_step(self, step: int, parts: Sequence[int]) -> None:
+        self.first, self.latents, self.quantised = parts[0], None, []
+        chosen = [self.choose(step, part)[0] for part in parts]
+        if len(parts) > 1 and chosen[0].observed is not None:
+            with self.autocast():
+                self.latents = distributed.gather(torch.cat([self.tokenizer.encode(self.load(x)) for x in chosen]))
+
+    def pretext(self, step: int, part: int, z: Tensor) -> dict[str, Tensor]:
+        """The pretext terms of the whole batch; z: latents of this micro-batch's whole images."""
+        parts, size = self.settings.accumulate, len(z)
+        if parts > 1:
+            every = self.latents if self.latents is not None else distributed.gather(z)
+            own = z.detach() + parts * (z - z.detach())
+            z = torch.cat((every[: part * size], own, every[(part + 1) * size :]))
+        norms = [x for x in self.tokenizer.prompt_encoders.modules() if isinstance(x, nn.BatchNorm3d)]
+        for norm in norms:  # all micro-batches see the same statistics, which are noted once
+            norm.track_running_stats = part == self.first
         features = self.tokenizer.features_of_each(z)
+        for norm in norms:
+            norm.track_running_stats = True
         if not self.scaled:
             scale_prompts(self.tokenizer, features.detach().flatten(0, 1))
+            distributed.broadcast(*(p.data for p in self.tokenizer.prompt_encoders.parameters()))
             self.scaled.fill_(True)
-        return self.judge(rng, features)
+        patterns = [self.choose(step, i)[0].observed for i in range(parts)]
+        observed = torch.cat([x for x in patterns if x is not None], dim=1)
+        return pretext_losses(self.tokenizer, self.tokenizer.prompts_of_features(features), observed.to(self.device))
 
     def judge(self, rng: np.random.Generator, features: Tensor) -> dict[str, Tensor]:
         """The pretext terms of pooled features [B, m, 3, b] under freshly drawn missing patterns."""
@@ -104,37 +224,76 @@ class TokenizerTask(Task):
         each = self.tokenizer.prompts_of_features(features)
         return pretext_losses(self.tokenizer, each, observed.to(self.device))
 
-    def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        if step >= self.settings.steps - self.settings.prompt_steps:
+    def forward(self, step: int, part: int) -> tuple[Tensor, Terms]:
+        drawn, generator = self.choose(step, part)
+        self.drawn = drawn.rows
+        whole = images = self.load(drawn)
+        if self.prompts_alone(step):
             with self.autocast():
                 with torch.no_grad():
-                    z = self.tokenizer.encode(self.draw(rng, self.settings.prompt_batch))
-                terms = self.pretext(rng, z)
+                    z = self.tokenizer.encode(whole)
+                terms = self.pretext(step, part, z)
             return weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
-        whole = images = self.draw(rng, self.settings.batch_size)
-        if size := self.settings.crop:
-            x, y = (int(rng.integers(0, n - size + 1)) for n in images.shape[3:5])
+        if drawn.corner:
+            (x, y), size = drawn.corner, self.settings.crop
             images = images[:, :, :, x : x + size, y : y + size]
-        every, terms = self.settings.pretext_every, {}
+        terms = {}
         with self.autocast():
             z = self.tokenizer.encode(images)
-            if step % every == 0:
-                terms = self.pretext(rng, self.tokenizer.encode(whole) if size else z)
-            wide, state = z.float(), {}
+            if drawn.observed is not None:
+                terms = self.pretext(step, part, self.tokenizer.encode(whole) if drawn.corner else z)
+            wide = z.float()
             if step >= self.settings.quantise_from:
                 vectors = wide.detach().movedim(2, -1).reshape(-1, z.shape[2])
-                self.codebook.start(vectors, self.tokenizer.codebook, generator)
+                if not self.codebook.started:
+                    self.codebook.start(vectors, self.tokenizer.codebook, generator)
+                    self._share_codes()
                 codes, index = self.tokenizer.quantise(wide.detach())
                 terms["commitment"] = (wide - codes).square().mean()
-                state["perplexity"] = self.codebook.update(vectors, index.flatten(), self.tokenizer.codebook, generator)
-                state["codes_used"] = (self.codebook.count > 1).float().mean().item()
+                self.quantised.append((vectors, index.flatten(), generator))
                 # Straight through: the decoder sees the codes, the encoder the decoder's gradient.
                 wide = wide + (codes - wide).detach()
             output = self.tokenizer.decode(wide, joint=self.cardiac)
+            volumes = self._volumes(output), self._volumes(images)
+            for network in self.perceptual:
+                terms["perceptual"] = network(*volumes)
+            if self.adversary and step >= self.settings.adversarial_from:
+                terms |= self.adversary(*volumes)
         error = output.float() - images
         terms["l1"] = error.abs().mean()
-        state["psnr"] = -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))
-        return weigh(terms, PRETEXT * every), {name: term.item() for name, term in terms.items()} | state
+        state = {"psnr": -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))}
+        loss = weigh(terms, PRETEXT * self.settings.pretext_every)
+        return loss, {name: term.item() for name, term in terms.items()} | state
+
+    def _volumes(self, images: Tensor) -> Tensor:
+        """Images [B, m, 1, H, W, D] as volumes [N, 1, H, W, D]: one a modality, or one a stack of slabs."""
+        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.cardiac else images.flatten(0, 1)
+
+    def after_step(self, step: int) -> Terms:
+        if not self.quantised:
+            return {}
+        vectors, indices, generators = zip(*self.quantised, strict=True)
+        every = distributed.gather(torch.cat(vectors)), distributed.gather(torch.cat(indices))
+        self.quantised = []
+        perplexity = self.codebook.update(*every, self.tokenizer.codebook, generators[0])
+        self._share_codes()
+        return {"perplexity": perplexity, "codes_used": (self.codebook.count > 1).float().mean().item()}
+
+    def _share_codes(self) -> None:
+        distributed.broadcast(self.tokenizer.codebook.data, *self.codebook.buffers())
+
+    @torch.no_grad()
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        found = []
+        for subject in reversed(images):
+            with self.autocast():
+                z = self.tokenizer.encode(torch.from_numpy(subject[None]).to(self.device).float())
+                codes, _ = self.tokenizer.quantise(z.float())
+                (result,) = self.tokenizer.decode(codes if self.codebook.started else z, joint=self.cardiac).float()
+            found.append(self._compare(result, subject))
+        names = ("val_psnr", "val_ssim")
+        terms = dict(zip(names, map(float, np.mean(found, axis=0)), strict=True))
+        return terms, _picture(images[0], result.cpu().numpy())
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
@@ -205,11 +364,14 @@ class DenoiserTask(Task):
         self.denoiser = build_denoiser(config)
         self.average = build_denoiser(config).requires_grad_(False)
         self.average.load_state_dict(self.denoiser.state_dict())
+        if settings.checkpointing:
+            memory.checkpoint_activations(self.denoiser)
         self.to(self.device)
         # The tokenizer is frozen: latents and the prompts of single elements are computed once. In a list, so that
         # checkpoints do not hold it.
         self.frozen = [tokenizer.to(self.device).requires_grad_(False)]
         self.latents, self.prompts = self._encode(images, cache)
+        self.views = len(self.latents) // len(images)
         if settings.crop:
             self._prepare_crops()
         if settings.whiten:
@@ -227,8 +389,9 @@ class DenoiserTask(Task):
     def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
         """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images."""
         (vae,), latents, prompts = self.frozen, [], []
-        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())).digest()
-        key = torch.tensor(list(digest), dtype=torch.uint8)
+        if cache:
+            digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())).digest()
+            key = torch.tensor(list(digest), dtype=torch.uint8)
         if cache and cache.exists():
             found, _ = checkpoint.read_tensors(cache)
             if torch.equal(found["tokenizer"], key):
@@ -298,14 +461,18 @@ class DenoiserTask(Task):
         ]
         return torch.stack(crops).float(), corner.to(self.device)
 
+    def forward(self, step: int, part: int) -> tuple[Tensor, Terms]:
+        return self.loss(step, *randomness(self.settings.seed, step, part))
+
     def loss(self, step: int, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Terms]:
         settings, batch = self.settings, self.settings.batch_size
         cropped = settings.crop > 0 and step < settings.steps - settings.whole_steps
         if settings.crop and not cropped:
             batch = max(1, batch * math.prod(self.size) // math.prod(self._net().grid[:2]))
-        chosen = torch.from_numpy(rng.choice(len(self.latents), batch, replace=len(self.latents) < batch))
+        rows = rng.choice(len(self.latents), batch, replace=len(self.latents) < batch)
+        chosen, self.drawn = torch.from_numpy(rows), rows // self.views
         if cropped:
-            z0, corner = self._crop(chosen.numpy(), rng)
+            z0, corner = self._crop(rows, rng)
         else:
             z0, corner = self.latents[chosen.to(self.device)].float(), None
         observed = draw_observed(rng, batch, z0.shape[1], self.cardiac).to(self.device)
@@ -324,11 +491,45 @@ class DenoiserTask(Task):
         return loss, {"mse": loss.item(), "mse_missing": error.detach()[~observed].mean().item()}
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> Terms:
         # A short ramp, so that the average forgets the random start.
         decay = min(self.settings.ema, (1 + step) / (10 + step))
         for slow, fast in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
             slow.lerp_(fast, 1 - decay)
+        return {}
+
+    @torch.no_grad()
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        """Per number of missing elements, one pattern a subject, always the same; averaged weights, the sampler's
+        defaults."""
+        (vae,), m = self.frozen, len(self.config.elements)
+        found: dict[str, list[float]] = {}
+        for i, subject in reversed(list(enumerate(images))):
+            rng, generator = randomness(self.settings.seed, i, 0)
+            with self.autocast():
+                z = vae.encode(torch.from_numpy(subject[None]).to(self.device).float()).float()
+            order, start = rng.permutation(m), int(rng.integers(0, m))
+            for count in range(1, m):
+                missing = np.sort(order[:count]) if not self.cardiac else min(start, m - count) + np.arange(count)
+                observed = torch.ones(1, m, dtype=torch.bool)
+                observed[:, missing] = False
+                observed = observed.to(self.device)
+                noise = torch.randn(z.shape, generator=generator).to(self.device)
+                begin = torch.where(observed[:, :, None, None, None, None], vae.normalise(z), noise)
+                with self.autocast():
+                    prompts = vae.prompts(z, observed)
+
+                    def predict(x: Tensor, t: Tensor, p: Tensor = prompts, o: Tensor = observed) -> Tensor:
+                        return self.average(x, t, p, o).float()
+
+                    latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
+                    codes, _ = vae.quantise(vae.denormalise(latents))
+                    (result,) = vae.decode(codes, joint=self.cardiac).float()
+                noise_ratio, similarity = self._compare(result[missing], subject[missing])
+                found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)
+                found.setdefault(f"val_ssim_{count}", []).append(similarity)
+        terms = {name: float(np.mean(values)) for name, values in found.items()}
+        return terms, _picture(images[0], result.cpu().numpy())
 
     def export(self, folder: Path) -> None:
         checkpoint.save(folder, self.config, tokenizer=self.frozen[0])
@@ -356,24 +557,47 @@ def run(
     resume: bool = False,
     config: ModelConfig | None = None,
 ) -> Path:
-    """Train one stage and return the model folder `output/model`.
+    """Train one stage, alone or as one of torchrun's processes, and return the model folder `output/model`.
 
     data: "phantom" or the folder of a data set, see `layouts.find`. config replaces the preset's model (its training
     settings stay). Raises CopeditError for bad settings, unusable data, an output folder in use, or a loss that is not
-    finite.
+    finite; Stopped after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
     """
     settings = load_settings(stage, preset, overrides)
     config = config or ModelConfig.preset(preset)
+    with distributed.processes(settings.device):
+        return _run(stage, preset, output, data, settings, resume, config)
+
+
+def expected(stage: Stage, preset: str, data: str = "phantom", overrides: Sequence[str] = ()) -> str:
+    """What a step of this run is expected to need of a GPU's memory, as text. Raises CopeditError as `run` does."""
+    settings, config = load_settings(stage, preset, overrides), ModelConfig.preset(preset)
+    subjects = settings.subjects
+    if data != "phantom":
+        subjects = len(layouts.split(layouts.find(Path(data), config).subjects)["train"])
+    return memory.render(memory.estimate(stage, config, settings, subjects), settings)
+
+
+def _run(
+    stage: Stage, preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig
+) -> Path:
+    world = distributed.world()
+    if settings.accumulate % world:
+        raise CopeditError(
+            f"accumulate = {settings.accumulate}: {world} processes cannot share so many micro-batches; set a multiple "
+            f"of {world} (a step takes accumulate x batch_size subjects, however many processes there are)"
+        )
     found = None if data == "phantom" else layouts.find(Path(data), config)
     described: dict[str, Any] = {"stage": stage, "settings": dataclasses.asdict(settings), "model": config.to_dict()}
     if found:
         described["data"] = str(Path(data).resolve())
-    _claim(output, described, resume)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=distributed.rank() > 0)
     console.print_json(data=described["settings"])
 
     torch.manual_seed(settings.seed)
-    with _progress(console) as bar:
+    with distributed.first(), _progress(console) as bar:
+        if not distributed.rank():
+            _claim(output, described, resume)
         drawing = bar.add_task("preparing images", total=None, note="")
 
         def advance(done: int, total: int) -> None:
@@ -395,49 +619,189 @@ def run(
             raise CopeditError(
                 f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
             )
-        task = DenoiserTask(config, settings, images, tokenizer, output / "latents.safetensors")
+        with distributed.first():
+            task = DenoiserTask(config, settings, images, tokenizer, output / "latents.safetensors")
 
-    weights = [p for p in task.parameters() if p.requires_grad]
+    held_out = None
+    if settings.validate_every:
+        with distributed.first():
+            held_out = held_out_images(config, found, output, settings.validate_subjects)
+        if not len(held_out):
+            console.print("no validation: none of the held-out subjects can be used", highlight=False)
+            held_out = None
+    if stage == "tokenizer" and not settings.perceptual:
+        console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
     optimizers = _optimizers(task, settings)
     start = _restore(output, task, optimizers) if resume else 0
-    with _progress(console) as bar, open(output / "log.jsonl", "a", buffering=1, encoding="utf-8") as log:
+    _loop(stage, output, task, optimizers, start, held_out, console)
+    if not distributed.rank():
+        task.export(output / "model")
+    distributed.wait()
+    return output / "model"
+
+
+def _loop(
+    stage: Stage,
+    output: Path,
+    task: Task,
+    optimizers: Sequence[torch.optim.Optimizer],
+    start: int,
+    held_out: np.ndarray | None,
+    console: Console,
+) -> None:
+    """Steps from `start` to the end, with the log, validation and checkpoints.
+
+    Raises CopeditError for what is not finite and, all saved, Stopped after a signal.
+    """
+    settings, writes = task.settings, not distributed.rank()
+    weights = [p for name, p in task.named_parameters() if p.requires_grad and not name.startswith("adversary.")]
+    opponent = [p for name, p in task.named_parameters() if name.startswith("adversary.")]
+    share = settings.accumulate // distributed.world()
+    parts = range(distributed.rank() * share, (distributed.rank() + 1) * share)
+    model: nn.Module = task
+    if distributed.world() > 1:
+        model = DistributedDataParallel(task, find_unused_parameters=task.sparse)
+    path = output / "log.jsonl" if writes else Path(os.devnull)
+    with (
+        _progress(console) as bar,
+        _Signals() as signals,
+        open(path, "a", buffering=1, encoding="utf-8") as log,
+        _board(output / "tensorboard", start, console) if writes else nullcontext() as board,
+    ):
         shown = bar.add_task(stage, total=settings.steps, completed=start, note="")
         for step in range(start, settings.steps):
             began = time.perf_counter()
-            rng = np.random.default_rng((settings.seed, step))
-            generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step) * group.get("factor", 1.0)
-            loss, terms = task.loss(step, rng, generator)
-            if not math.isfinite(loss.item()):
-                raise CopeditError(f"step {step}: the loss is {loss.item()} ({terms}); resume with a lower lr")
-            task.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(weights, settings.clip)
+            terms, subjects = _gradients(task, model, step, parts)
+            norm, _ = (nn.utils.clip_grad_norm_(x, settings.clip).item() for x in (weights, opponent))
+            if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
+                _leave(_not_finite(step, terms, norm, subjects, study_names(output)))
             for optimizer in optimizers:
                 optimizer.step()
-            task.after_step(step)
-            terms |= {"loss": loss.item(), "gradient": norm.item(), "seconds": time.perf_counter() - began}
+            terms |= task.after_step(step) | {"gradient": norm, "seconds": time.perf_counter() - began}
+            if held_out is not None and (step + 1) % settings.validate_every == 0 and writes:
+                found, picture = task.validate(held_out)
+                terms |= found
+                if board:
+                    board.add_image("validation/truth above result", picture, step, dataformats="HW")
+            for name, value in terms.items():
+                if board and (step % max(1, settings.steps // 10_000) == 0 or name.startswith("val_")):
+                    board.add_scalar(name.replace("val_", "validation/"), value, step)
             log.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
             bar.update(shown, advance=1, note=" ".join(f"{k} {v:.3g}" for k, v in terms.items()))
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                _store(output, step + 1, task, optimizers, settings.keep)
-    task.export(output / "model")
-    return output / "model"
+            stop = signals.agreed(task.device)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stop:
+                if writes:
+                    _store(output, step + 1, task, optimizers, settings.keep)
+            if stop and step + 1 < settings.steps:
+                distributed.wait()
+                name = signal.Signals(stop).name
+                _leave(Stopped(f"{name}: stopped after step {step}, and all is saved; go on with --resume", stop))
+
+
+def _board(folder: Path, start: int, console: Console) -> Any:
+    """Context of TensorBoard's writer, which hides what an interrupted run wrote from step `start` on; of None where
+    there is no TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        console.print("no TensorBoard: install the extra `train`; log.jsonl has all figures", highlight=False)
+        return nullcontext()
+    return SummaryWriter(str(folder), purge_step=start)
+
+
+def _gradients(
+    task: Task, model: nn.Module, step: int, parts: Sequence[int]
+) -> tuple[Terms, list[tuple[Terms, np.ndarray]]]:
+    """Leave the gradients of the mean loss over all micro-batches in the weights.
+
+    model: the task, or what reduces its gradients over the processes. Returns the mean of the terms, and of each
+    micro-batch of this process its own terms and subjects.
+    """
+    task.zero_grad(set_to_none=True)
+    task.before_step(step, parts)
+    each = []
+    for part in parts:
+        alone = isinstance(model, DistributedDataParallel) and part != parts[-1]
+        with model.no_sync() if alone else nullcontext():  # type: ignore[operator]
+            loss, terms = model(step, part)
+            each.append((terms | {"loss": loss.item()}, task.drawn))
+            (loss / len(parts)).backward()
+    sums = torch.tensor([list(terms.values()) for terms, _ in each], dtype=torch.float64).sum(0)
+    means = distributed.total(sums.to(task.device)) / task.settings.accumulate
+    return dict(zip(each[0][0], means.tolist(), strict=True)), each
+
+
+def _not_finite(
+    step: int, terms: Terms, norm: float, each: list[tuple[Terms, np.ndarray]], names: Sequence[str]
+) -> CopeditError:
+    """The sentence for a loss or gradient that is not finite: which terms, and the subjects of the micro-batches."""
+    guilty = [(own, rows) for own, rows in each if not all(map(math.isfinite, own.values()))]
+    found: list[tuple[Terms, np.ndarray]] = [x for part in distributed.every_object(guilty or each) for x in part]  # type: ignore[attr-defined]
+    found = [x for x in found if not all(map(math.isfinite, x[0].values()))] or found
+    culprits = [f"{name} {value}" for own, _ in found[:1] for name, value in own.items() if not math.isfinite(value)]
+    subjects = sorted({names[row] if names else f"phantom {row}" for _, rows in found for row in rows})
+    return CopeditError(
+        f"step {step}: {', '.join(culprits) or f'gradient {norm}'} on {', '.join(subjects)}; look at these images, or "
+        f"start again with a lower lr"
+    )
+
+
+def _leave(error: CopeditError) -> NoReturn:
+    """What all processes have found at the same time, process 0 says."""
+    if distributed.rank():
+        raise SystemExit(error.exit_code)
+    raise error
+
+
+class _Signals:
+    """Inside, the first SIGTERM or SIGINT is only noted, so that the step can be finished and saved."""
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.noted = number
+        if distributed.world() == 1:  # torchrun passes on what a terminal has sent to all already
+            self.__exit__()
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that some process has got, for all; 0 if there was none."""
+        every = distributed.gather(torch.tensor([self.noted], device=device))
+        return int(every.max())
 
 
 def _optimizers(task: Task, settings: Settings) -> list[torch.optim.Optimizer]:
     """AdamW (Adam where weight_decay is 0) for everything, or beside Muon for what it is not for."""
-    named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    every = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    opponent = [p for name, p in every if name.startswith("adversary.")]
+    named = [(name, p) for name, p in every if not name.startswith("adversary.")]
     muon = (".blocks.", ".embed.", ".final.") if settings.optimizer == "muon" else ()
     matrices = [p for name, p in named if p.ndim == 2 and any(part in name for part in muon)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     decay = settings.weight_decay
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, settings.lr, betas=(0.9, settings.beta2), weight_decay=decay)
-    ]
+    # The fused one needs no copies of all weights, but is not there for every device.
+    adam = partial(
+        torch.optim.AdamW,
+        lr=settings.lr,
+        betas=(0.9, settings.beta2),
+        weight_decay=decay,
+        fused=task.device.type == "cuda" or None,
+    )
+    found: list[torch.optim.Optimizer] = [adam(group) for group in (rest, opponent) if group]
     if matrices:
         # Its step is scaled to the size of Adam's, so that both follow one learning rate.
         factor = (settings.muon_lr or settings.lr) / settings.lr
@@ -448,7 +812,7 @@ def _optimizers(task: Task, settings: Settings) -> list[torch.optim.Optimizer]:
 
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=console.quiet)
 
 
 def _claim(output: Path, described: dict[str, Any], resume: bool) -> None:
@@ -462,9 +826,10 @@ def _claim(output: Path, described: dict[str, Any], resume: bool) -> None:
 
 
 def _complete(described: dict[str, Any]) -> dict[str, Any]:
-    """A run as an older version described it, with the fields of the model that have been added since."""
+    """A run as an older version described it, with the fields that have been added since."""
     model = ModelConfig.from_dict(described["model"])
-    return described | {"model": json.loads(json.dumps(model.to_dict()))}
+    added = {f.name: f.default for f in dataclasses.fields(Settings) if f.default is not dataclasses.MISSING}
+    return described | {"model": json.loads(json.dumps(model.to_dict())), "settings": added | described["settings"]}
 
 
 def _checkpoints(output: Path) -> list[Path]:

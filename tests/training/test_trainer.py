@@ -2,17 +2,27 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from copedit_rt import checkpoint
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from training import trainer
 from training.data import draw_observed, model_images, phantom_images
-from training.losses import EMACodebook, pretext_losses, scale_prompts, weigh
+from training.losses import Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, load_settings
 
 TINY = ModelConfig(
@@ -253,9 +263,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     original = kind.after_step
 
     def after_step(self, step):
-        original(self, step)
         if step == 3:  # after the checkpoint at 2, before the one at 4
             raise Stop
+        return original(self, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "after_step", after_step)
@@ -267,6 +277,296 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
         "checkpoint-00000004",
         "checkpoint-00000005",
     ]
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def forked(*arguments, environment=None, gate=None, **options):
+    """train(...) in a process of its own, which has all imports already; no step beyond gate.value begins."""
+    original = trainer.learning_rate
+
+    def paced(settings, step):
+        while gate is not None and step > gate.value:
+            time.sleep(0.001)
+        return original(settings, step)
+
+    def body():
+        os.environ.update(environment or {})
+        torch.set_num_threads(1)
+        trainer.learning_rate = paced
+        try:
+            train(*arguments, **options)
+        except CopeditError as error:
+            print(error)
+            os._exit(error.exit_code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)
+        os._exit(0)
+
+    process = FORK.Process(target=body)
+    process.start()
+    return process
+
+
+def steps_done(folder):
+    log = folder / "log.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["step"] + 1 if log.exists() and log.stat().st_size else 0
+
+
+def until(condition, process):
+    while process.is_alive() and not condition():
+        time.sleep(0.002)
+    assert process.is_alive(), "it was to be interrupted"
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, stage):
+    extra = ["steps=60", "checkpoint_every=3"]
+    if stage == "denoiser":
+        extra.append(f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2')}")
+    whole = forked(stage, tmp_path / "whole", *extra)
+    whole.join()
+    random = np.random.default_rng(0)
+    for kill in range(10):
+        moment = 5 * kill + int(random.integers(1, 6))
+        process = forked(stage, tmp_path / "killed", *extra, resume=kill > 0, gate=FORK.Value("i", moment + 3))
+        until(lambda moment=moment: steps_done(tmp_path / "killed") >= moment, process)
+        time.sleep(random.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    last = forked(stage, tmp_path / "killed", *extra, resume=True)
+    last.join()
+    assert whole.exitcode == last.exitcode == 0
+    assert same_weights(tmp_path / "whole" / "model", tmp_path / "killed" / "model", f"{stage}.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_says_so(tmp_path, number, capfd):
+    extra = ("steps=40", "checkpoint_every=1000")
+    gate = FORK.Value("i", 9)
+    process = forked("tokenizer", tmp_path / "stopped", *extra, gate=gate)
+    until(lambda: steps_done(tmp_path / "stopped") >= 3, process)
+    os.kill(process.pid, number)
+    gate.value = 100
+    process.join()
+    assert process.exitcode == 128 + number
+    done = steps_done(tmp_path / "stopped")
+    said = f"{number.name}: stopped after step {done - 1}, and all is saved; go on with --resume"
+    assert said in capfd.readouterr().out
+    assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
+    resumed = train("tokenizer", tmp_path / "stopped", *extra, resume=True)
+    assert same_weights(train("tokenizer", tmp_path / "whole", *extra), resumed, "tokenizer.safetensors")
+
+
+def together(*arguments, count=2, **options):
+    """The same as the processes of torchrun; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        forked(*arguments, environment=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, **options) for i in range(count)
+    ]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_two_processes_do_what_one_does_with_accumulation(tmp_path, stage):
+    extra = ["steps=8", "batch_size=1", "accumulate=4", "lr=1e-3", "checkpoint_every=4"]
+    if stage == "denoiser":
+        extra.append(f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2', config=HEART)}")
+    else:
+        extra += ["quantise_from=2", "prompt_steps=2", "prompt_batch=1", "draws=2"]
+    alone = train(stage, tmp_path / "alone", *extra, config=HEART)
+    assert together(stage, tmp_path / "both", *extra, config=HEART) == [0, 0]
+    both = losses(tmp_path / "both")
+    assert len(both) == 8, "one process writes"
+    for a, b in zip(losses(tmp_path / "alone"), both, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"seconds"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    models = (alone, tmp_path / "both" / "model")
+    first, second = (checkpoint.read_tensors(model / f"{stage}.safetensors")[0] for model in models)
+    for name, value in first.items():
+        if not name.endswith(("conv.0.bias", "conv.3.bias")):  # normalised away: their gradient is rounding
+            torch.testing.assert_close(value.float(), second[name].float(), rtol=0.01, atol=2e-4, msg=name)
+    if stage == "tokenizer":
+        assert all(x["contrast"] > 0.1 for x in both if "contrast" in x), "one subject alone has no negatives"
+
+
+def test_processes_resume_stop_and_refuse_together(tmp_path, monkeypatch, capfd):
+    extra = ("steps=4", "batch_size=1", "accumulate=2", "checkpoint_every=2")
+    train("tokenizer", tmp_path / "alone", *extra)
+    assert together("tokenizer", tmp_path / "both", *extra) == [0, 0]
+    (tmp_path / "both" / "checkpoint-00000004").rename(tmp_path / "hidden")
+    assert together("tokenizer", tmp_path / "both", *extra, resume=True) == [0, 0]
+    assert same_weights(tmp_path / "hidden", tmp_path / "both" / "checkpoint-00000004", "task.safetensors")
+
+    assert together("tokenizer", tmp_path / "odd", *extra, "accumulate=3") == [1, 1]
+    assert "accumulate = 3: 2 processes cannot share so many micro-batches" in capfd.readouterr().out
+    original = trainer.TokenizerTask.forward
+
+    def broken(self, step, part):
+        loss, terms = original(self, step, part)
+        if part == 1:
+            terms["l1"] = float("inf")
+            loss = loss * float("inf")
+        return loss, terms
+
+    monkeypatch.setattr(trainer.TokenizerTask, "forward", broken)
+    assert together("tokenizer", tmp_path / "broken", *extra) == [1, 99], "process 0 speaks, the other leaves"
+    row = trainer.TokenizerTask(TINY, Settings(4, 1, 1.0, accumulate=2), np.zeros((4, 2, 1, 16, 16, 8))).choose(0, 1)[0]
+    assert f"step 0: l1 inf, loss inf on phantom {row.rows[0]};" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("config", [TINY, HEART], ids=lambda c: c.task)
+def test_micro_batches_add_up_to_the_loss_of_the_whole_batch(config):
+    settings = Settings(8, 2, 1e-3, accumulate=3, dtype="float32", draws=2)
+    rng = np.random.default_rng(0)
+    images = rng.random((7, len(config.elements), 1, *config.image), dtype=np.float32)
+    torch.manual_seed(0)
+    task = trainer.TokenizerTask(config, settings, images).double()
+    before = {name: x.clone() for name, x in task.state_dict().items()}
+    images = task.images = images.astype(np.float64)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Tensor, "float", Tensor.double)
+    task.scaled.fill_(True)
+    task.codebook.started.fill_(True)
+    terms, _ = trainer._gradients(task, task, 0, range(3))
+    gradients = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
+    norm = task.tokenizer.prompt_encoders[0].conv[1]
+    assert norm.num_batches_tracked == 1
+    running = norm.running_mean.clone()
+    task.load_state_dict(before)
+    task.zero_grad()
+
+    chosen = [task.choose(0, part)[0] for part in range(3)]
+    x = torch.cat([task.load(drawn) for drawn in chosen])
+    z = task.tokenizer.encode(x)
+    each = task.tokenizer.prompts_of_each(z)
+    observed = torch.cat([drawn.observed for drawn in chosen], 1)
+    pretext = pretext_losses(task.tokenizer, each, observed)
+    codes, _ = task.tokenizer.quantise(z.detach())
+    l1 = (task.tokenizer.decode(z + (codes - z).detach(), task.cardiac) - x).abs().mean()
+    commitment = (z - codes).square().mean()
+    loss = l1 + 0.25 * commitment + 0.01 * (pretext["count"] + 0.5 * pretext["position"] + 0.5 * pretext["contrast"])
+    loss.backward()
+    monkey.undo()
+    assert terms["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert terms["contrast"] == pytest.approx(pretext["contrast"].item(), rel=1e-9)
+    torch.testing.assert_close(running, norm.running_mean)
+    for name, p in task.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-6, atol=1e-12, msg=name)
+
+
+def test_the_papers_settings():
+    for preset, sizes, steps in (
+        ("brain-brats", (8, 32), (400_000, 100_000)),
+        ("brain-ixi", (8, 32), (400_000, 100_000)),
+        ("cardiac", (64, 64), (100_000, 100_000)),
+    ):
+        first, second = (load_settings(stage, preset) for stage in ("tokenizer", "denoiser"))
+        assert (first.batch_size * first.accumulate, second.batch_size * second.accumulate) == sizes
+        assert (first.steps, second.steps) == steps
+        assert (first.lr, second.lr) == (1e-4, 5e-5) and first.beta2 == second.beta2 == 0.999
+        assert second.ema == 0.9999 and first.weight_decay == 0 and 0 <= first.adversarial_from < first.steps
+        assert ModelConfig.preset(preset)
+
+
+def test_the_adversary_is_trained_beside_and_resumed(tmp_path):
+    extra = ("steps=6", "adversarial_from=2", "crop=0", "lr=1e-3")
+    whole = train("tokenizer", tmp_path / "whole", *extra, config=HEART)
+    log = losses(tmp_path / "whole")
+    assert ["adversarial" in x for x in log] == ["discriminator" in x for x in log] == [False] * 2 + [True] * 4
+    folders = (tmp_path / "whole" / f"checkpoint-{step:08d}" for step in (4, 6))
+    first, second = (checkpoint.read_tensors(folder / "task.safetensors")[0] for folder in folders)
+    names = [name for name in first if name.startswith("adversary.")]
+    assert names and all(not torch.equal(first[name], second[name]) for name in names if name.endswith("weight"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-00000006")
+    resumed = train("tokenizer", tmp_path / "resumed", *extra, config=HEART, resume=True)
+    assert same_weights(whole, resumed, "tokenizer.safetensors")
+    assert not any("adversary" in name for name in checkpoint.read_tensors(whole / "tokenizer.safetensors")[0])
+
+
+def test_adversarial_losses_are_least_squares_with_separate_gradients():
+    torch.manual_seed(0)
+    adversary = Adversary((16, 16, 12))
+    output, images = (torch.rand(2, 1, 16, 16, 12, requires_grad=True) for _ in range(2))
+    terms = adversary(output, images)
+    fake, real = adversary.net(output)[-1], adversary.net(images)[-1]
+    torch.testing.assert_close(terms["adversarial"], (fake - 1).square().mean())
+    torch.testing.assert_close(terms["discriminator"], (fake.square().mean() + (real - 1).square().mean()) / 2)
+    (wanted,) = torch.autograd.grad((fake - 1).square().mean(), output)
+    terms["adversarial"].backward(retain_graph=True)
+    torch.testing.assert_close(output.grad, wanted)
+    assert all(p.grad is None for p in adversary.parameters())
+    output.grad = None
+    terms["discriminator"].backward()
+    assert output.grad is None and all(p.grad.abs().sum() > 0 for p in adversary.net[-1].parameters())
+    with pytest.raises(CopeditError, match=r"adversarial_from: \(16, 16, 4\) voxels are too few"):
+        Adversary((16, 16, 4))
+
+
+def test_the_perceptual_term_reads_medicalnets_names_and_is_zero_for_equals(tmp_path):
+    from monai.networks.nets import ResNetFeatures
+
+    torch.manual_seed(0)
+    net = ResNetFeatures("resnet10", pretrained=False).eval()
+    state = {f"module.{name}": x for name, x in net.state_dict().items() if "num_batches" not in name}
+    checkpoint.write_tensors(tmp_path / "net.safetensors", state | {"module.conv_seg.0.bias": torch.zeros(3)})
+    perceptual = Perceptual(tmp_path / "net.safetensors", torch.device("cpu"))
+    a, b = torch.rand(2, 1, 16, 16, 16, requires_grad=True), torch.rand(2, 1, 16, 16, 16)
+    assert perceptual(a, a.detach() * 3 + 1).item() < 1e-4, "scale and offset do not count"
+    total = 0.0
+    for x, y in zip(a.detach(), b, strict=True):
+        u, v = (net(((k - k.mean()) / k.std(correction=0))[None])[-1][0] for k in (x, y))
+        total += ((u / u.norm(dim=0) - v / v.norm(dim=0)) ** 2).sum(0).mean().item() / 2
+    distance = perceptual(a, b)
+    assert distance.item() == pytest.approx(total, rel=1e-3)
+    distance.backward()
+    assert a.grad.abs().sum() > 0 and all(p.grad is None for p in perceptual.net.parameters())
+    with pytest.raises(CopeditError, match=r"perceptual = .*: no such file"):
+        Perceptual(tmp_path / "none", torch.device("cpu"))
+    with pytest.raises(CopeditError, match=r"tensor bn1\.bias is missing"):
+        checkpoint.write_tensors(tmp_path / "part.safetensors", {"conv1.weight": state["module.conv1.weight"]})
+        Perceptual(tmp_path / "part.safetensors", torch.device("cpu"))
+
+
+def test_validation_is_logged_and_changes_nothing(tmp_path, monkeypatch):
+    held_out = np.random.default_rng(5).random((2, 3, 1, 16, 16, 4)).astype(np.float16)
+    monkeypatch.setattr(trainer, "held_out_images", lambda *_: held_out)
+    config = dataclasses.replace(HEART, diffusion=dataclasses.replace(HEART.diffusion, steps=2))
+    plain = train("tokenizer", tmp_path / "a", "steps=4", config=config)
+    watched = train("tokenizer", tmp_path / "b", "steps=4", "validate_every=2", config=config)
+    assert same_weights(plain, watched, "tokenizer.safetensors")
+    assert ["val_psnr" in x for x in losses(tmp_path / "b")] == [False, True, False, True]
+    model = train("denoiser", tmp_path / "c", "steps=2", "validate_every=2", f"tokenizer={watched}", config=config)
+    line = losses(tmp_path / "c")[1]
+    measured = {name for name in line if name.startswith("val_")}
+    assert measured == {"val_psnr_1", "val_psnr_2", "val_ssim_1", "val_ssim_2"}
+    assert 0 < line["val_psnr_1"] < 40 and -1 < line["val_ssim_2"] < 1
+    assert checkpoint.read_config(model) == config
+    assert list((tmp_path / "c" / "tensorboard").iterdir()), "TensorBoard's file"
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_command(tmp_path):
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    settings = "steps=1 subjects=2 batch_size=1 accumulate=2 prompt_steps=0 readout_steps=0 crop=16 warmup=0"
+    sets = [word for item in settings.split() for word in ("--set", item)]
+    train = ("-m", "copedit_rt.cli", "train", "tokenizer", "--preset", "demo-cardiac", "-o", str(tmp_path / "a"))
+    done = subprocess.run([*command, *train, *sets], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "a" / "model")], "one process prints"
+    assert len(losses(tmp_path / "a")) == 1
+    checkpoint.load_tokenizer(tmp_path / "a" / "model")
 
 
 def test_seeds_differ(tmp_path):
@@ -283,17 +583,27 @@ def test_a_run_folder_is_not_overwritten_nor_resumed_with_other_settings(tmp_pat
         train("tokenizer", tmp_path / "a", "steps=3", resume=True)
     described = json.loads((tmp_path / "a" / "run.json").read_text())
     del described["model"]["diffusion"]["solver"]  # as written before there were solvers
+    del described["settings"]["accumulate"]
     (tmp_path / "a" / "run.json").write_text(json.dumps(described))
     train("tokenizer", tmp_path / "a", f"steps={described['settings']['steps']}", resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_terms(tmp_path, monkeypatch):
-    def broken(*args):
-        return torch.tensor(float("nan"), requires_grad=True), {"l1": float("nan"), "count": 1.0}
+def test_a_loss_that_is_not_finite_stops_with_step_term_and_subjects(tmp_path, monkeypatch):
+    original = trainer.DenoiserTask.loss
+    tokenizer = train("tokenizer", tmp_path / "vae", "steps=1")
 
-    monkeypatch.setattr(trainer.TokenizerTask, "loss", broken)
-    with pytest.raises(CopeditError, match=r"step 0: the loss is nan .*'l1': nan"):
-        train("tokenizer", tmp_path / "a", "steps=2")
+    def broken(self, step, rng, generator):
+        loss, terms = original(self, step, rng, generator)
+        if step == 3 and 2 in self.drawn:
+            loss = loss * float("nan")
+        return loss, terms
+
+    monkeypatch.setattr(trainer.DenoiserTask, "loss", broken)
+    settings = ("steps=5", "accumulate=8", "batch_size=1", "checkpoint_every=1", f"tokenizer={tokenizer}")
+    with pytest.raises(CopeditError, match=r"step 3: loss nan on phantom 2; look"):
+        train("denoiser", tmp_path / "a", *settings)
+    task = checkpoint.read_tensors(tmp_path / "a" / "checkpoint-00000003" / "task.safetensors")[0]
+    assert all(value.isfinite().all() for value in task.values()), "nothing of that step is kept"
 
 
 def test_bad_settings_are_named(tmp_path):
