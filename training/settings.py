@@ -93,8 +93,8 @@ class Settings:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.prompt_steps < self.steps:
             raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
-        if not 0 <= self.whole_steps <= self.steps:
-            raise CopeditError(f"whole_steps = {self.whole_steps}: must be at least 0 and at most steps = {self.steps}")
+        if self.whole_steps < 0:
+            raise CopeditError(f"whole_steps = {self.whole_steps}: must be at least 0")
         for name in ("whiten", "last_timestep"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be from 0 to 1")

@@ -426,7 +426,7 @@ class DenoiserTask(Task):
         activity = []
         for z in self.latents.split(16):
             values = net.patchify(z.float()).unflatten(-1, (-1, net.channels))
-            variance = values.var(-2).mean(-1).unflatten(2, net.grid).mean((1, 4)) + 1e-6
+            variance = values.var(-2, correction=0).mean(-1).unflatten(2, net.grid).mean((1, 4)) + 1e-6
             activity.append(nn.functional.avg_pool2d(variance[:, None], self.size, stride=1)[:, 0])
         crops = torch.cat(activity).double()
         self.columns = crops.shape[2]

@@ -380,9 +380,9 @@ class Exact(TorchEngine):
 
 
 def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
-    """The built-in weights on a real brain with two modalities: both engines are as near to float64.
+    """The built-in weights on a real brain with two modalities: both engines are where float64 is.
 
-    Not nearer: what one rounds otherwise moves a latent between two codes to the other one, here and there.
+    But for some latents between two codes, which rounding moves to the other one: at most 1 % of the voxels.
     """
     folder = tmp_path / "onnx"
     export.export_onnx("demo-brain", folder)
@@ -397,8 +397,9 @@ def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
     assert found.study.synthetic == exact.study.synthetic == {"t1ce", "flair"}
     for name in exact.study.synthetic:
         truth = exact.study.volumes[name].data
-        ours, theirs = (np.sqrt(np.mean((r.study.volumes[name].data - truth) ** 2)) for r in (found, other))
-        assert ours <= 2 * theirs + 1e-6 * truth.max() and theirs < 0.01 * truth.max(), name
+        for result in (found, other):
+            error = np.abs(result.study.volumes[name].data - truth) / truth.max()
+            assert np.quantile(error, 0.99) < 1e-5 and np.sqrt(np.mean(error**2)) < 1e-3, name
         np.testing.assert_allclose(found.perception.missing, exact.perception.missing, atol=1e-4)
 
 

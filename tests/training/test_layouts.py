@@ -53,6 +53,7 @@ SETTINGS = (
     "quantise_from=0",
     "pretext_every=1",
     "prompt_steps=0",
+    "readout_steps=20",
     "compile=false",
     "optimizer=adam",
 )

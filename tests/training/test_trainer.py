@@ -357,8 +357,11 @@ def test_a_signal_saves_the_step_and_says_so(tmp_path, number, capfd):
     said = f"{number.name}: stopped after step {done - 1}, and all is saved; go on with --resume"
     assert said in capfd.readouterr().out
     assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
-    resumed = train("tokenizer", tmp_path / "stopped", *extra, resume=True)
-    assert same_weights(train("tokenizer", tmp_path / "whole", *extra), resumed, "tokenizer.safetensors")
+    for folder, resume in (("stopped", True), ("whole", False)):  # in processes alike: threads change the bits
+        process = forked("tokenizer", tmp_path / folder, *extra, resume=resume)
+        process.join()
+        assert process.exitcode == 0
+    assert same_weights(tmp_path / "whole" / "model", tmp_path / "stopped" / "model", "tokenizer.safetensors")
 
 
 def together(*arguments, count=2, **options):
@@ -393,7 +396,8 @@ def test_two_processes_do_what_one_does_with_accumulation(tmp_path, stage):
     models = (alone, tmp_path / "both" / "model")
     first, second = (checkpoint.read_tensors(model / f"{stage}.safetensors")[0] for model in models)
     for name, value in first.items():
-        if not name.endswith(("conv.0.bias", "conv.3.bias")):  # normalised away: their gradient is rounding
+        # The biases before a batch norm are normalised away: their gradient is rounding, which the means then follow.
+        if not name.endswith(("conv.0.bias", "conv.3.bias", "running_mean")):
             torch.testing.assert_close(value.float(), second[name].float(), rtol=0.01, atol=2e-4, msg=name)
     if stage == "tokenizer":
         assert all(x["contrast"] > 0.1 for x in both if "contrast" in x), "one subject alone has no negatives"
@@ -620,14 +624,14 @@ def test_bad_settings_are_named(tmp_path):
     ):
         with pytest.raises(CopeditError, match=message):
             load_settings("tokenizer", "demo-brain", [override])
-    with pytest.raises(CopeditError, match="preset 'nope' has no training settings; choose one of demo-brain"):
+    with pytest.raises(CopeditError, match="preset 'nope' has no training settings; choose one of brain-brats"):
         load_settings("tokenizer", "nope")
     with pytest.raises(CopeditError, match=r"crop = 10: must divide by \(4, 4\) and fit"):
         train("tokenizer", tmp_path / "c", "steps=2", "crop=10")
     vae = train("tokenizer", tmp_path / "vae", "steps=1")
     for override, message in (
         ("crop=6", r"crop = 6: must divide by \(8, 8\) and fit"),
-        ("whole_steps=3", "whole_steps = 3: must be at least 0 and at most steps = 2"),
+        ("whole_steps=-1", "whole_steps = -1: must be at least 0"),
         ("last_timestep=1.5", "last_timestep = 1.5: must be from 0 to 1"),
         ("whiten=-1.0", "whiten = -1.0: must be from 0 to 1"),
     ):
