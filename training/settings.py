@@ -40,6 +40,8 @@ class Settings:
     for the rest. muon_lr: its peak, 0 for lr.
     whiten (denoiser): above 0, the input layer starts as a rotation of the principal components of a token's values,
     each scaled by its variance to the power -whiten; 0.5 makes all equally large.
+    observed_weight (denoiser): of an observed element in the loss; 1 is equation 5. What is observed is never replaced,
+    and a narrow network that need not copy it has room for what is missing.
     last_timestep (denoiser): share of the samples that are drawn at the last timestep, where sampling begins; above 0,
     that timestep is pure noise in training, too.
     compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
@@ -74,6 +76,7 @@ class Settings:
     whole_steps: int = 0
     whiten: float = 0.0
     last_timestep: float = 0.0
+    observed_weight: float = 1.0
     device: str = "auto"
     optimizer: str = "adam"
     muon_lr: float = 0.0
@@ -95,7 +98,7 @@ class Settings:
             raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
         if self.whole_steps < 0:
             raise CopeditError(f"whole_steps = {self.whole_steps}: must be at least 0")
-        for name in ("whiten", "last_timestep"):
+        for name in ("whiten", "last_timestep", "observed_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be from 0 to 1")
         if self.optimizer not in ("adam", "muon"):

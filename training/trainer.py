@@ -354,7 +354,8 @@ def _check_crop(crop: int, divisors: Triple, image: Triple) -> None:
 
 
 class DenoiserTask(Task):
-    """Stage II: mean squared error of the predicted clean latents, all elements (equation 5)."""
+    """Stage II: mean squared error of the predicted clean latents of all elements (equation 5), or with less weight on
+    the observed ones."""
 
     def __init__(
         self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE, cache: Path | None = None
@@ -487,8 +488,9 @@ class DenoiserTask(Task):
             where = () if corner is None else (corner,)
             x0 = self.predict[0](zt, t.to(self.device), prompts, observed, *where)
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
-        loss = error.mean()
-        return loss, {"mse": loss.item(), "mse_missing": error.detach()[~observed].mean().item()}
+        importance = torch.where(observed, settings.observed_weight, 1.0)
+        loss = (error * importance).sum() / importance.sum()
+        return loss, {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
 
     @torch.no_grad()
     def after_step(self, step: int) -> Terms:

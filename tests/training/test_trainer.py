@@ -62,6 +62,7 @@ SMALL = (
     "whole_steps=0",
     "whiten=0",
     "last_timestep=0",
+    "observed_weight=1",
     "muon_lr=0",
     "batch_size=2",
     "subjects=4",
@@ -230,6 +231,14 @@ def test_a_share_of_the_samples_is_drawn_at_the_last_timestep(tmp_path):
     last = (torch.cat(drawn) == len(task.levels) - 1).float().mean()
     assert task.levels[-1] == 0 < task.levels[-2] and denoiser_task(tmp_path / "b").levels[-1] > 0
     assert 0.4 < last < 0.6 and torch.cat(drawn).unique().numel() > 50
+
+
+def test_observed_elements_can_weigh_less(tmp_path):
+    whole, none = (denoiser_task(tmp_path / str(w), f"observed_weight={w}", "batch_size=4") for w in (1, 0))
+    none.denoiser.load_state_dict(whole.denoiser.state_dict())
+    (first, terms), (second, same) = whole(0, 0), none(0, 0)
+    assert same == terms and terms["mse"] == pytest.approx(first.item()) != pytest.approx(second.item())
+    assert second.item() == pytest.approx(terms["mse_missing"])
 
 
 def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, monkeypatch):
