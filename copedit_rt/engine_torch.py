@@ -76,9 +76,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def decode(self, z: np.ndarray) -> np.ndarray:
-        vae = self.tokenizer
-        codes, _ = vae.quantise(vae.denormalise(self._there(z)[None]))
-        return _here(vae.decode(codes, self.config.task == "cardiac", self.max_memory)[0])
+        return _here(self.tokenizer.images(self._there(z)[None], self.config.task == "cardiac", self.max_memory)[0])
 
     def _there(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self._device)

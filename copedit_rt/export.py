@@ -83,7 +83,7 @@ class Step(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images, by way of their nearest codes."""
+    """Latents to images, by way of their nearest codes where the configuration says so."""
 
     def __init__(self, tokenizer: CoPeVAE, joint: bool):
         super().__init__()
@@ -92,7 +92,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Normalised latents [B, k, 8, h, w, d] (cardiac: of all slabs) -> images [B, k, 1, H, W, D] in float32."""
         vae = self.tokenizer
-        codes = nearest(vae.denormalise(z), vae.codebook)
+        z = vae.denormalise(z)
+        codes = nearest(z, vae.codebook) if vae.config.quantise else z
         return vae.decode(codes.to(vae.decoder.inp.weight.dtype), self.joint).float()
 
 

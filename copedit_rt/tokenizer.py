@@ -274,6 +274,12 @@ class CoPeVAE(nn.Module):
         x = _apply(self.decoder, stack, limit)
         return x.unflatten(-1, (m, x.shape[-1] // m)).permute(0, 4, 1, 2, 3, 5)
 
+    def images(self, z: Tensor, joint: bool, limit: int | None = None) -> Tensor:
+        """Normalised latents [B, m, 8, h, w, d] -> images [B, m, 1, H, W, D], by way of their nearest codes where the
+        configuration says so; joint, limit: as in `decode`."""
+        z = self.denormalise(z)
+        return self.decode(self.quantise(z)[0] if self.config.quantise else z, joint, limit)
+
     def normalise(self, z: Tensor) -> Tensor:
         """Latents [..., 8, h, w, d] -> mean 0 and deviation 1 per channel, the denoiser's scale."""
         return (z - self._per_channel(self.latent_mean)) / self._per_channel(self.latent_std)

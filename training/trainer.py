@@ -525,8 +525,7 @@ class DenoiserTask(Task):
                         return self.average(x, t, p, o).float()
 
                     latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
-                    codes, _ = vae.quantise(vae.denormalise(latents))
-                    (result,) = vae.decode(codes, joint=self.cardiac).float()
+                    (result,) = vae.images(latents, joint=self.cardiac).float()
                 noise_ratio, similarity = self._compare(result[missing], subject[missing])
                 found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)
                 found.setdefault(f"val_ssim_{count}", []).append(similarity)

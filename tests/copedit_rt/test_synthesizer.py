@@ -226,6 +226,18 @@ def test_decoding_only_what_is_missing_equals_decoding_all(brain_model):
     assert not images[[0, 3]].any()
 
 
+def test_latents_are_decoded_as_they_are_where_the_model_says_so(brain_model):
+    vae = brain_model.engine.tokenizer
+    plain = CoPeVAE(dataclasses.replace(vae.config, quantise=False), 4).eval()
+    plain.load_state_dict(vae.state_dict())
+    z = torch.randn(1, 4, 8, 4, 4, 2)
+    with torch.no_grad():
+        assert torch.equal(plain.images(z, False), vae.decode(vae.denormalise(z), False))
+        codes = vae.quantise(vae.denormalise(z))[0]
+        assert torch.equal(vae.images(z, False), vae.decode(codes, False))
+        assert not torch.allclose(plain.images(z, False), vae.images(z, False), atol=1e-3)
+
+
 def test_perception_names_probabilities_and_does_not_need_anything_missing(brain_model):
     seen = brain_model.perceive(brain(*BRAIN.elements))
     assert len(seen.count) == 3 and sum(seen.count) == pytest.approx(1)
