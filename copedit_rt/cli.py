@@ -238,8 +238,8 @@ def demo(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
     output: Output,
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")] = "demo-brain",
     data: Annotated[str, typer.Option(help="What to evaluate on: held-out phantoms.")] = "phantom",
     subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
     steps: Steps = None,
@@ -252,10 +252,43 @@ def evaluate(
         str | None,
         typer.Option(metavar="5,10,20", help="Instead: quality and time at these numbers of steps, per solver."),
     ] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="prompts|injection|backbone",
+            help="Instead: train and compare variants of --preset. Repeat the command to go on.",
+        ),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Of an ablation: its model and its training settings.")] = "demo-brain",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of an ablation: override a setting.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Of an ablation or segmentation: the whole budget, days.")
+    ] = False,
+    runs: Annotated[int | None, typer.Option(min=1, help="Of an ablation: seeds a variant.")] = None,
+    analysis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="gradcam|tsne|attention|corruption|intervention",
+            help="Instead: look into the prompts, with figures.",
+        ),
+    ] = None,
+    segmentation: Annotated[
+        bool, typer.Option("--segmentation", help="Instead: what synthesis is worth to a segmentation of tumours.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """PSNR, SSIM and MAE beside baselines, per missing count and pattern; accuracy of the heads."""
+    if sum(map(bool, (sweep, ablation, analysis, segmentation))) > 1:
+        raise CopeditError("--sweep, --ablation, --analysis and --segmentation are runs of their own; choose one")
+    if ablation:
+        return _ablate(ablation, output, preset, override or [], data, full, runs, as_json)
+    if analysis:
+        return _analyse(analysis, output, model, device, as_json)
+    if segmentation:
+        return _segment(output, model, data, device, full, as_json)
     from training import evaluate as body
 
     if data != "phantom":
@@ -277,6 +310,51 @@ def evaluate(
             report = body.evaluate(synthesizer, steps=steps, solver=solver, **options)
         else:
             report = body.sweep(synthesizer, steps=counts, **options)
+    paths = body.write_report(report, output)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(body.markdown(report))
+        typer.echo("\n".join(map(str, paths)))
+
+
+def _ablate(
+    kind: str,
+    output: Path,
+    preset: str,
+    override: Sequence[str],
+    data: str,
+    full: bool,
+    runs: int | None,
+    as_json: bool,
+) -> None:
+    from training import ablation as body
+
+    if kind not in body.VARIANTS:
+        raise CopeditError(f"--ablation {kind}: choose one of {', '.join(body.VARIANTS)}")
+    _check_writable(output)
+    experiment = body.Experiment(output, preset, override, data=data, full=full, runs=runs)
+    _show(body, body.ablate(kind, experiment), output, as_json)
+
+
+def _analyse(kind: str, output: Path, model: str, device: str, as_json: bool) -> None:
+    from training import analysis as body
+
+    if kind not in body.ANALYSES:
+        raise CopeditError(f"--analysis {kind}: choose one of {', '.join(body.ANALYSES)}")
+    _check_writable(output)
+    _show(body, body.analyse(kind, model, output, device), output, as_json)
+
+
+def _segment(output: Path, model: str, data: str, device: str, full: bool, as_json: bool) -> None:
+    from training import segmentation as body
+
+    _check_writable(output)
+    _show(body, body.compare(model, output, data, device, body.FULL if full else body.Budget()), output, as_json)
+
+
+def _show(body: Any, report: Mapping[str, Any], output: Path, as_json: bool) -> None:
+    """Write a report and print it."""
     paths = body.write_report(report, output)
     if as_json:
         _print_json(report)

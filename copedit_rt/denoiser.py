@@ -261,7 +261,8 @@ class MDiT3D(nn.Module):
 class UNet(nn.Module):
     """MONAI's 3D diffusion U-Net on the elements stacked as channels, the prompts as cross-attention context.
 
-    The baseline of Table 8; needs the extra `train`. Its width and depth follow the denoiser's `width`.
+    The baseline of Table 8; needs the extra `train`. Its first level has a sixth of the denoiser's `width`: at the
+    paper's size it then has about the parameters of MDiT3D.
     """
 
     def __init__(self, config: ModelConfig):
@@ -270,7 +271,7 @@ class UNet(nn.Module):
 
         c, channels = config.denoiser, config.tokenizer.latent_channels * len(config.elements)
         self.config, self.kept = c, _KEPT[c.prompts]
-        width = max(32, c.width // 3 // 32 * 32)
+        width = max(16, c.width // 6 // 16 * 16)
         self.mask = nn.Linear(len(config.elements), config.tokenizer.prompt_dim) if c.prompts == "mask" else None
         context = bool(self.kept) or self.mask is not None
         # Depth 1 (a cardiac slab's latent) cannot be halved: two-dimensional then.
@@ -283,13 +284,15 @@ class UNet(nn.Module):
             attention_levels=(False, True, True),
             num_res_blocks=2,
             num_head_channels=32,
-            norm_num_groups=32,
+            norm_num_groups=32 if width % 32 == 0 else 16,
             with_conditioning=context,
             cross_attention_dim=config.tokenizer.prompt_dim if context else None,
         )
 
-    def forward(self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor) -> Tensor:
-        """As `MDiT3D.forward`."""
+    def forward(
+        self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, corner: Tensor | None = None
+    ) -> Tensor:
+        """As `MDiT3D.forward`; convolutions know no positions, so where a crop begins (corner) changes nothing."""
         context = None
         if self.mask is not None:
             context = self.mask((~observed).to(z.dtype))[:, None]

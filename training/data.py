@@ -49,9 +49,13 @@ def model_images(config: ModelConfig, seed: int) -> np.ndarray:
 
 
 def phantom_images(
-    config: ModelConfig, subjects: int, cache: Path, progress: Callable[[int, int], None] | None = None
+    config: ModelConfig,
+    subjects: int,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+    first: int = 0,
 ) -> np.ndarray:
-    """Simulated training subjects, seeds 0 to subjects - 1: float16 [subjects, m, 1, H, W, D], mapped from `cache`.
+    """Simulated subjects, seeds from `first` on: float16 [subjects, m, 1, H, W, D], mapped from `cache`.
 
     float16 steps are at most 2^-11 of an intensity in 0..1, a fortieth of the phantoms' noise.
     """
@@ -61,7 +65,7 @@ def phantom_images(
         if images.shape == shape:
             return images
     with _new_cache(cache, shape) as images:
-        for i, subject in enumerate(ahead(model_images, config, range(subjects))):
+        for i, subject in enumerate(ahead(model_images, config, range(first, first + subjects))):
             images[i] = subject
             if progress:
                 progress(i + 1, subjects)

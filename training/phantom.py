@@ -57,6 +57,9 @@ _HEART = {
     "liver": (586, 46, 0.85, LIVER),
 }
 
+# The nested regions that segmentation of gliomas is judged by (BraTS), as brain labels.
+TUMOUR = {"whole tumour": (CORE, OEDEMA, RIM), "tumour core": (CORE, RIM), "enhancing tumour": (RIM,)}
+
 Axes = Sequence[np.ndarray]
 Number = float | np.floating
 

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from einops import rearrange
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -411,23 +412,23 @@ class DenoiserTask(Task):
 
     def _net(self) -> MDiT3D:
         if not isinstance(self.denoiser, MDiT3D):
-            raise CopeditError(f"crop and whiten are for transformers; leave them at 0 for {self.config.name}")
+            raise CopeditError(f"whiten is for transformers; leave it at 0 for {self.config.name}")
         return self.denoiser
 
     @torch.no_grad()
     def _prepare_crops(self) -> None:
         """How likely each crop of each subject is to be drawn: in proportion to what happens in it.
 
-        Half of a skull-stripped brain's grid is background, which is learned at once.
+        Half of a skull-stripped brain's grid is background, which is learned at once. Every backbone is given the same
+        crops.
         """
-        (h, w, _), image, net = self.config.tokenizer.compression, self.config.image, self._net()
-        divisors = (h * net.patch[0], w * net.patch[1], 1)
-        _check_crop(self.settings.crop, divisors, image)
-        self.size = (self.settings.crop // divisors[0], self.settings.crop // divisors[1])
+        (h, w, _), (p, q, r) = self.config.tokenizer.compression, self.config.denoiser.patch
+        _check_crop(self.settings.crop, (h * p, w * q, 1), self.config.image)
+        self.size = (self.settings.crop // (h * p), self.settings.crop // (w * q))
         activity = []
         for z in self.latents.split(16):
-            values = net.patchify(z.float()).unflatten(-1, (-1, net.channels))
-            variance = values.var(-2, correction=0).mean(-1).unflatten(2, net.grid).mean((1, 4)) + 1e-6
+            values = rearrange(z.float(), "b m c (h p) (w q) (d r) -> b m h w d (p q r) c", p=p, q=q, r=r)
+            variance = values.var(-2, correction=0).mean(-1).mean((1, 4)) + 1e-6
             activity.append(nn.functional.avg_pool2d(variance[:, None], self.size, stride=1)[:, 0])
         crops = torch.cat(activity).double()
         self.columns = crops.shape[2]
@@ -455,7 +456,7 @@ class DenoiserTask(Task):
         """Latents of one random crop of each chosen subject, and where it begins, [B, 2] in tokens."""
         drawn = [rng.choice(self.chances.shape[1], p=self.chances[i]) for i in chosen]
         corner = torch.tensor([divmod(int(k), self.columns) for k in drawn])
-        (p, q, _), (h, w) = self._net().patch, self.size
+        (p, q, _), (h, w) = self.config.denoiser.patch, self.size
         crops = [
             self.latents[i, ..., p * x : p * (x + h), q * y : q * (y + w), :]
             for i, (x, y) in zip(chosen, corner.tolist(), strict=True)
@@ -469,7 +470,8 @@ class DenoiserTask(Task):
         settings, batch = self.settings, self.settings.batch_size
         cropped = settings.crop > 0 and step < settings.steps - settings.whole_steps
         if settings.crop and not cropped:
-            batch = max(1, batch * math.prod(self.size) // math.prod(self._net().grid[:2]))
+            (h, w, _), (p, q, _) = self.config.latent, self.config.denoiser.patch
+            batch = max(1, batch * math.prod(self.size) // (h // p * w // q))
         rows = rng.choice(len(self.latents), batch, replace=len(self.latents) < batch)
         chosen, self.drawn = torch.from_numpy(rows), rows // self.views
         if cropped:
@@ -598,7 +600,7 @@ def _run(
     torch.manual_seed(settings.seed)
     with distributed.first(), _progress(console) as bar:
         if not distributed.rank():
-            _claim(output, described, resume)
+            claim(output, described, resume)
         drawing = bar.add_task("preparing images", total=None, note="")
 
         def advance(done: int, total: int) -> None:
@@ -632,7 +634,12 @@ def _run(
             held_out = None
     if stage == "tokenizer" and not settings.perceptual:
         console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
-    optimizers = _optimizers(task, settings)
+    return fit(stage, output, task, resume, held_out, console)
+
+
+def fit(stage: str, output: Path, task: Task, resume: bool, held_out: np.ndarray | None, console: Console) -> Path:
+    """Train a task to the end, from its newest checkpoint where it resumes; returns the model folder."""
+    optimizers = _optimizers(task, task.settings)
     start = _restore(output, task, optimizers) if resume else 0
     _loop(stage, output, task, optimizers, start, held_out, console)
     if not distributed.rank():
@@ -642,7 +649,7 @@ def _run(
 
 
 def _loop(
-    stage: Stage,
+    stage: str,
     output: Path,
     task: Task,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -816,7 +823,8 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=console.quiet)
 
 
-def _claim(output: Path, described: dict[str, Any], resume: bool) -> None:
+def claim(output: Path, described: dict[str, Any], resume: bool) -> None:
+    """Note in a folder which run it holds. Raises CopeditError where it holds another one, or is not to be resumed."""
     path = output / "run.json"
     if not path.exists():
         write_atomically(path, (json.dumps(described, indent=2) + "\n").encode())

@@ -647,7 +647,7 @@ def test_bad_settings_are_named(tmp_path):
         with pytest.raises(CopeditError, match=message):
             train("denoiser", tmp_path / override, "steps=2", "whole_steps=0", override, f"tokenizer={vae}")
     flat = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, backbone="unet", width=96))
-    with pytest.raises(CopeditError, match="crop and whiten are for transformers"):
+    with pytest.raises(CopeditError, match="whiten is for transformers"):
         train("denoiser", tmp_path / "unet", "steps=2", f"tokenizer={vae}", config=flat)
     with pytest.raises(CopeditError, match="needs its tokenizer"):
         train("denoiser", tmp_path / "a", "steps=2")

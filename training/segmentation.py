@@ -1,0 +1,360 @@
+"""What synthesis is worth to a segmentation of tumours (Section 4.4, Table 9).
+
+MONAI's U-Net is trained to find whole tumour, core and enhancing tumour in four modalities of which one is missing:
+left blank ("missing"), synthesised from the other three, or after all there ("complete", the bound). Which one is
+missing changes from sample to sample, so one network stands for all four cases. The three networks have the same first
+weights and see the same crops of the same subjects in the same order.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
+from copedit_rt.geometry import prepare, same_grid
+from copedit_rt.study import read_volume
+from copedit_rt.synthesizer import choose_device
+from training import layouts, phantom
+from training.ablation import paired
+from training.analysis import fill
+from training.data import HELD_OUT, model_images, phantom_subject
+
+Progress = Callable[[int, int], None]
+REGIONS = tuple(phantom.TUMOUR)
+BRATS = {"whole tumour": (1, 2, 3, 4), "tumour core": (1, 3, 4), "enhancing tumour": (3, 4)}  # 4 to 2021, 3 from 2023
+INPUTS = ("missing", "synthesised", "complete")
+TRAINING = HELD_OUT + 250_000  # first seed of the subjects that the segmentation is trained on: new to every model
+SMALLEST = 64  # voxels of whole tumour that a simulated subject must have
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Subjects with a tumour to train and test on, steps, crops a step, their size in the plane, seeds."""
+
+    train: int = 40
+    test: int = 20
+    steps: int = 300
+    batch: int = 4
+    crop: int = 48
+    lr: float = 2e-3
+    seeds: int = 2
+
+
+FULL = Budget(train=1000, test=250, steps=30_000, batch=8, crop=128, lr=1e-3, seeds=3)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """images, synthesised: float16 [N, m, H, W, D] in 0..1, the second each made from all others; regions: bool
+    [N, 3, H, W, D]."""
+
+    images: np.ndarray
+    synthesised: np.ndarray
+    regions: np.ndarray
+
+
+# ----------------------------------------------------------------------------------------------------------- cases
+
+
+def regions_of(labels: np.ndarray, codes: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Labels [H, W, D] -> the nested regions, bool [3, H, W, D]."""
+    return np.stack([np.isin(labels, codes[name]) for name in REGIONS])
+
+
+def phantom_cases(config: ModelConfig, first: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images [m, H, W, D] and regions of the first `count` simulated subjects from seed `first` that have a tumour."""
+    seed = first
+    while count:
+        regions = regions_of(phantom_subject(config, seed).labels, phantom.TUMOUR)
+        if regions[0].sum() >= SMALLEST:
+            yield model_images(config, seed)[:, 0], regions
+            count -= 1
+        seed += 1
+
+
+def label_file(entry: layouts.Entry) -> Path | None:
+    """The segmentation that BraTS has beside the images of a study."""
+    image = next(iter(entry.files.files.values()))
+    found = [p for p in sorted(image.parent.iterdir()) if re.search(r"[-_.]seg\.nii(\.gz)?$", p.name, re.I)]
+    own = [p for p in found if p.name.startswith(entry.files.naming.head.rstrip("-_. "))]
+    return next(iter(own or (found if len(found) == 1 else [])), None)
+
+
+def folder_cases(
+    config: ModelConfig, entries: Sequence[layouts.Entry], count: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and regions of the first `count` studies of a data set that have a segmentation."""
+    for entry in entries:
+        path = label_file(entry)
+        if path is None or not count:
+            continue
+        study, labels = entry.files.read(resample=True), read_volume(path)
+        if not same_grid(labels, study.reference):
+            raise CopeditError(f"{path}: is not on the grid of {study.reference.path}; resample it to that")
+        prepared = prepare(study, config, allow_complete=True)
+        inside = regions_of(np.rint(labels.data), BRATS).astype(np.float32)
+        yield prepared.images[:, 0], np.stack([prepared.frame.to_model(x) > 0.5 for x in inside])
+        count -= 1
+
+
+def load_cases(
+    model: str, folder: Path, data: str, budget: Budget, device: torch.device, progress: Progress | None = None
+) -> tuple[ModelConfig, str, dict[str, Cases]]:
+    """Cases to train and to test on, kept in the folder; the model's configuration and weights' digest."""
+    where = checkpoint.locate(model)
+    config, vae, first = checkpoint.load_tokenizer(where)
+    if config.task != "brain":
+        raise CopeditError(f"model {config.name}: segmentation is of brain tumours; choose a brain model")
+    _, net, second = checkpoint.load_denoiser(where)
+    vae, net = vae.to(device), net.to(device)
+    digest = f"{first[:16]}-{second[:16]}"
+    sources: dict[str, Iterator[tuple[np.ndarray, np.ndarray]]]
+    if data == "phantom":
+        sources = {
+            "train": phantom_cases(config, TRAINING, budget.train),
+            "test": phantom_cases(config, HELD_OUT, budget.test),
+        }
+    else:
+        found = layouts.find(Path(data), config)
+        sides = layouts.split(found.subjects, folder / "split.json")
+        sources = {
+            side: folder_cases(config, [e for e in found.studies if e.subject in set(sides[side])], n)
+            for side, n in (("train", budget.train), ("test", budget.test))
+        }
+    wanted, cases = {"train": budget.train, "test": budget.test}, {}
+    done, total = 0, budget.train + budget.test
+    for side, source in sources.items():
+        path = folder / f"{side}-{config.name}-{digest}-{wanted[side]}.npz"
+        if not path.exists():
+            rows = []
+            for images, regions in source:
+                rows.append((images, synthesise(config, vae, net, images, f"segmentation-{side}-{len(rows)}"), regions))
+                done += 1
+                if progress:
+                    progress(done, total)
+            if not rows:
+                raise CopeditError(
+                    f"{data}: no study to {side} on has its segmentation (*_seg.nii.gz, *-seg.nii.gz) beside it"
+                )
+            content = io.BytesIO()
+            a, b, c = (np.stack(x) for x in zip(*rows, strict=True))
+            np.savez(content, images=a.astype(np.float16), synthesised=b.astype(np.float16), regions=c)
+            write_atomically(path, content.getvalue())
+        with np.load(path) as stored:
+            cases[side] = Cases(*(stored[name] for name in ("images", "synthesised", "regions")))
+    return config, digest, cases
+
+
+@torch.no_grad()
+def synthesise(config: ModelConfig, vae: Any, net: nn.Module, images: np.ndarray, key: str) -> np.ndarray:
+    """Every modality of images [m, H, W, D] as the model makes it from all others."""
+    device = vae.latent_mean.device
+    raw = vae.encode(torch.from_numpy(images)[None, :, None].to(device))[0]
+    missing = torch.eye(len(images), dtype=torch.bool)
+    return np.concatenate([fill(config, vae, net, raw, ~row, None, key) for row in missing])
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def build(channels: int) -> nn.Module:
+    """MONAI's U-Net for images [N, m, H, W, D] -> logits [N, 3, H, W, D]."""
+    from monai.networks.nets import UNet
+
+    return UNet(3, channels, len(REGIONS), (16, 32, 64, 128), (2, 2, 2), num_res_units=1)
+
+
+def network_input(cases: Cases, rows: np.ndarray, missing: np.ndarray, kind: str) -> np.ndarray:
+    """Images float32 [N, m, H, W, D] of cases in which modality `missing` [N] is blank, synthesised or there."""
+    images = cases.images[rows].astype(np.float32)
+    for image, row, element in zip(images, rows, missing, strict=True):
+        if kind == "missing":
+            image[element] = 0
+        elif kind == "synthesised":
+            image[element] = cases.synthesised[row, element]
+    return images
+
+
+def train(cases: Cases, kind: str, budget: Budget, seed: int, device: torch.device) -> nn.Module:
+    """A network trained on one kind of input: Adam, cosine decay, Dice + cross-entropy, crops and mirror images."""
+    from monai.losses import DiceLoss
+
+    torch.manual_seed(seed)
+    m, (h, w) = cases.images.shape[1], cases.images.shape[2:4]
+    net = build(m).to(device)
+    optimizer = torch.optim.Adam(net.parameters(), budget.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
+    overlap = DiceLoss(sigmoid=True, batch=True)
+    size = min(budget.crop, h, w)
+    for step in range(budget.steps):
+        rng = np.random.default_rng((seed, step))
+        rows = rng.integers(0, len(cases.images), budget.batch)
+        images = network_input(cases, rows, rng.integers(0, m, budget.batch), kind)
+        x, y = [], []
+        for image, target in zip(images, cases.regions[rows], strict=True):
+            # Two of three crops show a part of the tumour.
+            inside = np.argwhere(target[0]) if rng.random() < 2 / 3 else np.empty((0, 3))
+            middle = inside[rng.integers(len(inside))][:2] if len(inside) else rng.integers(0, (h, w))
+            a, b = (int(np.clip(c - size // 2, 0, n - size)) for c, n in zip(middle, (h, w), strict=True))
+            part = np.s_[:, a : a + size, b : b + size]
+            step_x = -1 if rng.random() < 0.5 else 1
+            x.append(image[part][:, ::step_x])
+            y.append(target[part][:, ::step_x])
+        given, wanted = (torch.from_numpy(np.stack(v)).to(device).float() for v in (x, y))
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = net(given).float()
+        loss = overlap(logits, wanted) + F.binary_cross_entropy_with_logits(logits, wanted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+def dice(logits: Tensor, regions: Tensor) -> np.ndarray:
+    """Dice [N, 3] of logits above 0 and regions [N, 3, H, W, D]; NaN where a region is empty. MONAI's."""
+    from monai.metrics import compute_dice
+
+    return compute_dice((logits > 0).float(), regions.float(), ignore_empty=True).cpu().numpy()
+
+
+@torch.no_grad()
+def test(net: nn.Module, cases: Cases, kind: str, device: torch.device) -> np.ndarray:
+    """Dice [N, m, 3] of every case with each modality missing."""
+    m, found = cases.images.shape[1], []
+    for row in range(len(cases.images)):
+        images = network_input(cases, np.full(m, row), np.arange(m), kind)
+        wanted = torch.from_numpy(cases.regions[row]).expand(m, -1, -1, -1, -1)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = net(torch.from_numpy(images).to(device)).float()
+        found.append(dice(logits, wanted.to(device)))
+    return np.stack(found)
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def compare(
+    model: str,
+    folder: Path,
+    data: str = "phantom",
+    device: str = "auto",
+    budget: Budget | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Table 9, JSON-able. What is finished in the folder (subjects, networks' scores) is kept and not done again."""
+    budget, where = budget or Budget(), choose_device(device)
+    config, digest, cases = load_cases(model, folder, data, budget, where, progress)
+    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in INPUTS}
+    described = json.loads(json.dumps({"data": data, "model": digest} | {k: v for k, v in vars(budget).items()}))
+    for seed in range(budget.seeds):
+        for kind in INPUTS:
+            path = folder / f"dice-{kind}-seed{seed}.json"
+            stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if stored.get("run") != described:
+                values = test(train(cases["train"], kind, budget, seed, where), cases["test"], kind, where)
+                listed = np.where(np.isnan(values), None, values).tolist()  # JSON has no NaN
+                stored = {"run": described, "dice": listed}
+                write_atomically(path, (json.dumps(stored) + "\n").encode())
+            scores[kind].append(np.array(stored["dice"], dtype=np.float64))
+    return {
+        "segmentation": True,
+        "model": config.name,
+        "data": data,
+        "elements": list(config.elements),
+        "budget": vars(budget),
+        "train": len(cases["train"].images),
+        "test": len(cases["test"].images),
+        **summarise({kind: np.stack(x) for kind, x in scores.items()}, config.elements),
+    }
+
+
+def summarise(scores: Mapping[str, np.ndarray], elements: Sequence[str]) -> dict[str, Any]:
+    """Dice [seeds, N, m, 3] of each kind of input -> means, deviations over subjects, and paired differences to
+    "missing". Subjects without a region do not count for it."""
+    table: dict[str, Any] = {}
+    for kind, values in scores.items():
+        cell: dict[str, Any] = {}
+        for k, region in enumerate((*REGIONS, "average")):
+            each = np.nanmean(values, axis=3) if region == "average" else values[..., k]
+            there = ~np.isnan(each).any((0, 2))  # [N]
+            base = np.nanmean(scores["missing"], axis=3) if region == "average" else scores["missing"][..., k]
+            own, reference = each[:, there].mean(2), base[:, there].mean(2)
+            cell[region] = {
+                "mean": float(own.mean()),
+                "sd": float(own.mean(0).std()),
+                "subjects": int(there.sum()),
+                "by_missing": {e: float(each[:, there, i].mean()) for i, e in enumerate(elements)},
+            }
+            if kind != "missing":
+                cell[region]["difference"] = paired(own, reference)
+        table[kind] = cell
+    return {"dice": table}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as the paper's table, and by missing modality."""
+    table, budget = report["dice"], report["budget"]
+    heads = (*REGIONS, "average")
+    lines = [
+        f"# Segmentation with what {report['model']} synthesises",
+        "",
+        f"U-Net, {report['train']} subjects to train on and {report['test']} to test on ({report['data']}), "
+        f"{budget['steps']} steps of {budget['batch']} crops, {budget['seeds']} seeds; one modality missing, each in "
+        "turn. Dice (%), mean ± standard deviation over subjects.",
+        "",
+        f"| the missing modality is | {' | '.join(heads)} |",
+        "|---|" + "--:|" * len(heads),
+    ]
+    names = {"missing": "left blank", "synthesised": "synthesised", "complete": "there (bound)"}
+    for kind, row in table.items():
+        cells = [f"{100 * row[r]['mean']:.1f} ± {100 * row[r]['sd']:.1f}" for r in heads]
+        lines.append(f"| {names[kind]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Differences to the blank one on the same subjects: mean ± standard error; under each seed.",
+        "",
+        f"| | {' | '.join(heads)} |",
+        "|---|" + "--:|" * len(heads),
+    ]
+    for kind in INPUTS[1:]:
+        cells = []
+        for region in heads:
+            d = table[kind][region]["difference"]
+            error = "" if d["standard_error"] is None else f" ± {100 * d['standard_error']:.1f}"
+            cells.append(f"{100 * d['mean']:+.1f}{error} ({', '.join(f'{100 * x:+.1f}' for x in d['per_seed'])})")
+        lines.append(f"| {names[kind]} | {' | '.join(cells)} |")
+    elements = report["elements"]
+    lines += [
+        "",
+        "Average Dice (%) by what is missing:",
+        "",
+        f"| | {' | '.join(e.upper() for e in elements)} |",
+        "|---|" + "--:|" * len(elements),
+    ]
+    for kind, row in table.items():
+        cells = [f"{100 * row['average']['by_missing'][e]:.1f}" for e in elements]
+        lines.append(f"| {names[kind]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """segmentation.json and segmentation.md in a folder."""
+    paths = [folder / f"segmentation.{ending}" for ending in ("json", "md")]
+    for path, text in zip(paths, (json.dumps(report, indent=2) + "\n", markdown(report)), strict=True):
+        write_atomically(path, text.encode())
+    return paths
