@@ -261,7 +261,8 @@ def evaluate(
     ] = None,
     preset: Annotated[str, typer.Option(help="Of an ablation: its model and its training settings.")] = "demo-brain",
     override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of an ablation: override a setting.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of an ablation or segmentation: override a setting."),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Of an ablation or segmentation: the whole budget, days.")
@@ -284,11 +285,11 @@ def evaluate(
     if sum(map(bool, (sweep, ablation, analysis, segmentation))) > 1:
         raise CopeditError("--sweep, --ablation, --analysis and --segmentation are runs of their own; choose one")
     if ablation:
-        return _ablate(ablation, output, preset, override or [], data, full, runs, as_json)
+        return _ablate(ablation, output, preset, override or [], data, subjects, full, runs, as_json)
     if analysis:
-        return _analyse(analysis, output, model, device, as_json)
+        return _analyse(analysis, output, model, subjects, device, as_json)
     if segmentation:
-        return _segment(output, model, data, device, full, as_json)
+        return _segment(output, model, data, override or [], device, full, as_json)
     from training import evaluate as body
 
     if data != "phantom":
@@ -324,6 +325,7 @@ def _ablate(
     preset: str,
     override: Sequence[str],
     data: str,
+    subjects: int,
     full: bool,
     runs: int | None,
     as_json: bool,
@@ -333,24 +335,27 @@ def _ablate(
     if kind not in body.VARIANTS:
         raise CopeditError(f"--ablation {kind}: choose one of {', '.join(body.VARIANTS)}")
     _check_writable(output)
-    experiment = body.Experiment(output, preset, override, data=data, full=full, runs=runs)
+    experiment = body.Experiment(output, preset, override, data=data, full=full, runs=runs, test_subjects=subjects)
     _show(body, body.ablate(kind, experiment), output, as_json)
 
 
-def _analyse(kind: str, output: Path, model: str, device: str, as_json: bool) -> None:
+def _analyse(kind: str, output: Path, model: str, subjects: int, device: str, as_json: bool) -> None:
     from training import analysis as body
 
     if kind not in body.ANALYSES:
         raise CopeditError(f"--analysis {kind}: choose one of {', '.join(body.ANALYSES)}")
     _check_writable(output)
-    _show(body, body.analyse(kind, model, output, device), output, as_json)
+    _show(body, body.analyse(kind, model, output, subjects, device), output, as_json)
 
 
-def _segment(output: Path, model: str, data: str, device: str, full: bool, as_json: bool) -> None:
+def _segment(
+    output: Path, model: str, data: str, override: Sequence[str], device: str, full: bool, as_json: bool
+) -> None:
     from training import segmentation as body
 
+    budget = body.budget_of(full, override)
     _check_writable(output)
-    _show(body, body.compare(model, output, data, device, body.FULL if full else body.Budget()), output, as_json)
+    _show(body, body.compare(model, output, data, device, budget), output, as_json)
 
 
 def _show(body: Any, report: Mapping[str, Any], output: Path, as_json: bool) -> None:

@@ -37,7 +37,6 @@ PROMPTS = ("$p^d$ (how many)", "$p^p$ (which)", "$p^s$ (what)", "all")
 KINDS = ("count", "position", "contrast", "all")  # of the prompts, in reports
 RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 INTERVENTIONS = ("zeroed", "shuffled", "random", "type-swapped")
-SUBJECTS = {"gradcam": 12, "tsne": 32, "attention": 8, "corruption": 12, "intervention": 12}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
 _TISSUES = {
     "brain": {
@@ -607,7 +606,7 @@ ANALYSES: dict[str, Callable[[Cohort], tuple[dict[str, Any], Figure]]] = {
 }
 
 
-def analyse(kind: str, model: str, folder: Path, device: str = "auto", subjects: int | None = None) -> dict[str, Any]:
+def analyse(kind: str, model: str, folder: Path, subjects: int = 16, device: str = "auto") -> dict[str, Any]:
     """Run one of `ANALYSES` on a model; writes its figure KIND.png and returns its report.
 
     Raises CopeditError without the extra `train`, which has matplotlib and scikit-learn.
@@ -620,7 +619,7 @@ def analyse(kind: str, model: str, folder: Path, device: str = "auto", subjects:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cohort = Cohort(model, folder, subjects or SUBJECTS[kind], device)
+    cohort = Cohort(model, folder, subjects, device)
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
     with matplotlib.rc_context(style):
         report, figure = ANALYSES[kind](cohort)

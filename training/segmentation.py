@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,24 @@ class Budget:
 
 
 FULL = Budget(train=1000, test=250, steps=30_000, batch=8, crop=128, lr=1e-3, seeds=3)
+
+
+def budget_of(full: bool, overrides: Sequence[str] = ()) -> Budget:
+    """The reduced or the full budget with `key=value` overrides. Raises CopeditError for an unknown key or value."""
+    budget = FULL if full else Budget()
+    for item in overrides:
+        key, _, text = item.partition("=")
+        if key not in vars(budget):
+            raise CopeditError(f"--set {item}: expected key=value with a key among {', '.join(vars(budget))}")
+        kind = type(getattr(budget, key))
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise CopeditError(f"--set {item}: {text!r} is not a valid {kind.__name__}") from error
+        if value <= 0:
+            raise CopeditError(f"--set {item}: must be above 0")
+        budget = replace(budget, **{key: value})
+    return budget
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def test_gradcam_of_a_linear_task_is_its_weights(fresh):
     observed = torch.tensor([True, False, True, True])
     wide = fresh.vae.config.prompt_channels[1]
     for encoder in fresh.vae.prompt_encoders:
-        encoder.mlp = nn.Identity()
+        encoder.mlp = nn.Sequential(nn.Linear(wide, wide))
+        nn.init.eye_(encoder.mlp[0].weight)
+        nn.init.zeros_(encoder.mlp[0].bias)
     fresh.vae.heads[0] = nn.Linear(wide, 3)
     fresh.vae.heads[1] = nn.Linear(wide, 4)
     fresh.vae.heads[2] = nn.Identity()
@@ -177,10 +179,9 @@ def test_quality_is_that_of_what_was_made(cohort):
 
 @pytest.mark.parametrize("kind", list(analysis.ANALYSES))
 def test_each_analysis_writes_its_figure_and_numbers(kind, model_folder, cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(analysis, "SUBJECTS", dict.fromkeys(analysis.ANALYSES, 3))
     monkeypatch.setattr(analysis, "phantom_images", lambda *given, **more: cohort.images)
-    command = ["evaluate", "--model", str(model_folder("demo-brain")), "--analysis", kind, "-o", str(tmp_path)]
-    done = CliRunner().invoke(app, command)
+    command = ["evaluate", "--model", str(model_folder("demo-brain")), "--analysis", kind]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path), "--subjects", "3"])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / f"{kind}.json").read_text())
     assert report["analysis"] == kind and (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"

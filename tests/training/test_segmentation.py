@@ -16,7 +16,7 @@ from training import segmentation as seg
 from training.data import phantom_subject
 
 pytest.importorskip("monai", reason="the U-Net needs the extra `train`")
-TINY = seg.Budget(train=3, test=2, steps=2, batch=2, crop=8, seeds=2)
+TINY = seg.Budget(train=3, test=2, steps=2, batch=2, crop=16, seeds=2)
 
 
 def some_cases(count=3, shape=(16, 16, 8), seed=0):
@@ -125,7 +125,7 @@ def test_what_the_network_is_given():
 
 
 def test_a_network_learns_and_misses_what_is_blank():
-    device, budget = torch.device("cpu"), replace(TINY, steps=60, batch=4, crop=16, lr=1e-2)
+    device, budget = torch.device("cpu"), replace(TINY, steps=40, batch=4, lr=3e-3)
     scores = {}
     for kind in ("missing", "complete"):
         net = seg.train(some_cases(8), kind, budget, 0, device)
@@ -173,3 +173,11 @@ def test_hearts_are_refused(model_folder, tmp_path):
     with pytest.raises(CopeditError, match="brain tumours"):
         seg.compare(str(model_folder("demo-cardiac")), tmp_path, device="cpu", budget=TINY)
     assert ModelConfig.preset("demo-cardiac").task == "cardiac"
+
+
+def test_budgets():
+    assert seg.budget_of(False, ["steps=7", "lr=0.5"]) == replace(seg.Budget(), steps=7, lr=0.5)
+    assert seg.budget_of(True) == seg.FULL
+    for item in ("depth=3", "steps=few", "train=0"):
+        with pytest.raises(CopeditError, match=f"--set {item}"):
+            seg.budget_of(False, [item])
