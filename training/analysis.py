@@ -178,10 +178,10 @@ def salient_regions(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
     shares = {kind: {name: np.zeros(2) for name in names} for kind in KINDS[:3]}
     pick, most = 0, -1.0
     subject, observed = cohort.turns()
+    every = [cohort.labels(i) for i in range(len(cohort.images))]
     rare = list(names.values())[-2:] if not cohort.joint else list(names.values())[-1:]
     for i, there in zip(subject.tolist(), observed, strict=True):
-        labels = cohort.labels(i)
-        maps = gradcam(cohort, i, there).cpu().numpy()
+        labels, maps = every[i], gradcam(cohort, i, there).cpu().numpy()
         for axis, n in enumerate(upsample):
             maps = maps.repeat(n, 2 + axis)
         for kind, values in zip(KINDS, maps, strict=False):
@@ -203,10 +203,10 @@ def salient_regions(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
         for row in rows.values():
             row["ratio"] = row["share_of_activation"] / row["share_of_volume"] if row["share_of_volume"] else None  # type: ignore[assignment]
     report = {"samples": len(subject), "regions": table, "shown": {"subject": HELD_OUT + pick}}
-    return report, _draw_regions(cohort, pick, table)
+    return report, _draw_regions(cohort, pick, every[pick], table)
 
 
-def _draw_regions(cohort: Cohort, pick: int, table: Mapping[str, Any]) -> Figure:
+def _draw_regions(cohort: Cohort, pick: int, labels: np.ndarray, table: Mapping[str, Any]) -> Figure:
     from matplotlib import pyplot as plt
 
     config = cohort.config
@@ -218,7 +218,6 @@ def _draw_regions(cohort: Cohort, pick: int, table: Mapping[str, Any]) -> Figure
     figure = plt.figure(figsize=(7.2, 4.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
     axes = left.subplots(4, len(shown), gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    labels = cohort.labels(pick)
     rare = [c for codes in list(_TISSUES[config.task].values())[-2:] for c in codes]
     z = int(np.isin(labels[shown[0]], rare).sum((0, 1)).argmax())
     for column, element in enumerate(shown):
