@@ -227,7 +227,7 @@ def gflop(task: DenoiserTask) -> float:
     """10^9 floating-point operations of linear layers and convolutions in a forward pass of one training sample."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    c, size = task.config, task.latents.shape[-3:]
+    c, size = task.config, tuple(task.latents.shape[-3:])
     if task.settings.crop:
         size = (*(n * p for n, p in zip(task.size, c.denoiser.patch, strict=False)), size[-1])
     m = len(c.elements)

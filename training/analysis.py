@@ -155,8 +155,8 @@ def gradcam(cohort: Cohort, subject: int, observed: Tensor) -> Tensor:
     maps = raw.new_zeros(3, len(raw), *raw.shape[-3:])
     for task, (encoder, head) in enumerate(zip(vae.prompt_encoders, vae.heads, strict=True)):
         with torch.enable_grad():
-            features = encoder.conv(raw[there]).detach().requires_grad_()  # type: ignore[union-attr, operator]
-            answer = head(encoder.mlp(features.mean((2, 3, 4))).mean(0))  # type: ignore[union-attr, operator]
+            features = encoder.conv(raw[there]).detach().requires_grad_()  # type: ignore[operator]
+            answer = head(encoder.mlp(features.mean((2, 3, 4))).mean(0))  # type: ignore[operator]
             if task == 0:
                 value = answer[int(missing.sum()) - 1]
             elif task == 1:
@@ -212,10 +212,9 @@ def _draw_regions(cohort: Cohort, pick: int, labels: np.ndarray, table: Mapping[
     config = cohort.config
     there = torch.ones(len(config.elements), dtype=torch.bool)
     there[0] = False
-    maps = gradcam(cohort, pick, there).cpu()
-    maps = F.interpolate(maps, size=config.image, mode="trilinear").numpy()
+    maps = F.interpolate(gradcam(cohort, pick, there).cpu(), size=config.image, mode="trilinear").numpy()
     shown = there.nonzero()[:, 0].tolist()
-    figure = plt.figure(figsize=(7.2, 4.4), layout="constrained")
+    figure: Any = plt.figure(figsize=(7.2, 4.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
     axes = left.subplots(4, len(shown), gridspec_kw={"wspace": 0.02, "hspace": 0.02})
     rare = [c for codes in list(_TISSUES[config.task].values())[-2:] for c in codes]
@@ -419,7 +418,7 @@ def _draw_attention(config: ModelConfig, report: Mapping[str, Any]) -> Figure:
     first = config.elements[0]
     maps = np.array(report["missing"][first]["true"]["map"])
     m, blocks = len(config.elements), len(maps)
-    figure = plt.figure(figsize=(1.75 * min(blocks, 4) + 2.6, 2.5 * math.ceil(blocks / 4)), layout="constrained")
+    figure: Any = plt.figure(figsize=(1.75 * min(blocks, 4) + 2.6, 2.5 * math.ceil(blocks / 4)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.75 * min(blocks, 4), 2.6))
     axes = left.subplots(math.ceil(blocks / 4), min(blocks, 4), squeeze=False)
     names = [f"{e.upper()}*" if e == first else e.upper() for e in config.elements]
@@ -619,7 +618,7 @@ def analyse(kind: str, model: str, folder: Path, subjects: int = 16, device: str
     from matplotlib import pyplot as plt
 
     cohort = Cohort(model, folder, subjects, device)
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
+    style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
     with matplotlib.rc_context(style):
         report, figure = ANALYSES[kind](cohort)
         data = io.BytesIO()
@@ -629,7 +628,7 @@ def analyse(kind: str, model: str, folder: Path, subjects: int = 16, device: str
     return {"analysis": kind, "model": cohort.config.name, "first_seed": HELD_OUT, "figure": f"{kind}.png"} | report
 
 
-def _rows(report: Mapping[str, Any]) -> tuple[str, Sequence[str], list[Sequence[str]]]:
+def _rows(report: Mapping[str, Any]) -> tuple[str, Sequence[str], list[tuple[str, ...]]]:
     """What a report says, as a sentence, column heads and rows."""
     kind = report["analysis"]
     if kind == "gradcam":

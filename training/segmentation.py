@@ -8,6 +8,7 @@ weights and see the same crops of the same subjects in the same order.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -132,14 +133,16 @@ def folder_cases(
 def load_cases(
     model: str, folder: Path, data: str, budget: Budget, device: torch.device, progress: Progress | None = None
 ) -> tuple[ModelConfig, str, dict[str, Cases]]:
-    """Cases to train and to test on, kept in the folder; the model's configuration and weights' digest."""
+    """The model's configuration, a digest of its weights and the data's place, and cases to train and to test on, which
+    are kept in the folder."""
     where = checkpoint.locate(model)
     config, vae, first = checkpoint.load_tokenizer(where)
     if config.task != "brain":
         raise CopeditError(f"model {config.name}: segmentation is of brain tumours; choose a brain model")
     _, net, second = checkpoint.load_denoiser(where)
     vae, net = vae.to(device), net.to(device)
-    digest = f"{first[:16]}-{second[:16]}"
+    origin = data if data == "phantom" else str(Path(data).resolve())
+    digest = hashlib.sha256(f"{first} {second} {origin}".encode()).hexdigest()[:16]
     sources: dict[str, Iterator[tuple[np.ndarray, np.ndarray]]]
     if data == "phantom":
         sources = {
@@ -158,7 +161,7 @@ def load_cases(
     for side, source in sources.items():
         path = folder / f"{side}-{config.name}-{digest}-{wanted[side]}.npz"
         if not path.exists():
-            rows = []
+            rows: list[tuple[np.ndarray, ...]] = []
             for images, regions in source:
                 rows.append((images, synthesise(config, vae, net, images, f"segmentation-{side}-{len(rows)}"), regions))
                 done += 1
@@ -207,6 +210,11 @@ def network_input(cases: Cases, rows: np.ndarray, missing: np.ndarray, kind: str
     return images
 
 
+def _autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on GPUs alone: on CPUs, torch 2.13, this network's weights became NaN within 30 steps now and then."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def train(cases: Cases, kind: str, budget: Budget, seed: int, device: torch.device) -> nn.Module:
     """A network trained on one kind of input: Adam, cosine decay, Dice + cross-entropy, crops and mirror images."""
     from monai.losses import DiceLoss
@@ -233,9 +241,13 @@ def train(cases: Cases, kind: str, budget: Budget, seed: int, device: torch.devi
             x.append(image[part][:, ::step_x])
             y.append(target[part][:, ::step_x])
         given, wanted = (torch.from_numpy(np.stack(v)).to(device).float() for v in (x, y))
-        with torch.autocast(device.type, torch.bfloat16):
+        with _autocast(device):
             logits = net(given).float()
         loss = overlap(logits, wanted) + F.binary_cross_entropy_with_logits(logits, wanted)
+        if not loss.isfinite():
+            raise CopeditError(
+                f"step {step} of the segmentation ({kind}): loss {loss.item()}; use a lower lr (--set lr=)"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -257,7 +269,7 @@ def test(net: nn.Module, cases: Cases, kind: str, device: torch.device) -> np.nd
     for row in range(len(cases.images)):
         images = network_input(cases, np.full(m, row), np.arange(m), kind)
         wanted = torch.from_numpy(cases.regions[row]).expand(m, -1, -1, -1, -1)
-        with torch.autocast(device.type, torch.bfloat16):
+        with _autocast(device):
             logits = net(torch.from_numpy(images).to(device)).float()
         found.append(dice(logits, wanted.to(device)))
     return np.stack(found)
@@ -285,7 +297,7 @@ def compare(
             stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if stored.get("run") != described:
                 values = test(train(cases["train"], kind, budget, seed, where), cases["test"], kind, where)
-                listed = np.where(np.isnan(values), None, values).tolist()  # JSON has no NaN
+                listed = np.where(np.isnan(values), np.array(None), values).tolist()  # JSON has no NaN
                 stored = {"run": described, "dice": listed}
                 write_atomically(path, (json.dumps(stored) + "\n").encode())
             scores[kind].append(np.array(stored["dice"], dtype=np.float64))
