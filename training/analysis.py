@@ -133,6 +133,11 @@ def fill(
     return made[:, 0].float().clamp(0, 1).cpu().numpy()
 
 
+def _name(element: str) -> str:
+    """As it is written: T1ce, FLAIR, SLAB0."""
+    return element.upper().replace("CE", "ce")
+
+
 def over_subjects(values: np.ndarray, subject: Tensor) -> tuple[float, float]:
     """Mean over subjects and its standard error of values [S] that belong to subjects [S]; zero for one subject."""
     each = np.array([values[subject.numpy() == i].mean() for i in subject.unique().tolist()])
@@ -214,8 +219,8 @@ def _draw_regions(cohort: Cohort, pick: int, labels: np.ndarray, table: Mapping[
     there[0] = False
     maps = F.interpolate(gradcam(cohort, pick, there).cpu(), size=config.image, mode="trilinear").numpy()
     shown = there.nonzero()[:, 0].tolist()
-    figure: Any = plt.figure(figsize=(7.2, 4.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    figure: Any = plt.figure(figsize=(7.2, 4.7), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
     axes = left.subplots(4, len(shown), gridspec_kw={"wspace": 0.02, "hspace": 0.02})
     rare = [c for codes in list(_TISSUES[config.task].values())[-2:] for c in codes]
     z = int(np.isin(labels[shown[0]], rare).sum((0, 1)).argmax())
@@ -232,7 +237,7 @@ def _draw_regions(cohort: Cohort, pick: int, labels: np.ndarray, table: Mapping[
             ax.set_yticks([])
             ax.spines[:].set_visible(False)
             if row == 0:
-                ax.set_title(config.elements[element].upper(), fontsize=8)
+                ax.set_title(_name(config.elements[element]), fontsize=8)
             if column == 0:
                 ax.set_ylabel(("image", *PROMPTS)[row], fontsize=8)
     ax = right.subplots()
@@ -311,7 +316,7 @@ def _draw_distribution(config: ModelConfig, report: Mapping[str, Any]) -> Figure
     for ax, (label, points), prompt in zip(axes, report["embedding"].items(), PROMPTS, strict=False):
         classes = np.array(points["class"])
         for value in np.unique(classes):
-            name = f"{value} {unit} missing" if label == "count" else f"{config.elements[value].upper()} missing"
+            name = f"{value} {unit} missing" if label == "count" else f"{_name(config.elements[value])} missing"
             own = classes == value
             shift = 1 if label == "count" else 0
             ax.scatter(
@@ -421,7 +426,7 @@ def _draw_attention(config: ModelConfig, report: Mapping[str, Any]) -> Figure:
     figure: Any = plt.figure(figsize=(1.75 * min(blocks, 4) + 2.6, 2.5 * math.ceil(blocks / 4)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.75 * min(blocks, 4), 2.6))
     axes = left.subplots(math.ceil(blocks / 4), min(blocks, 4), squeeze=False)
-    names = [f"{e.upper()}*" if e == first else e.upper() for e in config.elements]
+    names = [f"{_name(e)}*" if e == first else _name(e) for e in config.elements]
     top = max(0.5, maps.max())
     for k, ax in enumerate(axes.flat):
         if k >= blocks:
@@ -450,7 +455,7 @@ def _draw_attention(config: ModelConfig, report: Mapping[str, Any]) -> Figure:
             ms=3,
             lw=1.2,
             color=COLOURS[k],
-            label=f"{element.upper()} missing",
+            label=f"{_name(element)} missing",
         )
         ax.plot(x, rows["other"]["observed_to_missing"], "o--", ms=3, lw=1, mfc="w", color=COLOURS[k])
     ax.plot([], [], "o--", color="0.4", ms=3, lw=1, mfc="w", label="wrong prompts")
