@@ -435,6 +435,38 @@ def bench_kernels(
         raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
 
 
+@benchmarks.command("cost")
+def bench_cost(
+    output: Output,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRESET", help="Also measure this preset's models, besides the small ones; repeatable."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Parameters and operations of every preset and backbone; time and memory of the small ones on this machine.
+
+    Needs the extra `train`. Writes cost.json, cost.md and, with matplotlib, cost.png.
+    """
+    from bench import cost as body
+
+    _check_writable(output)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("measuring")
+        report = body.run(
+            [*body.DEMO, *(measure or ())],
+            device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    paths = body.write(report, output)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(body.markdown(report))
+        typer.echo("\n".join(map(str, paths)))
+
+
 @exports.command("onnx")
 def export_onnx(
     model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],

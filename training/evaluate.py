@@ -347,7 +347,8 @@ def evaluate(
     config = model.config
     cohort = cohort or Phantoms(config, subjects, first_seed)
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
-    by_count, by_pattern, heads, reconstruction, calibration = Scores(), Scores(), Heads(), Scores(), Calibration()
+    by_count, by_pattern, reconstruction, every = Scores(), Scores(), Scores(), Scores()
+    heads, calibration = Heads(), Calibration()
     regression = fit_regression(config, wanted, fit_subjects, cohort) if config.task == "brain" else None
     mislabel = {"studies": 0, "caught": 0, "false_alarms": 0}  # T2 named FLAIR
     seconds, done, people, studies, impossible = 0.0, 0, set(), [], []
@@ -357,8 +358,9 @@ def evaluate(
         if networks:
             networks.next_subject()
         for element, method, values in reconstruct(model, prepared):
-            for key in (element, "all") if config.task == "brain" else (element,):
-                reconstruction.add(key, method, values, subject)
+            reconstruction.add(element, method, values, subject)
+            if config.task == "brain":
+                every.add("all", method, values, subject)
         for tried, missing in enumerate(wanted, 1):
             if config.task == "cardiac" and not missing_slices(config, truth, missing):
                 impossible.append({"study": truth.name, "missing": "+".join(missing)})
@@ -411,7 +413,7 @@ def evaluate(
         "by_pattern": by_pattern.summary(),
         "frechet": networks.summary() if networks else {},
         "networks": {name: str(path) if path else None for name, path in networks.files.items()} if networks else {},
-        "reconstruction": reconstruction.summary(),
+        "reconstruction": reconstruction.summary() | every.summary(),
         "quantise": config.tokenizer.quantise,
         "calibration": calibration.summary(),
         "heads": heads.summary(),

@@ -91,10 +91,12 @@ def _evaluation(report: Report) -> list[str]:
     """Every section is there whatever was asked for: one that is off says so."""
     brain = report["task"] == "brain"
     mean = f" Means of {report['samples']} samples." if report["samples"] > 1 else ""
+    steps, studies = report["steps"], len(report["studies"])
     lines = [
         f"# {report['model']}: quality",
         "",
-        f"{_whom(report)} ({len(report['studies'])} studies), {report['steps']} steps of {report['solver']}, "
+        f"{_whom(report)} ({studies} {'studies' if studies > 1 else 'study'}), {steps} step{'s' * (steps > 1)} of "
+        f"{report['solver']}, "
         f"{report['seconds_per_study']:.2f} s a study.{mean} Mean ± standard deviation over subjects; intensities on "
         f"0..1, on the files' grids. "
         + ("In mask: in the brain, where any image of the truth is above 0." if brain else "Missing slices only."),
