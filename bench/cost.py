@@ -153,17 +153,25 @@ class Memory:
 
 
 def _most_resident() -> int:
+    """Bytes; from Linux of this program alone, as getrusage also counts what started it."""
+    if (found := _status("VmHWM")) is not None:
+        return found
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _resident() -> int:
     """Bytes resident now; where that cannot be read, the most so far."""
+    found = _status("VmRSS")
+    return _most_resident() if found is None else found
+
+
+def _status(name: str) -> int | None:
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return _most_resident()
-    return pages * resource.getpagesize()
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[str, Any]:

@@ -21,7 +21,7 @@ TINY = ModelConfig(
     "tiny",
     "brain",
     ("t1", "t2", "pd"),
-    (16, 16, 8),
+    (16, 16, 16),
     TokenizerConfig(
         channels=(6, 10),
         strides=((2, 2, 2), (2, 2, 2)),
@@ -83,7 +83,7 @@ def test_a_tokenizer_is_counted_as_by_hand():
         "parameters"
     ] == pytest.approx(137.63e6, abs=5e3)
     # Multiply-adds of a level: a strided convolution to it, and a residual unit on it.
-    sizes, width, encode = [8 * 8 * 4, 4 * 4 * 2], 1, 0
+    sizes, width, encode = [8 * 8 * 8, 4 * 4 * 4], 1, 0
     for voxels, channels in zip(sizes, t.channels, strict=True):
         encode += voxels * channels * width * 4**3 + 2 * voxels * channels * t.residual_channels * 3**3
         width = channels
