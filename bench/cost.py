@@ -44,6 +44,7 @@ from training.settings import Settings, Stage, load_settings
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 DEMO = tuple(name for name in PRESETS if name.startswith("demo-"))
 REPEATS = 5
+LONGEST = 20.0  # seconds for one measurement
 KINDS = {  # of operators in the counter's report
     "linear": ("aten.mm", "aten.addmm"),
     "convolution": ("aten.convolution",),
@@ -174,6 +175,22 @@ def _status(name: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
+def repeated(sample: Callable[[], float], repeats: int) -> float:
+    """Median of `repeats` samples in seconds after one to warm up; fewer once they have taken LONGEST seconds, and the
+    one to warm up if that alone did."""
+    first = sample()
+    times: list[float] = []
+    while len(times) < repeats and first + sum(times) < LONGEST:
+        times.append(sample())
+    return statistics.median(times or [first])
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[str, Any]:
     """Seconds (medians) of encoding what is observed, of one step, of decoding, and of a whole study with its second
     element missing at the model's own number of steps, geometry included; and the peak of memory, weights included."""
@@ -190,13 +207,7 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     chosen = z if config.task == "cardiac" else z[~there]
 
     def seconds(call: Callable[[], Any]) -> float:
-        call()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()  # returns arrays: a GPU is done by then
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return repeated(lambda: _timed(call), repeats)  # it returns arrays: a GPU is done by then
 
     found = {
         "encode": seconds(lambda: engine.encode(prepared.images[there])),
@@ -240,9 +251,8 @@ def training_step(stage: Stage, config: ModelConfig, settings: Settings, repeats
     every = settings.pretext_every if stage == "tokenizer" else 1
     first = max(0, settings.quantise_from, settings.adversarial_from) if stage == "tokenizer" else 0
     first = math.ceil(first / every) * every
-    step(first)  # makes the optimizers' state
-    tasked = statistics.median(step(first) for _ in range(repeats))
-    plain = statistics.median(step(first + 1) for _ in range(repeats)) if every > 1 else tasked
+    tasked = repeated(lambda: step(first), repeats)  # the first makes the optimizers' state
+    plain = repeated(lambda: step(first + 1), repeats) if every > 1 else tasked
     mean = (tasked + (every - 1) * plain) / every
     epoch = mean * settings.subjects / drawn
     return {"step": mean, "epoch": epoch, "subjects": settings.subjects, "batch": drawn, "peak_bytes": memory.peak()}
@@ -372,8 +382,8 @@ def _measured(report: dict[str, Any]) -> list[str]:
         "## Measured",
         "",
         f"{about['name']} ({about['device']}, {report['threads']} threads), torch {about['packages']['torch']}, "
-        f"{about['date']}: medians of {report['repeats']}, float32, batch 1, one element missing. Memory: the most in "
-        "use at once, weights included.",
+        f"{about['date']}: medians of up to {report['repeats']}, float32, batch 1, one element missing. "
+        "Memory: the most in use at once, weights included.",
         "",
     ]
     done = [row for row in report["measured"] if "failed" not in row]

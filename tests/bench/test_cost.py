@@ -125,6 +125,13 @@ def test_memory_sees_what_was_in_use():
     assert 0.8 * size < int(done.stdout) < 2 * size
 
 
+def test_repeats_end_when_the_time_is_up(monkeypatch):
+    monkeypatch.setattr(cost, "LONGEST", 10.0)
+    for samples, median in (([9, 1, 2, 6, 5], 1), ([1, 2, 1, 2, 1, 2], 2), ([30, 1], 30)):
+        given = iter(samples)
+        assert cost.repeated(lambda given=given: next(given), 5) == median, samples
+
+
 def test_another_process_works():
     assert cost.apart(os.getpid) != os.getpid()
 
