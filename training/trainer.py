@@ -7,6 +7,7 @@ needs no generator state, and how many processes there are changes nothing but r
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -48,6 +49,8 @@ from training.settings import Settings, Stage, load_settings
 Terms = dict[str, float]
 READOUT_LR = 3e-3
 WHITEN_FLOOR = 5e-4  # of the total variance; smaller components are not raised further
+IMAGE_FLOOR = 2e-4  # 37 dB: what is better is not worth more in the image term
+CROP_RIM = 6  # voxels at the edge of a crop that its image term leaves out, as the decoder knows nothing beyond
 
 
 def randomness(seed: int, step: int, part: int) -> tuple[np.random.Generator, torch.Generator]:
@@ -97,6 +100,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the model folder of the finished run."""
+
+    def _volumes(self, images: Tensor) -> Tensor:
+        """Images or latents [B, m, c, H, W, D] as volumes [N, c, H, W, D]: one a modality, or one a stack of slabs."""
+        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.cardiac else images.flatten(0, 1)
 
     def _compare(self, result: Tensor, truth: np.ndarray) -> tuple[float, float]:
         """PSNR and SSIM of volumes [N, 1, H, W, D], the slabs of a heart [m, 1, H, W, D] each by itself."""
@@ -265,10 +272,6 @@ class TokenizerTask(Task):
         loss = weigh(terms, PRETEXT * self.settings.pretext_every)
         return loss, {name: term.item() for name, term in terms.items()} | state
 
-    def _volumes(self, images: Tensor) -> Tensor:
-        """Images [B, m, 1, H, W, D] as volumes [N, 1, H, W, D]: one a modality, or one a stack of slabs."""
-        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.cardiac else images.flatten(0, 1)
-
     def after_step(self, step: int) -> Terms:
         if not self.quantised:
             return {}
@@ -355,7 +358,7 @@ def _check_crop(crop: int, divisors: Triple, image: Triple) -> None:
 
 class DenoiserTask(Task):
     """Stage II: mean squared error of the predicted clean latents of all elements (equation 5), or with less weight on
-    the observed ones."""
+    the observed ones, or with the decoded image's beside it."""
 
     def __init__(
         self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE, cache: Path | None = None
@@ -373,6 +376,12 @@ class DenoiserTask(Task):
         self.frozen = [tokenizer.to(self.device).requires_grad_(False)]
         self.latents, self.prompts = self._encode(images, cache)
         self.views = len(self.latents) // len(images)
+        if settings.image_weight:
+            if 0 < settings.crop <= 2 * CROP_RIM:
+                raise CopeditError(f"crop = {settings.crop}: image_weight needs more than {2 * CROP_RIM} voxels")
+            self.images = images
+            self.decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(True)
+            self.average_decoder = tokenizer.decoder  # for validation and export
         if settings.crop:
             self._prepare_crops()
         if settings.whiten:
@@ -490,14 +499,61 @@ class DenoiserTask(Task):
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
         importance = torch.where(observed, settings.observed_weight, 1.0)
         loss = (error * importance).sum() / importance.sum()
-        return loss, {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
+        terms = {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
+        if settings.image_weight:
+            shown = self._shown(rng, observed)
+            image_error = self._image_error(x0.float(), z0, shown, rows, corner)
+            loss = loss + settings.image_weight * (image_error + IMAGE_FLOOR).log().mean()
+            terms["image_mse"] = image_error.mean().item()
+        return loss, terms
+
+    def _shown(self, rng: np.random.Generator, observed: Tensor) -> Tensor:
+        """Which elements [B, m] the image term looks at: all missing slabs, as they are decoded together anyway, or one
+        missing modality of each subject."""
+        if self.cardiac:
+            return ~observed
+        chance = rng.random(observed.shape) * (~observed).cpu().numpy()
+        return nn.functional.one_hot(torch.from_numpy(chance.argmax(1)), observed.shape[1]).bool().to(self.device)
+
+    def _image_error(self, x0: Tensor, z0: Tensor, shown: Tensor, rows: np.ndarray, corner: Tensor | None) -> Tensor:
+        """Mean squared error [N] of the decoded images of the elements shown [B, m], against the training images.
+
+        x0, z0: predicted and true latents, of whole images or of the crops that begin at corner [B, 2] (in tokens).
+        """
+        (vae,), (p, q, _) = self.frozen, self.config.tokenizer.compression
+        z = vae.denormalise(torch.where(shown[:, :, None, None, None, None], x0, z0))
+        if vae.config.quantise:  # straight through, as in stage I
+            z = z + (vae.quantise(z.detach())[0] - z).detach()
+        with self.autocast():
+            if self.cardiac:
+                slabs = self.decoder(self._volumes(z)).unflatten(-1, (z.shape[1], -1))
+                output = slabs.permute(0, 4, 1, 2, 3, 5)[shown]
+            else:
+                output = self.decoder(z[shown])
+        truth = []
+        for b, element in shown.nonzero().tolist():
+            image = torch.from_numpy(np.asarray(self.images[rows[b] // self.views, element]))
+            if rows[b] % self.views:
+                image = image.flip(1)
+            if corner is not None:
+                x, y = (int(c) * n for c, n in zip(corner[b], self._net().patch, strict=False))
+                image = image[:, p * x : p * x + output.shape[-3], q * y : q * y + output.shape[-2]]
+            truth.append(image.to(self.device).float())
+        difference = output.float() - torch.stack(truth)
+        if corner is not None:
+            difference = difference[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :]
+        return difference.square().mean((1, 2, 3, 4))
 
     @torch.no_grad()
     def after_step(self, step: int) -> Terms:
         # A short ramp, so that the average forgets the random start.
         decay = min(self.settings.ema, (1 + step) / (10 + step))
-        for slow, fast in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.average, self.denoiser)]
+        if self.settings.image_weight:
+            pairs.append((self.average_decoder, self.decoder))
+        for average, trained in pairs:
+            for slow, fast in zip(average.parameters(), trained.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
         return {}
 
     @torch.no_grad()
