@@ -27,6 +27,8 @@ class Settings:
     always read whole images, every `pretext_every` steps, with their weight raised accordingly. In the denoiser a batch
     of crops holds more subjects, patterns and timesteps for its tokens; the last `whole_steps` steps are on whole
     images, as many at a time as have the tokens of a batch of crops.
+    augment: `data.Augmentation` of every image, otherwise brains are only mirrored. In the denoiser it costs the
+    encoding of each batch, as latents are then not computed once and kept.
     draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
     quantise_from (tokenizer): the first step with quantisation. Before it stage I is a plain autoencoder, so that the
     codebook starts from latents that already mean something.
@@ -65,6 +67,7 @@ class Settings:
     beta2: float = 0.999
     weight_decay: float = 0.0
     crop: int = 0
+    augment: bool = False
     pretext_every: int = 1
     draws: int = 1
     quantise_from: int = 0

@@ -41,7 +41,7 @@ from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.files import write_atomically
 from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
 from training import distributed, layouts, memory
-from training.data import draw_observed, folder_images, held_out_images, phantom_images, study_names
+from training.data import Augmentation, draw_observed, folder_images, held_out_images, phantom_images, study_names
 from training.evaluate import psnr, ssim3d
 from training.losses import PRETEXT, Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
 from training.settings import Settings, Stage, load_settings
@@ -62,16 +62,22 @@ def randomness(seed: int, step: int, part: int) -> tuple[np.random.Generator, to
 class Task(nn.Module, ABC):
     """What is trained: its weights are all that a checkpoint needs besides the optimizer.
 
-    drawn: the subjects of the last micro-batch, as rows of the images.
+    images: float16 [subjects, m, 1, H, W, D]. drawn: the subjects of the last micro-batch, as rows of them.
     """
 
     drawn: np.ndarray
+    images: np.ndarray
 
     def __init__(self, config: ModelConfig, settings: Settings):
         super().__init__()
         self.config, self.settings = config, settings
         self.cardiac = config.task == "cardiac"
         self.device = distributed.own_device(settings.device)
+        self.augmentation = Augmentation(config) if settings.augment else None
+
+    def _there(self, rows: np.ndarray) -> Tensor:
+        """Whole training images [B, m, 1, H, W, D]."""
+        return torch.from_numpy(self.images[rows]).to(self.device).float()
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
@@ -119,13 +125,14 @@ def _picture(*rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch of stage I: rows of the images, whether each is mirrored, where the crop begins (None: whole), and
-    the missing patterns [draws, B, m] of the pretext tasks (None: not in this step)."""
+    """A micro-batch of stage I: rows of the images, whether each is mirrored, where the crop begins (None: whole), the
+    missing patterns [draws, B, m] of the pretext tasks (None: not in this step), and seeds of the augmentation [B]."""
 
     rows: np.ndarray
     mirrored: np.ndarray
     corner: tuple[int, int] | None
     observed: Tensor | None
+    seeds: np.ndarray | None
 
 
 class TokenizerTask(Task):
@@ -185,11 +192,14 @@ class TokenizerTask(Task):
             shape = (settings.draws, batch)
             m = len(self.config.elements)
             observed = draw_observed(rng, shape[0] * shape[1], m, self.cardiac).unflatten(0, shape)
-        return Drawn(rows, mirrored, corner, observed), generator
+        seeds = rng.integers(2**32, size=batch) if settings.augment else None
+        return Drawn(rows, mirrored, corner, observed, seeds), generator
 
     def load(self, drawn: Drawn) -> Tensor:
         """Whole images [B, m, 1, H, W, D]."""
-        images = torch.from_numpy(self.images[drawn.rows]).to(self.device).float()
+        images = self._there(drawn.rows)
+        if self.augmentation and drawn.seeds is not None:
+            return self.augmentation(images, drawn.seeds)
         if drawn.mirrored.any():
             flip = torch.from_numpy(drawn.mirrored).to(self.device)
             images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
@@ -374,12 +384,18 @@ class DenoiserTask(Task):
         # The tokenizer is frozen: latents and the prompts of single elements are computed once. In a list, so that
         # checkpoints do not hold it.
         self.frozen = [tokenizer.to(self.device).requires_grad_(False)]
+        self.images = images
+        if settings.augment:
+            if settings.crop or settings.image_weight:
+                raise CopeditError(
+                    "augment: in stage II it goes neither with crop nor with image_weight; set them to 0"
+                )
+            images, cache = images[:16], None  # enough to whiten with
         self.latents, self.prompts = self._encode(images, cache)
         self.views = len(self.latents) // len(images)
         if settings.image_weight:
             if 0 < settings.crop <= 2 * CROP_RIM:
                 raise CopeditError(f"crop = {settings.crop}: image_weight needs more than {2 * CROP_RIM} voxels")
-            self.images = images
             self.decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(True)
             self.average_decoder = tokenizer.decoder  # for validation and export
         if settings.crop:
@@ -409,14 +425,21 @@ class DenoiserTask(Task):
         for subject in images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x,) if self.cardiac else (x, x.flip(3)):
-                with self.autocast():
-                    z = vae.encode(view).float()
-                    prompts.append(vae.prompts_of_each(z))
-                latents.append(vae.normalise(z).half())
+                z, each = self._encoded(view)
+                latents.append(z.half())
+                prompts.append(each)
         every = torch.cat(latents), torch.cat(prompts)
         if cache:
             checkpoint.write_tensors(cache, {"latents": every[0], "prompts": every[1], "tokenizer": key})
         return every
+
+    @torch.no_grad()
+    def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents of images [B, m, 1, H, W, D] and the prompts [B, m, 3, P] of each element alone."""
+        (vae,) = self.frozen
+        with self.autocast():
+            z = vae.encode(images).float()
+            return vae.normalise(z), vae.prompts_of_each(z)
 
     def _net(self) -> MDiT3D:
         if not isinstance(self.denoiser, MDiT3D):
@@ -479,15 +502,19 @@ class DenoiserTask(Task):
         cropped = settings.crop > 0 and step < settings.steps - settings.whole_steps
         if settings.crop and not cropped:
             batch = max(1, batch * math.prod(self.size) // math.prod(self._net().grid[:2]))
-        rows = rng.choice(len(self.latents), batch, replace=len(self.latents) < batch)
-        chosen, self.drawn = torch.from_numpy(rows), rows // self.views
-        if cropped:
-            z0, corner = self._crop(rows, rng)
+        views = len(self.images if settings.augment else self.latents)
+        rows = rng.choice(views, batch, replace=views < batch)
+        chosen, self.drawn = torch.from_numpy(rows).to(self.device), rows // (1 if settings.augment else self.views)
+        corner = None
+        if self.augmentation:
+            z0, prompts = self._encoded(self.augmentation(self._there(rows), rng.integers(2**32, size=batch)))
+        elif cropped:
+            (z0, corner), prompts = self._crop(rows, rng), self.prompts[chosen]
         else:
-            z0, corner = self.latents[chosen.to(self.device)].float(), None
+            z0, prompts = self.latents[chosen].float(), self.prompts[chosen]
         observed = draw_observed(rng, batch, z0.shape[1], self.cardiac).to(self.device)
         weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
-        prompts = (self.prompts[chosen.to(self.device)] * weight).sum(1)
+        prompts = (prompts * weight).sum(1)
         t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
         if settings.last_timestep:
             t[torch.from_numpy(rng.random(batch) < settings.last_timestep)] = len(self.levels) - 1

@@ -243,6 +243,19 @@ def test_observed_elements_can_weigh_less(tmp_path):
     assert second.item() == pytest.approx(terms["mse_missing"])
 
 
+def test_augmented_latents_are_computed_anew(tmp_path):
+    task = denoiser_task(tmp_path, "augment=true", "batch_size=4")
+    assert not (tmp_path / "latents.safetensors").exists()
+    encoded, encode = [], task._encoded
+    task._encoded = lambda images: encoded.append(images) or encode(images)
+    losses = [task(step, 0)[0].item() for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1] and torch.equal(encoded[0], encoded[2])
+    originals = torch.from_numpy(task.images).float()
+    assert all((x - originals).abs().amax((1, 2, 3, 4, 5)).min() > 0.1 for x in encoded[0]), "none as it is on disk"
+    with pytest.raises(CopeditError, match="augment: in stage II it goes neither with crop nor with image_weight"):
+        denoiser_task(tmp_path / "b", "augment=true", "crop=8")
+
+
 @pytest.mark.parametrize("config", [TINY, HEART], ids=lambda c: c.task)
 @pytest.mark.parametrize("crop", [0, 14])
 def test_the_image_term_is_the_error_of_what_the_decoder_shows(tmp_path, config, crop):
@@ -320,7 +333,7 @@ def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, mon
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     stage, _, optimizer = stage.partition(" ")
-    extra = ("steps=5", f"optimizer={optimizer or 'adam'}")
+    extra = ("steps=5", f"optimizer={optimizer or 'adam'}", f"augment={str(not optimizer).lower()}", "crop=0")
     if optimizer:
         extra += ("muon_lr=1e-2", "whiten=0.5", "last_timestep=0.5", "whole_steps=1", "crop=16", "image_weight=0.1")
     if stage == "denoiser":
