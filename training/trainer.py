@@ -7,7 +7,6 @@ needs no generator state, and how many processes there are changes nothing but r
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -39,7 +38,7 @@ from copedit_rt.denoiser import MDiT3D, build_denoiser
 from copedit_rt.diffusion import add_noise, alpha_bar, sample
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.files import write_atomically
-from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
+from copedit_rt.tokenizer import CoPeVAE, Decoder, PromptEncoder
 from training import distributed, layouts, memory
 from training.data import Augmentation, draw_observed, folder_images, held_out_images, phantom_images, study_names
 from training.evaluate import psnr, ssim3d
@@ -396,8 +395,9 @@ class DenoiserTask(Task):
         if settings.image_weight:
             if 0 < settings.crop <= 2 * CROP_RIM:
                 raise CopeditError(f"crop = {settings.crop}: image_weight needs more than {2 * CROP_RIM} voxels")
-            self.decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(True)
-            self.average_decoder = tokenizer.decoder  # for validation and export
+            self.average_decoder = self.frozen[0].decoder  # for validation and export
+            self.decoder = Decoder(config.tokenizer).to(self.device)
+            self.decoder.load_state_dict(self.average_decoder.state_dict())
         if settings.crop:
             self._prepare_crops()
         if settings.whiten:
@@ -528,48 +528,47 @@ class DenoiserTask(Task):
         loss = (error * importance).sum() / importance.sum()
         terms = {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
         if settings.image_weight:
-            shown = self._shown(rng, observed)
-            image_error = self._image_error(x0.float(), z0, shown, rows, corner)
+            chance = rng.random(tuple(observed.shape))
+            image_error = self._image_error(x0.float(), z0, observed, rows, corner, chance)
             loss = loss + settings.image_weight * (image_error + IMAGE_FLOOR).log().mean()
             terms["image_mse"] = image_error.mean().item()
         return loss, terms
 
-    def _shown(self, rng: np.random.Generator, observed: Tensor) -> Tensor:
-        """Which elements [B, m] the image term looks at: all missing slabs, as they are decoded together anyway, or one
-        missing modality of each subject."""
-        if self.cardiac:
-            return ~observed
-        chance = rng.random(observed.shape) * (~observed).cpu().numpy()
-        return nn.functional.one_hot(torch.from_numpy(chance.argmax(1)), observed.shape[1]).bool().to(self.device)
-
-    def _image_error(self, x0: Tensor, z0: Tensor, shown: Tensor, rows: np.ndarray, corner: Tensor | None) -> Tensor:
-        """Mean squared error [N] of the decoded images of the elements shown [B, m], against the training images.
+    def _image_error(
+        self, x0: Tensor, z0: Tensor, observed: Tensor, rows: np.ndarray, corner: Tensor | None, chance: np.ndarray
+    ) -> Tensor:
+        """Mean squared error [N] of decoded images against the training images: of all missing slabs, which are decoded
+        with the others, or of one missing modality a subject.
 
         x0, z0: predicted and true latents, of whole images or of the crops that begin at corner [B, 2] (in tokens).
+        chance: [B, m]; of the missing modalities that with the largest is looked at.
         """
-        (vae,), (p, q, _) = self.frozen, self.config.tokenizer.compression
-        z = vae.denormalise(torch.where(shown[:, :, None, None, None, None], x0, z0))
+        (vae,), (p, q, _), subjects = self.frozen, self.config.tokenizer.compression, rows // self.views
+        if self.cardiac:
+            z, truth = torch.where(observed[:, :, None, None, None, None], z0, x0), self.images[subjects]
+        else:
+            element = torch.from_numpy(chance).to(self.device).masked_fill(observed, -1.0).argmax(1)
+            z = x0[torch.arange(len(x0), device=self.device), element][:, None]
+            truth = self.images[subjects, [int(i) for i in element]][:, None]
+        images = torch.from_numpy(truth).to(self.device).float()
+        mirrored = torch.from_numpy(rows % self.views == 1).to(self.device)
+        images = torch.where(mirrored[:, None, None, None, None, None], images.flip(3), images)
+        z = vae.denormalise(z)
         if vae.config.quantise:  # straight through, as in stage I
             z = z + (vae.quantise(z.detach())[0] - z).detach()
         with self.autocast():
-            if self.cardiac:
-                slabs = self.decoder(self._volumes(z)).unflatten(-1, (z.shape[1], -1))
-                output = slabs.permute(0, 4, 1, 2, 3, 5)[shown]
-            else:
-                output = self.decoder(z[shown])
-        truth = []
-        for b, element in shown.nonzero().tolist():
-            image = torch.from_numpy(np.asarray(self.images[rows[b] // self.views, element]))
-            if rows[b] % self.views:
-                image = image.flip(1)
-            if corner is not None:
-                x, y = (int(c) * n for c, n in zip(corner[b], self._net().patch, strict=False))
-                image = image[:, p * x : p * x + output.shape[-3], q * y : q * y + output.shape[-2]]
-            truth.append(image.to(self.device).float())
-        difference = output.float() - torch.stack(truth)
+            output = self.decoder(self._volumes(z)).float()
+        output = torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
         if corner is not None:
-            difference = difference[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :]
-        return difference.square().mean((1, 2, 3, 4))
+            h, w = (n * c for n, c in zip(z.shape[3:5], (p, q), strict=True))
+            starts = [
+                (p * a * int(i), q * b * int(j)) for (a, b, _), (i, j) in ((self._net().patch, c) for c in corner)
+            ]
+            views = zip(images, starts, strict=True)
+            images = torch.stack([x[..., i : i + h, j : j + w, :] for x, (i, j) in views])
+            images, output = (x[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :] for x in (images, output))
+        error = (output - images).square().mean((2, 3, 4, 5))
+        return error[~observed] if self.cardiac else error[:, 0]
 
     @torch.no_grad()
     def after_step(self, step: int) -> Terms:
