@@ -44,8 +44,10 @@ WEIGHTS = {ENCODER: checkpoint.TOKENIZER, STEP: checkpoint.DENOISER, DECODER: ch
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]  # what is done, steps done, in all
 
-# How far a plan may be from torch in float32: the least cosine, and the largest error over the largest value.
-LIMITS = {"float32": (0.999999, 0.001), "float16": (0.9999, 0.02), "bfloat16": (0.999, 0.1)}
+# How far a plan may be from torch in float32 on the same weights: the least cosine, and the largest error over the
+# largest value. In float16 and bfloat16 twice the error that torch itself makes in them, at its worst over the parts of
+# the built-in models and of the cardiac preset (the step of demo-brain: 0.999989 and 0.012, 0.99927 and 0.10).
+LIMITS = {"float32": (0.999999, 0.001), "float16": (0.99995, 0.025), "bfloat16": (0.997, 0.2)}
 
 
 def library() -> Any:
@@ -398,11 +400,13 @@ class TensorRTEngine:
         device: str = "auto",
         max_memory: int | None = None,
         progress: Progress | None = None,
+        batch: int = 1,
     ):
         """folder: with the ONNX files of `copedit export tensorrt` or `onnx`. Plans that it lacks for this GPU are
         built, checked against torch and kept, which takes minutes; progress is called meanwhile.
 
-        What torch does instead is a warning (UserWarning); `notes` holds what else there is to tell.
+        What torch does instead is a warning (UserWarning); `notes` holds what else there is to tell. batch: the
+        studies at once that plans can take, for others who run them: this engine takes one at a time.
 
         Raises CopeditError where TensorRT or a GPU is missing and for a max_memory; Refused for files that must not be
         used, and where not one plan can be.
@@ -419,22 +423,23 @@ class TensorRTEngine:
         digests = self._manifest["sha256"]
         self.weights = {"tokenizer": digests[checkpoint.TOKENIZER], "denoiser": digests[checkpoint.DENOISER]}
         self.versions = {"tensorrt": version, "torch": str(torch.__version__)}
+        self.batch = batch
         self.notes: list[str] = []
+        self.refused: dict[str, Refused] = {}
         self.parity: dict[str, Parity] = {}
         self._full: TorchEngine | None = None
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._runners: dict[str, Runner] = {}
-        refused = {}
         for graph in GRAPHS:
             try:
                 self._runners[graph] = self._open(graph)
             except (Refused, RuntimeError) as error:
-                refused[graph] = error if isinstance(error, Refused) else Refused(f"{folder / graph}: {error}")
+                self.refused[graph] = error if isinstance(error, Refused) else Refused(f"{folder / graph}: {error}")
         if not self._runners:
-            raise refused[GRAPHS[0]]
-        for graph, reason in refused.items():
+            raise self.refused[GRAPHS[0]]
+        for graph, reason in self.refused.items():
             warnings.warn(f"{reason}; torch does the {_what(graph)} instead", stacklevel=2)
-        if not refused:
+        if not self.refused:
             self._full = None  # only needed to compare with
 
     @property
@@ -539,14 +544,18 @@ class TensorRTEngine:
             "graph": digests[graph],
             "weights": digests[WEIGHTS[graph]],
             "precision": self.precision,
-            "shapes": shapes(self.config, graph),
+            "shapes": shapes(self.config, graph, self.batch),
             "TensorRT": self.versions["tensorrt"],
             "GPU": self.gpu,
         }
 
+    def file(self, graph: str) -> PlanFile:
+        """Where the plan of a graph is kept."""
+        return PlanFile(self._folder / FOLDER, _what(graph), self._key(graph))
+
     def _open(self, graph: str) -> Runner:
         """The plan that is there, or a new one. Raises Refused where neither can be used."""
-        cached = PlanFile(self._folder / FOLDER, _what(graph), self._key(graph))
+        cached = self.file(graph)
         try:
             if found := cached.read():
                 run = Runner(found[0], self._device, self._stream, graphed=graph == STEP)
@@ -581,7 +590,7 @@ class TensorRTEngine:
         path = self._folder / FOLDER / f"timing-{kind}.cache"
         before = path.read_bytes() if path.is_file() else b""
         with nullcontext() if self._device.type != "cuda" else torch.cuda.device(self._device):
-            plan, timing = build(self._folder / graph, shapes(self.config, graph), before, self._progress)
+            plan, timing = build(self._folder / graph, shapes(self.config, graph, self.batch), before, self._progress)
         with suppress(CopeditError):  # it only saves time; where the plan cannot be written either, that is said
             write_atomically(path, timing)
         return plan

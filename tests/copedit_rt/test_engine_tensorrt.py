@@ -12,12 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import BRAIN, HEART, study
-
-pytest.importorskip("onnx", reason="needs the extra export")
-pytest.importorskip("onnxruntime", reason="needs the extra export")
-
-import stand_in
+from small import BRAIN, HEART, exported, study
 
 from copedit_rt import checkpoint, engine_tensorrt, export
 from copedit_rt.engine_onnx import DECODER, ENCODER, STEP
@@ -25,6 +20,9 @@ from copedit_rt.engine_tensorrt import FOLDER, GRAPHS, Parity, PlanFile, TensorR
 from copedit_rt.errors import CopeditError
 from copedit_rt.synthesizer import Synthesizer
 
+onnx = pytest.importorskip("onnx", reason="needs the extra export")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
+stand_in = pytest.importorskip("stand_in")
 HERE = Path(__file__).resolve().parent
 SOURCE = Path(engine_tensorrt.__file__)
 CPU = torch.device("cpu")
@@ -407,8 +405,6 @@ def test_parity():
 
 
 def test_shapes_are_those_of_the_graphs(either):
-    import onnx
-
     config = checkpoint.read_config(either)
     for graph in GRAPHS:
         inputs = onnx.load(either / graph, load_external_data=False).graph.input
@@ -420,3 +416,76 @@ def test_shapes_are_those_of_the_graphs(either):
                 for n, dim in zip(shape, dims, strict=True):
                     allowed = {"batch": {1 if kind == 0 else 3}, "given": range(1, len(config.elements) + 1)}
                     assert n in (allowed[dim.dim_param] if dim.dim_param else {dim.dim_value})
+
+
+# ---- NVIDIA's own parser and builder
+
+
+@pytest.fixture(scope="module")
+def rtx(tmp_path_factory) -> Path:
+    """TensorRT-RTX under TensorRT's names. Nobody supports this, but its parser and its builder need no GPU."""
+    wheel = find_spec("onnxruntime_ep_nv_tensorrt_rtx")
+    if wheel is None or wheel.origin is None or find_spec("tensorrt_bindings") is None:
+        pytest.skip("needs the extras tensorrt-rtx and test")
+    folder = tmp_path_factory.mktemp("rtx")
+    for name, pattern in (("libnvinfer.so.11", "libtensorrt_rtx"), ("libnvonnxparser.so.11", "libtensorrt_onnxparser")):
+        (found,) = Path(wheel.origin).parent.glob(f"{pattern}*.so.*")
+        (folder / name).symlink_to(found)
+    library(folder, "libnvinfer_plugin.so.11", SYMBOLS["libnvinfer_plugin.so.11"])
+    return folder
+
+
+BUILD = """
+    import json, sys, time
+    from pathlib import Path
+    import tensorrt_bindings
+    sys.modules["tensorrt"] = tensorrt_bindings
+    from copedit_rt import checkpoint
+    from copedit_rt.engine_tensorrt import build, shapes
+    graph, told = Path(sys.argv[1]), []
+    ranges = shapes(checkpoint.read_config(graph.parent), graph.name)
+    begin = time.monotonic()
+    plan, timing = build(graph, ranges, b"", lambda *step: told.append(step))
+    seconds = time.monotonic() - begin
+    assert build(graph, ranges, timing)[0] if len(sys.argv) > 2 else True
+    print(json.dumps({"bytes": len(plan), "timing": len(timing), "told": told, "seconds": seconds}))
+"""
+
+
+def built(rtx: Path, graph: Path, *more: str) -> dict:
+    """A build in a process of its own, whose memory it gives back."""
+    return json.loads(script(rtx, "-c", textwrap.dedent(BUILD), graph, *more, timeout=600).splitlines()[-1])
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_real_builder_takes_small_graphs(rtx, either, graph):
+    """In float32, whose attention needs permission to be taken apart; twice, the second time with the timing cache."""
+    found = built(rtx, either / graph, "twice")
+    assert found["bytes"] > 10_000 and found["timing"] > 0
+    assert any(what.startswith(Path(graph).stem) and total > 1 for what, _, total in found["told"])
+
+
+def test_what_the_real_builder_complains_of_is_told(rtx, brain, tmp_path):
+    """The sentence of a graph that TensorRT cannot read names the node and the reason."""
+    shutil.copy(brain / checkpoint.CONFIG, tmp_path)
+    node = onnx.helper.make_node("StringConcat", ["a", "a"], ["b"], name="the_culprit")
+    text = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.STRING, [1]) for name in "ab"]
+    graph = onnx.helper.make_graph([node], "g", text[:1], text[1:])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / STEP)
+    with pytest.raises(AssertionError, match=r"Refused: .*step.onnx: TensorRT 11\.\d.* cannot read it"):
+        built(rtx, tmp_path / STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("preset", ["brain-brats", "brain-ixi", "cardiac"])
+def test_the_real_builder_takes_the_paper_presets(rtx, tmp_path, preset, precision):
+    """All three parts at full size, with untrained weights; every plan holds the weights of its part."""
+    folder = exported(ModelConfig.preset(preset), tmp_path, precision)
+    shutil.rmtree(tmp_path / "model")
+    _, vae, _ = checkpoint.load_tokenizer(folder)
+    _, net, _ = checkpoint.load_denoiser(folder)
+    for graph, part in zip(GRAPHS, (vae.encoder, net, vae.decoder), strict=True):
+        found = built(rtx, folder / graph)
+        print(f"{preset} {precision} {graph}: {found['seconds']:.1f} s, {found['bytes'] / 2**20:.0f} MiB")
+        assert found["bytes"] > 2 * sum(p.numel() for p in part.parameters())
