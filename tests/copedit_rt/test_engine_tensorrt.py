@@ -15,6 +15,7 @@ import torch
 from small import BRAIN, HEART, exported, study
 
 from copedit_rt import checkpoint, engine_tensorrt, export
+from copedit_rt.config import ModelConfig
 from copedit_rt.engine_onnx import DECODER, ENCODER, STEP
 from copedit_rt.engine_tensorrt import FOLDER, GRAPHS, Parity, PlanFile, TensorRTEngine, parity, shapes
 from copedit_rt.errors import CopeditError
