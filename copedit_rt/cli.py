@@ -451,7 +451,7 @@ def export_tensorrt(
 ) -> None:
     """ONNX graphs of a model and TensorRT's plans of them for the GPU here, each checked against torch.
 
-    The new folder is a model for every engine. Takes minutes; needs the extras `export` and `tensorrt`.
+    The new folder is a model for every engine. May take minutes; needs the extras `export` and `tensorrt`.
     """
     from copedit_rt import export as body
 

@@ -45,8 +45,8 @@ Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]  # what is done, steps done, in all
 
 # How far a plan may be from torch in float32 on the same weights: the least cosine, and the largest error over the
-# largest value. In float16 and bfloat16 twice the error that torch itself makes in them, at its worst over the parts of
-# the built-in models and of the cardiac preset (the step of demo-brain: 0.999989 and 0.012, 0.99927 and 0.10).
+# largest value. In float16 and bfloat16 twice the error that torch itself makes in them, at its worst over what was
+# measured (docs/runtime.md): the step of demo-brain, with 0.999989 and 0.012, and with 0.99927 and 0.10.
 LIMITS = {"float32": (0.999999, 0.001), "float16": (0.99995, 0.025), "bfloat16": (0.997, 0.2)}
 
 
@@ -403,7 +403,7 @@ class TensorRTEngine:
         batch: int = 1,
     ):
         """folder: with the ONNX files of `copedit export tensorrt` or `onnx`. Plans that it lacks for this GPU are
-        built, checked against torch and kept, which takes minutes; progress is called meanwhile.
+        built, checked against torch and kept, which may take minutes; progress is called meanwhile.
 
         What torch does instead is a warning (UserWarning); `notes` holds what else there is to tell. batch: the
         studies at once that plans can take, for others who run them: this engine takes one at a time.
