@@ -142,6 +142,8 @@ def build(
     monitor = _monitor(trt, graph.stem, progress)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
+    if monitor.stop is not None:
+        raise monitor.stop
     if plan is None:
         raise Refused(f"{graph}: TensorRT {trt.__version__} cannot build it{log.why()}")
     after = cache.serialize() if cache is not None else None
@@ -197,6 +199,7 @@ def _monitor(trt: Any, name: str, progress: Progress | None) -> Any:
             trt.IProgressMonitor.__init__(self)
             self.lock = threading.Lock()
             self.running: dict[str, list[int]] = {}  # phase -> steps done, in all; outermost first
+            self.stop: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             with self.lock:
@@ -208,7 +211,7 @@ def _monitor(trt: Any, name: str, progress: Progress | None) -> Any:
                 if phase_name in self.running:
                     self.running[phase_name][0] = step + 1
             self.tell()
-            return True  # go on
+            return self.stop is None
 
         def phase_finish(self, phase_name: str) -> None:
             with self.lock:
@@ -216,12 +219,18 @@ def _monitor(trt: Any, name: str, progress: Progress | None) -> Any:
             self.tell()
 
         def tell(self) -> None:
-            """The longest phase under way, as inner ones come and go."""
-            with self.lock:
-                phases = sorted(self.running.items(), key=lambda phase: -phase[1][1])
-            if progress and phases:
-                phase, (done, total) = phases[0]
-                progress(f"{name}: {phase.lower()}", done, total)
+            """The longest phase under way, as inner ones come and go.
+
+            No exception may pass through the builder, Ctrl-C included: it ends the build at the next step.
+            """
+            try:
+                with self.lock:
+                    phases = sorted(self.running.items(), key=lambda phase: -phase[1][1])
+                if progress and phases:
+                    phase, (done, total) = phases[0]
+                    progress(f"{name}: {phase.lower()}", done, total)
+            except BaseException as error:
+                self.stop = error
 
     return Monitor()
 
