@@ -441,7 +441,8 @@ class TensorRTEngine:
         self._runners: dict[str, Runner] = {}
         for graph in GRAPHS:
             try:
-                self._runners[graph] = self._open(graph)
+                with nullcontext() if self._stream is None else torch.cuda.device(self._device):
+                    self._runners[graph] = self._open(graph)
             except (Refused, RuntimeError) as error:
                 self.refused[graph] = error if isinstance(error, Refused) else Refused(f"{folder / graph}: {error}")
         if not self._runners:
@@ -598,8 +599,7 @@ class TensorRTEngine:
         kind = hashlib.sha256(f"{self.versions['tensorrt']} {self.gpu}".encode()).hexdigest()[:16]
         path = self._folder / FOLDER / f"timing-{kind}.cache"
         before = path.read_bytes() if path.is_file() else b""
-        with nullcontext() if self._device.type != "cuda" else torch.cuda.device(self._device):
-            plan, timing = build(self._folder / graph, shapes(self.config, graph, self.batch), before, self._progress)
+        plan, timing = build(self._folder / graph, shapes(self.config, graph, self.batch), before, self._progress)
         with suppress(CopeditError):  # it only saves time; where the plan cannot be written either, that is said
             write_atomically(path, timing)
         return plan
@@ -611,24 +611,28 @@ class TensorRTEngine:
         z = draw.standard_normal((m, c.latent_channels, *config.latent), np.float32)
         if self._progress:
             self._progress(f"{_what(graph)}: comparing with torch", 0, 1)
+        if graph == ENCODER:
+            images = draw.random((m - 1, 1, *config.image), np.float32)
+            with self._queue():
+                encoded = self._encode(run, images)
+            return parity(_arrays(encoded), _arrays(full.encode(images)))
+        if graph == STEP:
+            prompts = draw.standard_normal((3, c.prompt_dim), np.float32)
+            observed = np.arange(m) == 0
+            # Of second order, whose second step reads the prediction of the first.
+            arguments = z, prompts, observed, 2, "dpm2m"
+            with self._queue():
+                ours = self._sample(run, *arguments)
+            if not np.array_equal(ours[observed], z[observed]):
+                raise Refused(f"{self._folder / graph}: what TensorRT makes of it changes observed elements")
+            return parity([ours[~observed]], [full.sample(*arguments)[~observed]])
+        if c.quantise:  # from codes themselves: between two of them, rounding would decide
+            vae = full.tokenizer
+            codes = vae.codebook[torch.from_numpy(draw.integers(0, c.codes, (m, *config.latent)))]
+            z = vae.normalise(codes.movedim(-1, 1)).float().cpu().numpy()
         with self._queue():
-            if graph == ENCODER:
-                images = draw.random((m - 1, 1, *config.image), np.float32)
-                return parity(_arrays(self._encode(run, images)), _arrays(full.encode(images)))
-            if graph == STEP:
-                prompts = draw.standard_normal((3, c.prompt_dim), np.float32)
-                observed = np.arange(m) == 0
-                # Of second order, whose second step reads the prediction of the first.
-                arguments = z, prompts, observed, 2, "dpm2m"
-                ours, exact = self._sample(run, *arguments), full.sample(*arguments)
-                if not np.array_equal(ours[observed], z[observed]):
-                    raise Refused(f"{self._folder / graph}: what TensorRT makes of it changes observed elements")
-                return parity([ours[~observed]], [exact[~observed]])
-            if c.quantise:  # from codes themselves: between two of them, rounding would decide
-                vae = full.tokenizer
-                codes = vae.codebook[torch.from_numpy(draw.integers(0, c.codes, (m, *config.latent)))]
-                z = vae.normalise(codes.movedim(-1, 1)).float().cpu().numpy()
-            return parity([self._decode(run, z)], [full.decode(z)])
+            images = self._decode(run, z)
+        return parity([images], [full.decode(z)])
 
 
 def _what(graph: str) -> str:
