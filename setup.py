@@ -59,7 +59,9 @@ setup(
         "tensorrt": ["tensorrt"],
         "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
         # A builder that needs no GPU, for tests only.
-        "tensorrt-rtx": ["onnxruntime-ep-nv-tensorrt-rtx-cu13; sys_platform == 'linux' and platform_machine == 'x86_64'"],
+        "tensorrt-rtx": [
+            "onnxruntime-ep-nv-tensorrt-rtx-cu13; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
         "test": [
             "pytest",
             "hypothesis",
