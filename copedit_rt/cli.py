@@ -16,7 +16,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +69,7 @@ benchmarks = typer.Typer(
 )
 app.add_typer(benchmarks, name="bench")
 exports = typer.Typer(
-    help="Write a model for an engine without torch.", no_args_is_help=True, context_settings=_SETTINGS
+    help="Write a model for another engine than torch.", no_args_is_help=True, context_settings=_SETTINGS
 )
 app.add_typer(exports, name="export")
 
@@ -97,7 +98,9 @@ Solver = Annotated[
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
 Engine = Annotated[
     str,
-    typer.Option(metavar="torch|onnxruntime", help="What computes; onnxruntime takes a folder of copedit export onnx."),
+    typer.Option(
+        metavar="torch|onnxruntime|tensorrt", help="What computes; all but torch take a folder of copedit export."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Slices = Annotated[
@@ -436,6 +439,64 @@ def export_onnx(
             typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
 
 
+@exports.command("tensorrt")
+def export_tensorrt(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    precision: Annotated[
+        str, typer.Option(metavar="float16|bfloat16|float32", help="Of weights and products.")
+    ] = "float16",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """ONNX graphs of a model and TensorRT's plans of them for the GPU here, each checked against torch.
+
+    The new folder is a model for every engine. Takes minutes; needs the extras `export` and `tensorrt`.
+    """
+    from copedit_rt import export as body
+
+    _check_writable(output)
+    with _building() as progress, _remarks():
+        report = body.export_tensorrt(model, output, precision, device, progress)
+    if as_json:
+        _print_json(report)
+    else:
+        for name, size in report["files"].items():
+            typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
+        for part, agreed in report["parity"].items():
+            typer.echo(f"{part}: cosine {agreed['cosine']:.6f}, max error {agreed['max_error']:.1e} against torch")
+
+
+@exports.command("triton-repo")
+def export_triton(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    backend: Annotated[str, typer.Option(metavar="onnxruntime|tensorrt", help="What the server computes with.")] = (
+        "onnxruntime"
+    ),
+    precision: Annotated[
+        str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
+    ] = "float32",
+    max_batch: Annotated[int, typer.Option(min=1, help="Studies that the server may join into one batch.")] = 4,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A model repository for Triton Inference Server: encoder, step and decoder as three models.
+
+    With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
+    """
+    from copedit_rt import triton_repo as body
+
+    _check_writable(output)
+    with _building() as progress, _remarks():
+        report = body.export_triton(model, output, backend, precision, max_batch, device, progress)
+    if as_json:
+        _print_json(report)
+    else:
+        for name, size in report["files"].items():
+            typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, devices, kernels in use, models, and what each extra still needs."""
@@ -498,6 +559,7 @@ def synthesise(
     models, err = _Models(model, device, max_memory, engine), _stderr()
     entries: list[dict[str, Any]] = []
     with _progress(err) as bar:
+        models.bar = bar
         studies = bar.add_task("studies", total=len(found), visible=len(found) > 1)
         sampler = bar.add_task("", total=None, visible=False)
 
@@ -733,6 +795,7 @@ class _Models:
     def __init__(self, model: str | None, device: str, max_memory: int | None = None, engine: str = "torch") -> None:
         self._model, self._device, self._max_memory, self._engine = model, device, max_memory, engine
         self._loaded: dict[str, Synthesizer] = {}
+        self.bar: Any = None  # where loading may show its progress; its own where there is none
 
     def choose(self, task: str, elements: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         """The model that was asked for, or the first built in for the task that knows all the elements."""
@@ -757,14 +820,39 @@ class _Models:
 
         if name not in self._loaded:
             try:
-                with warnings.catch_warnings(record=True) as remarks:
-                    warnings.simplefilter("always", UserWarning)
-                    self._loaded[name] = Synthesizer.load(name, self._device, self._max_memory, engine=self._engine)
+                with _building(self.bar) as progress, _remarks():
+                    loaded = Synthesizer.load(name, self._device, self._max_memory, self._engine, progress)
             except CopeditError as error:
                 raise _UnusableModel(error) from error
-            for remark in remarks:
-                print(f"copedit: {remark.message}", file=sys.stderr)
+            for note in getattr(loaded.engine, "notes", ()):
+                print(f"copedit: {note}", file=sys.stderr)
+            self._loaded[name] = loaded
         return self._loaded[name]
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Warnings to the user as one sentence each, once the work is done."""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for remark in remarks:
+        print(f"copedit: {remark.message}", file=sys.stderr)
+
+
+@contextmanager
+def _building(bar: Any = None) -> Iterator[Callable[[str, int, int], None]]:
+    """What shows the progress of a build, as one more line of a bar or of one of its own."""
+    with _progress(_stderr()) if bar is None else nullcontext(bar) as shown:
+        line = shown.add_task("", visible=False)
+
+        def progress(what: str, done: int, total: int) -> None:
+            shown.update(line, description=what, completed=done, total=total, visible=True)
+
+        try:
+            yield progress
+        finally:
+            shown.remove_task(line)
 
 
 def _find(inputs: Sequence[Path], explicit: Mapping[str, Path] | None) -> Found:
