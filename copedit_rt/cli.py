@@ -876,7 +876,9 @@ class _Models:
         if name not in self._loaded:
             try:
                 with _building(self.bar) as progress, _remarks():
-                    loaded = Synthesizer.load(name, self._device, self._max_memory, self._engine, progress)
+                    loaded = Synthesizer.load(
+                        name, self._device, max_memory=self._max_memory, engine=self._engine, progress=progress
+                    )
             except CopeditError as error:
                 raise _UnusableModel(error) from error
             for note in getattr(loaded.engine, "notes", ()):
