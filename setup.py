@@ -54,7 +54,7 @@ setup(
         "pillow",
     ],
     extras_require={
-        "train": ["monai", "torchmetrics", "tensorboard"],
+        "train": ["monai", "torchmetrics", "tensorboard", "matplotlib"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "tensorrt": ["tensorrt"],
         "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],

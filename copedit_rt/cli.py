@@ -243,14 +243,30 @@ def demo(
 def evaluate(
     model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
     output: Output,
-    data: Annotated[str, typer.Option(help="What to evaluate on: held-out phantoms.")] = "phantom",
-    subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    data: Annotated[
+        str, typer.Option(metavar="phantom|DIR", help="Held-out simulated subjects, or a data set's complete studies.")
+    ] = "phantom",
+    subjects: Annotated[
+        int | None, typer.Option(min=1, help="How many; by default 16 simulated ones, or all of a data set.")
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(metavar="test|all|FILE", help="Which of a data set: held out by name, all, or by a split.json."),
+    ] = "test",
     steps: Steps = None,
     patterns: Annotated[
         int | None, typer.Option(min=1, help="At most N missing patterns per count; by default all.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
     solver: Solver = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Average so many samples; 2 or more also give the calibration of their spread.")
+    ] = 1,
+    fid_network: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: TorchScript or torch.export.")
+    ] = None,
+    fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
+    lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
     sweep: Annotated[
         str | None,
         typer.Option(metavar="5,10,20", help="Instead: quality and time at these numbers of steps, per solver."),
@@ -258,33 +274,40 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; accuracy of the heads."""
+    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; tokenizer, heads, and more on demand."""
+    from training import cohort, features, report
     from training import evaluate as body
 
-    if data != "phantom":
-        raise CopeditError(f"--data {data}: only the embedded data set 'phantom' can be evaluated on in this version")
     counts = _numbers(sweep, "--sweep")
     if counts is not None and (steps, solver) != (None, None):
         raise CopeditError("--sweep tries every solver at its own numbers of steps; leave --steps and --solver out")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
+    whom: cohort.Cohort
+    if data == "phantom":
+        whom = cohort.Phantoms(synthesizer.config, subjects or 16)
+    else:
+        whom = cohort.Folder(synthesizer.config, Path(data), subjects, split)
     with _progress(_stderr()) as bar:
         task = bar.add_task("evaluating")
         options: dict[str, Any] = {
-            "subjects": subjects,
             "seed": seed,
             "patterns": patterns,
             "progress": lambda done, total: bar.update(task, completed=done, total=total),
         }
         if counts is None:
-            report = body.evaluate(synthesizer, steps=steps, solver=solver, **options)
+            networks = features.Networks(fid_network, fvd_network, lpips_network, synthesizer.engine.device)
+            options |= {"steps": steps, "solver": solver, "samples": samples, "networks": networks}
+            found = body.evaluate(synthesizer, whom, **options)
         else:
-            report = body.sweep(synthesizer, steps=counts, **options)
-    paths = body.write_report(report, output)
+            found = body.sweep(synthesizer, whom, steps=counts, **options)
+    paths, remark = report.write_report(found, output)
+    if remark:
+        _stderr().print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        _print_json(report)
+        _print_json(found)
     else:
-        typer.echo(body.markdown(report))
+        typer.echo(report.markdown(found))
         typer.echo("\n".join(map(str, paths)))
 
 
@@ -413,6 +436,38 @@ def bench_kernels(
         typer.echo("\n".join(map(str, paths)))
     if any(check["status"] == "wrong" and check["provider"] == "ours" for check in report["checks"]):
         raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
+
+
+@benchmarks.command("cost")
+def bench_cost(
+    output: Output,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRESET", help="Also measure this preset's models, besides the small ones; repeatable."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Parameters and operations of every preset and backbone; time and memory of the small ones on this machine.
+
+    Needs the extra `train`. Writes cost.json, cost.md and, with matplotlib, cost.png.
+    """
+    from bench import cost as body
+
+    _check_writable(output)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("measuring")
+        report = body.run(
+            [*body.DEMO, *(measure or ())],
+            device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    paths = body.write(report, output)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(body.markdown(report))
+        typer.echo("\n".join(map(str, paths)))
 
 
 @exports.command("onnx")
@@ -821,7 +876,9 @@ class _Models:
         if name not in self._loaded:
             try:
                 with _building(self.bar) as progress, _remarks():
-                    loaded = Synthesizer.load(name, self._device, self._max_memory, self._engine, progress)
+                    loaded = Synthesizer.load(
+                        name, self._device, max_memory=self._max_memory, engine=self._engine, progress=progress
+                    )
             except CopeditError as error:
                 raise _UnusableModel(error) from error
             for note in getattr(loaded.engine, "notes", ()):

@@ -41,8 +41,8 @@ from copedit_rt.files import write_atomically
 from copedit_rt.tokenizer import CoPeVAE, Decoder, PromptEncoder
 from training import distributed, layouts, memory
 from training.data import Augmentation, draw_observed, folder_images, held_out_images, phantom_images, study_names
-from training.evaluate import psnr, ssim3d
 from training.losses import PRETEXT, Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
+from training.metrics import psnr, ssim3d
 from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
