@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the tests marked `gpu`, then every operator's benchmark.
+# Everything that needs a GPU, in one command: the tests marked `gpu`, every operator's benchmark, the cost of models.
 #
 #   bench/gpu.sh [OPTIONS OF copedit bench kernels]     PYTHON=...   the interpreter (by default that of .venv)
 #
 # Leaves bench/results/GPU-NAME/: machine.txt (GPU, driver, clocks, versions, commit), tests.txt, kernels.json,
-# kernels.md, kernels.png; and writes the measured tables into docs/kernels.md. Fails if a test or an operator does.
+# kernels.md, kernels.png; cost.json, cost.md, cost.png; and writes the measured tables into docs/kernels.md. Fails if a
+# test, an operator or the cost does.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -31,6 +32,10 @@ echo "==> tests marked gpu"
 
 echo "==> copedit bench kernels"
 "$python" -m copedit_rt.cli bench kernels -o "$folder" --device cuda "$@" || status=1
+
+echo "==> copedit bench cost"
+"$python" -m copedit_rt.cli bench cost -o "$folder" --device cuda \
+    --measure brain-brats --measure brain-ixi --measure cardiac || status=1
 
 "$python" -m bench.tables || status=1
 echo "==> results in $folder"

@@ -281,6 +281,8 @@ def evaluate(
     counts = _numbers(sweep, "--sweep")
     if counts is not None and (steps, solver) != (None, None):
         raise CopeditError("--sweep tries every solver at its own numbers of steps; leave --steps and --solver out")
+    if counts is not None and (samples > 1 or fid_network or fvd_network or lpips_network):
+        raise CopeditError("--sweep measures PSNR, SSIM and MAE of single samples; leave --samples and networks out")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
     whom: cohort.Cohort
