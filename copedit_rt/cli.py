@@ -99,6 +99,13 @@ Engine = Annotated[
     str,
     typer.Option(metavar="torch|onnxruntime", help="What computes; onnxruntime takes a folder of copedit export onnx."),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16",
+        help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Slices = Annotated[
     str | None,
@@ -136,6 +143,7 @@ def synth(
     solver: Solver = None,
     device: Device = "auto",
     engine: Engine = "torch",
+    dtype: Dtype = "auto",
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
@@ -165,6 +173,7 @@ def synth(
         solver=solver,
         device=device,
         engine=engine,
+        dtype=dtype,
         max_memory=_bytes(max_memory),
         overwrite=overwrite,
         resample=resample,
@@ -481,6 +490,7 @@ def synthesise(
     solver: str | None = None,
     device: str = "auto",
     engine: str = "torch",
+    dtype: str = "auto",
     max_memory: int | None = None,
     overwrite: bool = False,
     resample: bool = False,
@@ -495,7 +505,7 @@ def synthesise(
     wanted = _targets(target)
     _check_writable(output)
     found = _find(inputs, explicit)
-    models, err = _Models(model, device, max_memory, engine), _stderr()
+    models, err = _Models(model, device, max_memory, engine, dtype), _stderr()
     entries: list[dict[str, Any]] = []
     with _progress(err) as bar:
         studies = bar.add_task("studies", total=len(found), visible=len(found) > 1)
@@ -730,8 +740,16 @@ class _UnusableModel(CopeditError):
 class _Models:
     """Chooses models and loads each once."""
 
-    def __init__(self, model: str | None, device: str, max_memory: int | None = None, engine: str = "torch") -> None:
-        self._model, self._device, self._max_memory, self._engine = model, device, max_memory, engine
+    def __init__(
+        self,
+        model: str | None,
+        device: str,
+        max_memory: int | None = None,
+        engine: str = "torch",
+        dtype: str = "auto",
+    ) -> None:
+        self._model, self._device = model, device
+        self._options: dict[str, Any] = {"max_memory": max_memory, "engine": engine, "dtype": dtype}
         self._loaded: dict[str, Synthesizer] = {}
 
     def choose(self, task: str, elements: Mapping[str, Any]) -> tuple[str, ModelConfig]:
@@ -759,7 +777,7 @@ class _Models:
             try:
                 with warnings.catch_warnings(record=True) as remarks:
                     warnings.simplefilter("always", UserWarning)
-                    self._loaded[name] = Synthesizer.load(name, self._device, self._max_memory, engine=self._engine)
+                    self._loaded[name] = Synthesizer.load(name, self._device, **self._options)
             except CopeditError as error:
                 raise _UnusableModel(error) from error
             for remark in remarks:

@@ -33,7 +33,8 @@ class Engine(Protocol):
     """Not safe to call from several threads at once. Memory that runs out is a MemoryError or torch's RuntimeError."""
 
     name: str
-    device: str  # cpu or cuda
+    device: str  # cpu, cuda or cuda:N
+    dtype: str  # of the large products: float32, float16 or bfloat16
     versions: dict[str, str]  # of the libraries that it runs on
 
     def encode(self, images: np.ndarray) -> Encoded:

@@ -84,7 +84,8 @@ class OnnxEngine:
             import onnxruntime
         except ImportError as error:
             raise CopeditError(f"engine onnxruntime: {error}; pip install onnxruntime") from error
-        digests = read_manifest(folder)["sha256"]
+        manifest = read_manifest(folder)
+        digests, self.dtype = manifest["sha256"], manifest["precision"]
         self.config = checkpoint.read_config(folder)
         self.weights = {"tokenizer": digests[checkpoint.TOKENIZER], "denoiser": digests[checkpoint.DENOISER]}
         self.versions = {"onnxruntime": onnxruntime.__version__}

@@ -488,10 +488,10 @@ def test_running_out_of_memory_is_a_sentence(tmp_path, brain, monkeypatch):
 )
 def test_max_memory_reaches_the_model(tmp_path, brain, monkeypatch, text, size):
     seen, load = [], Synthesizer.load
-    monkeypatch.setattr(Synthesizer, "load", lambda *given, **more: seen.append(given[-1]) or load(*given, **more))
+    monkeypatch.setattr(Synthesizer, "load", lambda *given, **more: seen.append(more) or load(*given, **more))
     study(tmp_path / "in")
     result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain, "--max-memory", text)
-    assert seen == [size]
+    assert [more["max_memory"] for more in seen] == [size]
     if size > 2**20:
         assert result.exit_code == 0, result.stderr
     else:
