@@ -7,6 +7,7 @@ compared one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.providers import eager_ada_norm, eager_gated, eager_swiglu, product_code, sdpa
-from copedit_rt.config import ModelConfig
+from copedit_rt.config import DiffusionConfig
 from copedit_rt.denoiser import Block, MDiT3D
 from copedit_rt.diffusion import ddim_table, timesteps
 from copedit_rt.tokenizer import CoPeVAE
@@ -33,11 +34,6 @@ class PlainBlock(Block):
 class PlainMDiT3D(MDiT3D):
     """`MDiT3D` with the backbone "mdit3d"."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        for block in self.blocks:
-            block.__class__ = PlainBlock
-
     def forward(
         self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, corner: Tensor | None = None
     ) -> Tensor:
@@ -50,6 +46,14 @@ class PlainMDiT3D(MDiT3D):
             x = block(x, prompted if cast(Block, block).prompted else time, rope)
         shift, scale = self.final_modulation(time).chunk(2, dim=-1)
         return self.unpatchify(self.final(eager_ada_norm(x, scale, shift, self.final_norm)), z.shape)
+
+
+def write_plainly(net: MDiT3D) -> PlainMDiT3D:
+    """The same network, from now on computed plainly."""
+    for block in net.blocks:
+        block.__class__ = PlainBlock
+    net.__class__ = PlainMDiT3D
+    return cast(PlainMDiT3D, net)
 
 
 class PlainCoPeVAE(CoPeVAE):
@@ -68,13 +72,19 @@ class PlainCodebook(EMACodebook):
 
 
 @torch.no_grad()
-def sample(net: MDiT3D, z: Tensor, prompts: Tensor, observed: Tensor, config: ModelConfig, steps: int) -> Tensor:
-    """DDIM as a loop over the network, latents in their own precision, the network in its own."""
-    kind = net.embed.weight.dtype
+def sample(
+    net: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    z: Tensor,
+    prompts: Tensor,
+    observed: Tensor,
+    config: DiffusionConfig,
+    steps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """DDIM as a loop over the network, which takes latents in `dtype`; they are kept in their own."""
     there = observed.reshape(observed.shape + (1,) * (z.ndim - 2))
-    for (keep, rate), t in zip(
-        ddim_table(config.diffusion, steps).tolist(), timesteps(config.diffusion, steps).tolist(), strict=True
-    ):
-        x0 = net(z.to(kind), torch.full((len(z),), t, device=z.device), prompts, observed)
+    table, times = ddim_table(config, steps).tolist(), timesteps(config, steps).tolist()
+    for (keep, rate), t in zip(table, times, strict=True):
+        x0 = net(z.to(dtype), torch.full((len(z),), t, device=z.device), prompts, observed)
         z = torch.where(there, z, keep * z + rate * x0)
     return z

@@ -421,6 +421,97 @@ def bench_kernels(
         raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
 
 
+Presets = Annotated[list[str] | None, typer.Option("--preset", metavar="NAME", help="Only this one; repeatable.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Also measure torch.compile, which takes minutes to compile.")
+]
+
+
+@benchmarks.command("cpu")
+def bench_cpu(
+    output: Output,
+    large: Annotated[
+        bool, typer.Option("--large/--no-large", help="Also a step of the paper's brain model: minutes and 6 GB.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """The built-in models on this processor: plain PyTorch, ours, ONNX Runtime.
+
+    Answers are checked before anything is timed. Writes cpu.json and cpu.md.
+    """
+    from bench import cpu as body
+
+    _bench(output, "cpu", as_json, lambda **hooks: body.run(large=large, **hooks))
+
+
+@benchmarks.command("sampler")
+def bench_sampler(
+    output: Output,
+    preset: Presets = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Studies at a time; repeatable. 1 and 8.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Sampler steps; repeatable. 10 to 250.")] = None,
+    dtype: Dtype = "auto",
+    compiled: Compiled = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Encoding, sampling and decoding at the paper's sizes, beside plain PyTorch and torch.compile.
+
+    Answers are checked before anything is timed. Writes sampler.json and sampler.md. On a CPU a tiny model, to see that
+    it works.
+    """
+    from bench import sampler as body
+
+    options: dict[str, Any] = {"steps": steps, "device": device, "dtype": dtype, "compiled": compiled}
+    options |= {key: value for key, value in (("presets", preset), ("batches", batch)) if value}
+    _bench(output, "sampler", as_json, lambda **hooks: body.run(**options, **hooks))
+
+
+@benchmarks.command("train-step")
+def bench_train_step(
+    output: Output,
+    preset: Presets = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(metavar="tokenizer|denoiser", help="Only this stage; repeatable.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Subjects a step; by default the paper's.")] = None,
+    compiled: Compiled = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """An optimizer step of each stage: time and peak memory, beside plain PyTorch and torch.compile.
+
+    Loss and gradients are checked before anything is timed. Writes train-step.json and train-step.md. On a CPU a tiny
+    model, to see that it works.
+    """
+    from bench import train_step as body
+
+    if unknown := [name for name in stage or () if name not in body.STAGES]:
+        raise CopeditError(f"--stage {unknown[0]}: choose {' or '.join(body.STAGES)}")
+    options: dict[str, Any] = {"batch": batch, "device": device, "compiled": compiled}
+    options |= {key: value for key, value in (("presets", preset), ("stages", stage)) if value}
+    _bench(output, "train-step", as_json, lambda **hooks: body.run(**options, **hooks))
+
+
+def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, Any]]) -> None:
+    """Measure, keep what there is after every piece of work, and say it."""
+    from bench import race
+
+    _check_writable(output)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("measuring", total=None)
+        report = run(
+            progress=lambda text: bar.update(task, description=text),
+            save=lambda so_far: race.write(so_far, output, name),
+        )
+    paths = race.write(report, output, name)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo("\n".join([*race.tables(report), "", *race.remarks(report), *report["notes"], *map(str, paths)]))
+    race.verify(report)
+
+
 @exports.command("onnx")
 def export_onnx(
     model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
