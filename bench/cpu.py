@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,9 @@ def run(
             onnx = _export(name, folder)
             if isinstance(onnx, str):
                 race.absent({"model": name}, "onnxruntime", onnx)
-            _stages(race, name, onnx, types, progress)
-            save(race.report())
+            for piece in _stages(race, name, onnx, types):
+                progress(piece)
+                save(race.report())
             progress(f"{name}, commands")
             _commands(race, name, folder if not isinstance(onnx, str) else None, Path(temporary))
             save(race.report())
@@ -75,7 +76,8 @@ def _export(name: str, folder: Path) -> Onnx | str:
         return str(error)
 
 
-def _stages(race: Race, name: str, onnx: Onnx | str, types: list[torch.dtype], progress: Callable[[str], None]) -> None:
+def _stages(race: Race, name: str, onnx: Onnx | str, types: list[torch.dtype]) -> Iterator[str]:
+    """Says what comes next before each piece of work."""
     folder = checkpoint.locate(name)
     config, vae, _ = checkpoint.load_tokenizer(folder)
     networks: Any = vae, checkpoint.load_denoiser(folder)[1]
@@ -87,7 +89,7 @@ def _stages(race: Race, name: str, onnx: Onnx | str, types: list[torch.dtype], p
     if not isinstance(onnx, str):
         runners[torch.float32]["onnxruntime"] = onnx
     for work, call, count in pieces(config, inputs, STEPS, config.diffusion.steps):
-        progress(", ".join(map(str, (name, *work.values()))))
+        yield ", ".join(map(str, (name, *work.values())))
         truth = call(exact)
         for dtype, group in runners.items():
             race.run({"model": name, **work}, {k: maker(call, x, dtype) for k, x in group.items()}, truth, count)

@@ -196,7 +196,7 @@ def perturb(net: nn.Module) -> None:
     for p in net.parameters():
         if p.is_floating_point():
             scale = 0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
-            p += scale * torch.randn(p.shape, generator=generator).to(p)
+            p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
 
 
 # ---------------------------------------------------------------------------------------------------- results
