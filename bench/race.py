@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -110,7 +111,7 @@ class Race:
                 eps = torch.finfo(one.dtype).eps
                 allowed = 2 * low[one.dtype] + eps if one.dtype in low else 32 * eps
                 right = error <= allowed  # false for NaN
-                check = {"error": error if error == error else None, "tolerance": allowed}
+                check = {"error": error if math.isfinite(error) else None, "tolerance": allowed}
                 self.checks.append({**what, "contestant": name, "status": "ok" if right else "wrong", **check})
                 if not right:
                     continue

@@ -733,8 +733,9 @@ def _synthesise_one(
     preview: bool,
 ) -> None:
     """Write one study's outputs and fill in its entry."""
-    files, name = opened.files, opened.entry["model"]
-    study, target = opened.study, opened.todo or None
+    files, name, study = opened.files, opened.entry["model"], opened.study
+    assert study is not None
+    target = opened.todo or None
     result = _out_of_memory(files.name, lambda: models.load(name).synthesize(study, target=target, **options))
     entry["notes"] = list(result.study.notes)
     entry["perception"] = result.perception.to_dict()

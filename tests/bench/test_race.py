@@ -1,4 +1,4 @@
-"""The benchmarks of whole models on tiny ones: wrong answers are caught, reports are complete, plain is the same model."""
+"""The benchmarks of whole models on tiny ones: wrong answers are caught, reports complete, plain is the same model."""
 
 import json
 
