@@ -54,11 +54,22 @@ setup(
         "pillow",
     ],
     extras_require={
-        "train": ["monai", "torchmetrics", "tensorboard"],
+        "train": ["monai", "torchmetrics", "tensorboard", "matplotlib"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "tensorrt": ["tensorrt"],
         "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "torchmetrics"],
+        # Linux's bindings and builder, without the libraries of TensorRT itself.
+        "tensorrt-rtx": ["onnxruntime-ep-nv-tensorrt-rtx-cu13; platform_system == 'Linux'"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "pytest-xdist",
+            "torchmetrics",
+            "tritonclient",
+            "tensorrt-cu13-bindings; platform_system == 'Linux'",
+        ],
     },
     entry_points={"console_scripts": ["copedit = copedit_rt.cli:main"]},
 )

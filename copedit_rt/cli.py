@@ -16,8 +16,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -70,7 +71,7 @@ benchmarks = typer.Typer(
 )
 app.add_typer(benchmarks, name="bench")
 exports = typer.Typer(
-    help="Write a model for an engine without torch.", no_args_is_help=True, context_settings=_SETTINGS
+    help="Write a model for another engine than torch.", no_args_is_help=True, context_settings=_SETTINGS
 )
 app.add_typer(exports, name="export")
 
@@ -99,7 +100,9 @@ Solver = Annotated[
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
 Engine = Annotated[
     str,
-    typer.Option(metavar="torch|onnxruntime", help="What computes; onnxruntime takes a folder of copedit export onnx."),
+    typer.Option(
+        metavar="torch|onnxruntime|tensorrt", help="What computes; all but torch take a folder of copedit export."
+    ),
 ]
 Dtype = Annotated[
     str,
@@ -252,14 +255,30 @@ def demo(
 def evaluate(
     model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
     output: Output,
-    data: Annotated[str, typer.Option(help="What to evaluate on: held-out phantoms.")] = "phantom",
-    subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    data: Annotated[
+        str, typer.Option(metavar="phantom|DIR", help="Held-out simulated subjects, or a data set's complete studies.")
+    ] = "phantom",
+    subjects: Annotated[
+        int | None, typer.Option(min=1, help="How many; by default 16 simulated ones, or all of a data set.")
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(metavar="test|all|FILE", help="Which of a data set: held out by name, all, or by a split.json."),
+    ] = "test",
     steps: Steps = None,
     patterns: Annotated[
         int | None, typer.Option(min=1, help="At most N missing patterns per count; by default all.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
     solver: Solver = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Average so many samples; 2 or more also give the calibration of their spread.")
+    ] = 1,
+    fid_network: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: TorchScript or torch.export.")
+    ] = None,
+    fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
+    lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
     sweep: Annotated[
         str | None,
         typer.Option(metavar="5,10,20", help="Instead: quality and time at these numbers of steps, per solver."),
@@ -267,33 +286,40 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; accuracy of the heads."""
+    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; tokenizer, heads, and more on demand."""
+    from training import cohort, features, report
     from training import evaluate as body
 
-    if data != "phantom":
-        raise CopeditError(f"--data {data}: only the embedded data set 'phantom' can be evaluated on in this version")
     counts = _numbers(sweep, "--sweep")
     if counts is not None and (steps, solver) != (None, None):
         raise CopeditError("--sweep tries every solver at its own numbers of steps; leave --steps and --solver out")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
+    whom: cohort.Cohort
+    if data == "phantom":
+        whom = cohort.Phantoms(synthesizer.config, subjects or 16)
+    else:
+        whom = cohort.Folder(synthesizer.config, Path(data), subjects, split)
     with _progress(_stderr()) as bar:
         task = bar.add_task("evaluating")
         options: dict[str, Any] = {
-            "subjects": subjects,
             "seed": seed,
             "patterns": patterns,
             "progress": lambda done, total: bar.update(task, completed=done, total=total),
         }
         if counts is None:
-            report = body.evaluate(synthesizer, steps=steps, solver=solver, **options)
+            networks = features.Networks(fid_network, fvd_network, lpips_network, synthesizer.engine.device)
+            options |= {"steps": steps, "solver": solver, "samples": samples, "networks": networks}
+            found = body.evaluate(synthesizer, whom, **options)
         else:
-            report = body.sweep(synthesizer, steps=counts, **options)
-    paths = body.write_report(report, output)
+            found = body.sweep(synthesizer, whom, steps=counts, **options)
+    paths, remark = report.write_report(found, output)
+    if remark:
+        _stderr().print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        _print_json(report)
+        _print_json(found)
     else:
-        typer.echo(body.markdown(report))
+        typer.echo(report.markdown(found))
         typer.echo("\n".join(map(str, paths)))
 
 
@@ -515,6 +541,38 @@ def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, 
     race.verify(report)
 
 
+@benchmarks.command("cost")
+def bench_cost(
+    output: Output,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRESET", help="Also measure this preset's models, besides the small ones; repeatable."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Parameters and operations of every preset and backbone; time and memory of the small ones on this machine.
+
+    Needs the extra `train`. Writes cost.json, cost.md and, with matplotlib, cost.png.
+    """
+    from bench import cost as body
+
+    _check_writable(output)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("measuring")
+        report = body.run(
+            [*body.DEMO, *(measure or ())],
+            device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    paths = body.write(report, output)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(body.markdown(report))
+        typer.echo("\n".join(map(str, paths)))
+
+
 @exports.command("onnx")
 def export_onnx(
     model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
@@ -532,6 +590,64 @@ def export_onnx(
 
     _check_writable(output)
     report = body.export_onnx(model, output, precision)
+    if as_json:
+        _print_json(report)
+    else:
+        for name, size in report["files"].items():
+            typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
+
+
+@exports.command("tensorrt")
+def export_tensorrt(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    precision: Annotated[
+        str, typer.Option(metavar="float16|bfloat16|float32", help="Of weights and products.")
+    ] = "float16",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """ONNX graphs of a model and TensorRT's plans of them for the GPU here, each checked against torch.
+
+    The new folder is a model for every engine. Takes minutes; needs the extras `export` and `tensorrt`.
+    """
+    from copedit_rt import export as body
+
+    _check_writable(output)
+    with _building() as progress, _remarks():
+        report = body.export_tensorrt(model, output, precision, device, progress)
+    if as_json:
+        _print_json(report)
+    else:
+        for name, size in report["files"].items():
+            typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
+        for part, agreed in report["parity"].items():
+            typer.echo(f"{part}: cosine {agreed['cosine']:.6f}, max error {agreed['max_error']:.1e} against torch")
+
+
+@exports.command("triton-repo")
+def export_triton(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    backend: Annotated[str, typer.Option(metavar="onnxruntime|tensorrt", help="What the server computes with.")] = (
+        "onnxruntime"
+    ),
+    precision: Annotated[
+        str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
+    ] = "float32",
+    max_batch: Annotated[int, typer.Option(min=1, help="Studies that the server may join into one batch.")] = 4,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A model repository for Triton Inference Server: encoder, step and decoder as three models.
+
+    With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
+    """
+    from copedit_rt import triton_repo as body
+
+    _check_writable(output)
+    with _building() as progress, _remarks():
+        report = body.export_triton(model, output, backend, precision, max_batch, device, progress)
     if as_json:
         _print_json(report)
     else:
@@ -606,6 +722,7 @@ def synthesise(
     models, err = _Models(model, _own_device(device, world), max_memory, engine, dtype), _stderr()
     entries: list[dict[str, Any]] = []
     with _progress(err, quiet=rank > 0) as bar:
+        models.bar = bar
         studies = bar.add_task("studies", total=len(mine), visible=len(mine) > 1)
         sampler = bar.add_task("", total=None, visible=False)
 
@@ -924,6 +1041,7 @@ class _Models:
         self._model, self._device = model, device
         self._options: dict[str, Any] = {"max_memory": max_memory, "engine": engine, "dtype": dtype}
         self._loaded: dict[str, Synthesizer] = {}
+        self.bar: Any = None  # where loading may show its progress; its own where there is none
 
     def choose(self, task: str, elements: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         """The model that was asked for, or the first built in for the task that knows all the elements."""
@@ -948,14 +1066,39 @@ class _Models:
 
         if name not in self._loaded:
             try:
-                with warnings.catch_warnings(record=True) as remarks:
-                    warnings.simplefilter("always", UserWarning)
-                    self._loaded[name] = Synthesizer.load(name, self._device, **self._options)
+                with _building(self.bar) as progress, _remarks():
+                    loaded = Synthesizer.load(name, self._device, progress=progress, **self._options)
             except CopeditError as error:
                 raise _UnusableModel(error) from error
-            for remark in remarks:
-                print(f"copedit: {remark.message}", file=sys.stderr)
+            for note in getattr(loaded.engine, "notes", ()):
+                print(f"copedit: {note}", file=sys.stderr)
+            self._loaded[name] = loaded
         return self._loaded[name]
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Warnings to the user as one sentence each, once the work is done."""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for remark in remarks:
+        print(f"copedit: {remark.message}", file=sys.stderr)
+
+
+@contextmanager
+def _building(bar: Any = None) -> Iterator[Callable[[str, int, int], None]]:
+    """What shows the progress of a build, as one more line of a bar or of one of its own."""
+    with _progress(_stderr()) if bar is None else nullcontext(bar) as shown:
+        line = shown.add_task("", visible=False)
+
+        def progress(what: str, done: int, total: int) -> None:
+            shown.update(line, description=what, completed=done, total=total, visible=True)
+
+        try:
+            yield progress
+        finally:
+            shown.remove_task(line)
 
 
 def _find(inputs: Sequence[Path], explicit: Mapping[str, Path] | None) -> Found:

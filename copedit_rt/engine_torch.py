@@ -52,7 +52,7 @@ class TorchEngine:
         if isinstance(self.denoiser, MDiT3D):
             pack(self.denoiser)
         self._dtype = next(self.denoiser.parameters()).dtype
-        self.dtype = str(self._dtype).removeprefix("torch.")
+        self.precision = str(self._dtype).removeprefix("torch.")
         self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns
 
     @torch.no_grad()

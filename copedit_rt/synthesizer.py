@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from copedit_rt.denoiser import MDiT3D, UNet
+    from copedit_rt.engine_tensorrt import TensorRTEngine
     from copedit_rt.tokenizer import CoPeVAE
 
 
@@ -94,11 +95,15 @@ class Synthesizer:
         max_memory: int | None = None,
         engine: str = "torch",
         dtype: str = "auto",
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> Synthesizer:
         """A built-in model by name or a model folder; max_memory and dtype as above.
 
         engine: "torch", or "onnxruntime" for a folder that `copedit export onnx` wrote, on the CPU and without torch.
-        ONNX files that are damaged, stale or foreign are refused: torch takes over with a warning (UserWarning).
+        "tensorrt": for a folder that `copedit export tensorrt` or `onnx` wrote, on a CUDA GPU; plans that are not there
+        yet are built, which takes minutes. ONNX files and plans that are damaged, stale or foreign are refused: torch
+        takes over with a warning (UserWarning). progress: called while plans are built, with what is being done and
+        its steps done and in all.
 
         Raises CopeditError for a folder that is not a model, damaged weights, a device that is not there, an engine
         that is unknown, not installed or cannot do what is asked, and ONNX files that are refused where there is no
@@ -107,26 +112,32 @@ class Synthesizer:
         folder = checkpoint.locate(model)
         if engine not in ENGINES:
             raise CopeditError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-        if engine == "onnxruntime":
+        if engine != "onnxruntime" and find_spec("torch") is None:
+            raise CopeditError(
+                f"engine {engine}: torch is not installed; install it, or choose the engine onnxruntime and a folder "
+                "that copedit export onnx wrote"
+            )
+        if engine != "torch":
             from copedit_rt.engine_onnx import OnnxEngine, Refused
 
+            built: OnnxEngine | TensorRTEngine
             try:
-                built = OnnxEngine(folder, device, max_memory)
+                if engine == "tensorrt":
+                    from copedit_rt.engine_tensorrt import TensorRTEngine
+
+                    built = TensorRTEngine(folder, device, max_memory, progress)
+                else:
+                    built = OnnxEngine(folder, device, max_memory)
             except Refused as error:
                 if find_spec("torch") is None:
                     raise CopeditError(f"{error} (torch, which could take over, is not installed)") from error
                 warnings.warn(f"{error}; torch takes over", stacklevel=2)
             else:
-                if dtype not in ("auto", built.dtype):
-                    raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.dtype}; use auto")
+                if dtype not in ("auto", built.precision):
+                    raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
                 self = cls.__new__(cls)
                 self._use(built.config, built, built.weights)
                 return self
-        elif find_spec("torch") is None:
-            raise CopeditError(
-                "engine torch: torch is not installed; install it, or choose the engine onnxruntime and a folder that "
-                "copedit export onnx wrote"
-            )
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
         return cls(config, tokenizer, denoiser, device, {"tokenizer": first, "denoiser": second}, max_memory, dtype)
@@ -251,7 +262,7 @@ class Synthesizer:
             "geometry": prepared.record(),
             "engine": self.engine.name,
             "device": self.engine.device,
-            "dtype": self.engine.dtype,
+            "dtype": self.engine.precision,
             "versions": {
                 "copedit": copedit_rt.__version__,
                 **self.engine.versions,
