@@ -107,8 +107,8 @@ Engine = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        metavar="auto|float32|bfloat16|float16",
-        help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU.",
+        metavar="auto|float32|bfloat16|float16|float8",
+        help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU. float8 is for Hopper and later.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -42,7 +42,7 @@ class Engine(Protocol):
         """cpu, cuda or cuda:N."""
         ...
 
-    precision: str  # of the large products: float32, float16 or bfloat16
+    precision: str  # of the large products: float32, float16, bfloat16 or float8
     versions: dict[str, str]  # of the libraries that it runs on
 
     def encode(self, images: np.ndarray) -> Encoded:

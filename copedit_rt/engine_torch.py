@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from copedit_rt import diffusion
+from copedit_rt import diffusion, float8
 from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import MDiT3D, UNet
 from copedit_rt.engine import Encoded
@@ -40,19 +40,25 @@ class TorchEngine:
 
         dtype: of the autoencoder's and the denoiser's weights and products (None: their own). The codebook, prompt
         encoders, heads, statistics and the sampler's latents stay in float32, as elements differ by less than bfloat16
-        resolves. The networks that are given are not changed.
+        resolves. float8: of the products in the denoiser's blocks, the rest is bfloat16. The networks given are not
+        changed.
         """
         self.config = config
         self.max_memory = max_memory
         self._device = device
         self.device = str(device)
         self.versions = {"torch": str(torch.__version__)}
-        self.tokenizer = lean_tokenizer(tokenizer, device, dtype)
-        self.denoiser = _copy(denoiser, set(denoiser.parameters()), device, dtype)
-        if isinstance(self.denoiser, MDiT3D):
-            pack(self.denoiser)
+        base = torch.bfloat16 if dtype == float8.KIND else dtype
+        self.tokenizer = lean_tokenizer(tokenizer, device, base)
+        self.denoiser = _copy(denoiser, set(denoiser.parameters()), device, base)
         self._dtype = next(self.denoiser.parameters()).dtype
         self.precision = str(self._dtype).removeprefix("torch.")
+        if isinstance(self.denoiser, MDiT3D):
+            if dtype == float8.KIND:
+                float8.float8(self.denoiser)
+                self.precision = "float8"
+            else:
+                pack(self.denoiser)
         self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns
 
     @torch.no_grad()

@@ -289,11 +289,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32, bfloat16 or float16 (on CUDA only) of a name; auto is float32 on a CPU, and on CUDA bfloat16, or float16
-    where the GPU has no bfloat16. Raises CopeditError for anything else."""
+    """float32, bfloat16 or, on CUDA only, float16 or float8 of a name; auto is float32 on a CPU, and on CUDA bfloat16,
+    or float16 where the GPU has no bfloat16. Raises CopeditError for anything else, and where the GPU has no float8."""
     import torch
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float8": torch.float8_e4m3fn,
+    }
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
@@ -301,6 +306,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name not in known:
         raise CopeditError(f"dtype {name!r} is unknown; use auto, {', '.join(known)}")
-    if name == "float16" and device.type == "cpu":
-        raise CopeditError("dtype 'float16' is for GPUs; on a CPU use float32 or bfloat16")
+    if name in ("float16", "float8") and device.type == "cpu":
+        raise CopeditError(f"dtype {name!r} is for GPUs; on a CPU use float32 or bfloat16")
+    if name == "float8" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        have = ".".join(map(str, capability))
+        raise CopeditError(f"dtype {name!r} needs a GPU of compute capability 8.9 or more, not {have}; use bfloat16")
     return known[name]
