@@ -223,6 +223,22 @@ def test_bfloat16_is_near_float32(which):
     assert np.array_equal(found[observed], z[observed])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", [BRAIN, HEART], ids=lambda config: config.task)
+def test_a_gpu_gives_what_the_cpu_gives(which):
+    """In float32, and nearly in the default of GPUs. Latents: voxels may jump where one lies between codes."""
+    which = dataclasses.replace(which, denoiser=dataclasses.replace(which.denoiser, heads=1))  # 32 channels a head
+    z = np.random.default_rng(0).standard_normal((4, 8, *which.latent)).astype(np.float32)
+    prompts, observed = np.ones((3, 16), np.float32), np.array([True, False, True, True])
+    exact = build(which).engine.sample(z, prompts, observed, 4, "ddim")
+    for dtype, allowed in (("float32", 1e-4), ("auto", 0.05)):
+        engine = Synthesizer(which, *networks(which), "cuda", dtype=dtype).engine
+        assert engine.precision == ("float32" if dtype == "float32" else "bfloat16")
+        found = engine.sample(z, prompts, observed, 4, "ddim")
+        assert np.abs(found - exact).max() < allowed * np.abs(exact).max()
+        assert np.array_equal(found[observed], z[observed])
+
+
 def test_a_memory_ceiling_changes_nothing_but_the_memory(brain_model, heart_model, monkeypatch):
     for model, study, name in ((brain_model, brain("t1", "t2"), "flair"), (heart_model, heart([5, 6]), "sax")):
         whole = model.synthesize(study).study.volumes[name].data
