@@ -39,9 +39,10 @@ class Engine(Protocol):
 
     @property
     def device(self) -> str:
-        """cpu or cuda."""
+        """cpu, cuda or cuda:N."""
         ...
 
+    precision: str  # of the large products: float32, float16, bfloat16 or float8
     versions: dict[str, str]  # of the libraries that it runs on
 
     def encode(self, images: np.ndarray) -> Encoded:

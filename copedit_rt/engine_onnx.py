@@ -87,7 +87,7 @@ class OnnxEngine:
         manifest = read_manifest(folder)
         if manifest["precision"] == "bfloat16":
             raise Refused(f"{folder}: exported in bfloat16, which ONNX Runtime cannot compute on a CPU; export float32")
-        digests = manifest["sha256"]
+        digests, self.precision = manifest["sha256"], manifest["precision"]
         self.config = checkpoint.read_config(folder)
         self.weights = {"tokenizer": digests[checkpoint.TOKENIZER], "denoiser": digests[checkpoint.DENOISER]}
         self.versions = {"onnxruntime": onnxruntime.__version__}

@@ -327,7 +327,8 @@ def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
     lean, full = (Synthesizer.load(folder, "cpu", engine=engine) for engine in ("onnxruntime", "torch"))
     found, other = lean.synthesize(given), full.synthesize(given)
     assert (found.record["engine"], other.record["engine"]) == ("onnxruntime", "torch")
-    net, vae = full.engine.denoiser.double(), full.engine.tokenizer.double()
+    net = checkpoint.load_denoiser(folder)[1].double()
+    vae = checkpoint.load_tokenizer(folder)[1].double()
     full.engine = Exact(full.config, vae, net, torch.device("cpu"))
     exact = full.synthesize(given)
     assert found.study.synthetic == exact.study.synthetic == {"t1ce", "flair"}
