@@ -24,6 +24,7 @@ EXTRAS = {
     "train": ["monai", "torchmetrics", "tensorboard", "matplotlib"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "tensorrt": ["tensorrt"],
+    "tensorrt-rtx": ["onnxruntime-ep-nv-tensorrt-rtx-cu13"],
     "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
 }
 RUNTIME = ["torch", "triton", "einops", "numpy", "scipy", "nibabel", "safetensors", "typer", "rich", "pillow"]
