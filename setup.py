@@ -58,8 +58,10 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "tensorrt": ["tensorrt"],
         "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
-        # Linux's bindings and builder, without the libraries of TensorRT itself.
-        "tensorrt-rtx": ["onnxruntime-ep-nv-tensorrt-rtx-cu13; platform_system == 'Linux'"],
+        # A builder that needs no GPU, for tests only.
+        "tensorrt-rtx": [
+            "onnxruntime-ep-nv-tensorrt-rtx-cu13; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
         "test": [
             "pytest",
             "hypothesis",
@@ -68,7 +70,7 @@ setup(
             "pytest-xdist",
             "torchmetrics",
             "tritonclient",
-            "tensorrt-cu13-bindings; platform_system == 'Linux'",
+            "tensorrt-cu13-bindings; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
     entry_points={"console_scripts": ["copedit = copedit_rt.cli:main"]},

@@ -5,8 +5,9 @@
 #   bench/gpu.sh [OPTIONS OF copedit bench kernels]     PYTHON=...   the interpreter (by default that of .venv)
 #
 # Leaves bench/results/GPU-NAME/: machine.txt (GPU, driver, clocks, versions, commit), tests.txt, kernels.json,
-# kernels.md, kernels.png, sampler.json, sampler.md, train-step.json, train-step.md; and writes the measured tables into
-# docs/kernels.md. Fails if a test or an answer does. SKIP="tests kernels sampler train-step" leaves parts out.
+# kernels.md, kernels.png, sampler.json, sampler.md, train-step.json, train-step.md, cost.json, cost.md, cost.png; and
+# writes the measured tables into docs/kernels.md. Fails if a test or an answer does. SKIP="tests kernels sampler
+# train-step cost" leaves parts out.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -42,5 +43,9 @@ for part in sampler train-step; do
         "$python" -m copedit_rt.cli bench $part -o "$folder" --device cuda || status=1
     fi
 done
+if wanted cost; then
+    "$python" -m copedit_rt.cli bench cost -o "$folder" --device cuda \
+        --measure brain-brats --measure brain-ixi --measure cardiac || status=1
+fi
 echo "==> results in $folder"
 exit $status

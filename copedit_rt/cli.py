@@ -293,6 +293,8 @@ def evaluate(
     counts = _numbers(sweep, "--sweep")
     if counts is not None and (steps, solver) != (None, None):
         raise CopeditError("--sweep tries every solver at its own numbers of steps; leave --steps and --solver out")
+    if counts is not None and (samples > 1 or fid_network or fvd_network or lpips_network):
+        raise CopeditError("--sweep measures PSNR, SSIM and MAE of single samples; leave --samples and networks out")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
     whom: cohort.Cohort
@@ -609,7 +611,7 @@ def export_tensorrt(
 ) -> None:
     """ONNX graphs of a model and TensorRT's plans of them for the GPU here, each checked against torch.
 
-    The new folder is a model for every engine. Takes minutes; needs the extras `export` and `tensorrt`.
+    The new folder is a model for every engine. May take minutes; needs the extras `export` and `tensorrt`.
     """
     from copedit_rt import export as body
 

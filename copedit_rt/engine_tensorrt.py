@@ -45,8 +45,8 @@ Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]  # what is done, steps done, in all
 
 # How far a plan may be from torch in float32 on the same weights: the least cosine, and the largest error over the
-# largest value. In float16 and bfloat16 twice the error that torch itself makes in them, at its worst over the parts of
-# the built-in models and of the cardiac preset (the step of demo-brain: 0.999989 and 0.012, 0.99927 and 0.10).
+# largest value. In float16 and bfloat16 twice the error that torch itself makes in them, at its worst over what was
+# measured (docs/runtime.md): the step of demo-brain, with 0.999989 and 0.012, and with 0.99927 and 0.10.
 LIMITS = {"float32": (0.999999, 0.001), "float16": (0.99995, 0.025), "bfloat16": (0.997, 0.2)}
 
 
@@ -142,6 +142,8 @@ def build(
     monitor = _monitor(trt, graph.stem, progress)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
+    if monitor.stop is not None:
+        raise monitor.stop
     if plan is None:
         raise Refused(f"{graph}: TensorRT {trt.__version__} cannot build it{log.why()}")
     after = cache.serialize() if cache is not None else None
@@ -197,6 +199,7 @@ def _monitor(trt: Any, name: str, progress: Progress | None) -> Any:
             trt.IProgressMonitor.__init__(self)
             self.lock = threading.Lock()
             self.running: dict[str, list[int]] = {}  # phase -> steps done, in all; outermost first
+            self.stop: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             with self.lock:
@@ -208,7 +211,7 @@ def _monitor(trt: Any, name: str, progress: Progress | None) -> Any:
                 if phase_name in self.running:
                     self.running[phase_name][0] = step + 1
             self.tell()
-            return True  # go on
+            return self.stop is None
 
         def phase_finish(self, phase_name: str) -> None:
             with self.lock:
@@ -216,12 +219,18 @@ def _monitor(trt: Any, name: str, progress: Progress | None) -> Any:
             self.tell()
 
         def tell(self) -> None:
-            """The longest phase under way, as inner ones come and go."""
-            with self.lock:
-                phases = sorted(self.running.items(), key=lambda phase: -phase[1][1])
-            if progress and phases:
-                phase, (done, total) = phases[0]
-                progress(f"{name}: {phase.lower()}", done, total)
+            """The longest phase under way, as inner ones come and go.
+
+            No exception may pass through the builder, Ctrl-C included: it ends the build at the next step.
+            """
+            try:
+                with self.lock:
+                    phases = sorted(self.running.items(), key=lambda phase: -phase[1][1])
+                if progress and phases:
+                    phase, (done, total) = phases[0]
+                    progress(f"{name}: {phase.lower()}", done, total)
+            except BaseException as error:
+                self.stop = error
 
     return Monitor()
 
@@ -403,7 +412,7 @@ class TensorRTEngine:
         batch: int = 1,
     ):
         """folder: with the ONNX files of `copedit export tensorrt` or `onnx`. Plans that it lacks for this GPU are
-        built, checked against torch and kept, which takes minutes; progress is called meanwhile.
+        built, checked against torch and kept, which may take minutes; progress is called meanwhile.
 
         What torch does instead is a warning (UserWarning); `notes` holds what else there is to tell. batch: the
         studies at once that plans can take, for others who run them: this engine takes one at a time.
@@ -432,7 +441,8 @@ class TensorRTEngine:
         self._runners: dict[str, Runner] = {}
         for graph in GRAPHS:
             try:
-                self._runners[graph] = self._open(graph)
+                with nullcontext() if self._stream is None else torch.cuda.device(self._device):
+                    self._runners[graph] = self._open(graph)
             except (Refused, RuntimeError) as error:
                 self.refused[graph] = error if isinstance(error, Refused) else Refused(f"{folder / graph}: {error}")
         if not self._runners:
@@ -589,8 +599,7 @@ class TensorRTEngine:
         kind = hashlib.sha256(f"{self.versions['tensorrt']} {self.gpu}".encode()).hexdigest()[:16]
         path = self._folder / FOLDER / f"timing-{kind}.cache"
         before = path.read_bytes() if path.is_file() else b""
-        with nullcontext() if self._device.type != "cuda" else torch.cuda.device(self._device):
-            plan, timing = build(self._folder / graph, shapes(self.config, graph, self.batch), before, self._progress)
+        plan, timing = build(self._folder / graph, shapes(self.config, graph, self.batch), before, self._progress)
         with suppress(CopeditError):  # it only saves time; where the plan cannot be written either, that is said
             write_atomically(path, timing)
         return plan
@@ -602,24 +611,28 @@ class TensorRTEngine:
         z = draw.standard_normal((m, c.latent_channels, *config.latent), np.float32)
         if self._progress:
             self._progress(f"{_what(graph)}: comparing with torch", 0, 1)
+        if graph == ENCODER:
+            images = draw.random((m - 1, 1, *config.image), np.float32)
+            with self._queue():
+                encoded = self._encode(run, images)
+            return parity(_arrays(encoded), _arrays(full.encode(images)))
+        if graph == STEP:
+            prompts = draw.standard_normal((3, c.prompt_dim), np.float32)
+            observed = np.arange(m) == 0
+            # Of second order, whose second step reads the prediction of the first.
+            arguments = z, prompts, observed, 2, "dpm2m"
+            with self._queue():
+                ours = self._sample(run, *arguments)
+            if not np.array_equal(ours[observed], z[observed]):
+                raise Refused(f"{self._folder / graph}: what TensorRT makes of it changes observed elements")
+            return parity([ours[~observed]], [full.sample(*arguments)[~observed]])
+        if c.quantise:  # from codes themselves: between two of them, rounding would decide
+            vae = full.tokenizer
+            codes = vae.codebook[torch.from_numpy(draw.integers(0, c.codes, (m, *config.latent)))]
+            z = vae.normalise(codes.movedim(-1, 1)).float().cpu().numpy()
         with self._queue():
-            if graph == ENCODER:
-                images = draw.random((m - 1, 1, *config.image), np.float32)
-                return parity(_arrays(self._encode(run, images)), _arrays(full.encode(images)))
-            if graph == STEP:
-                prompts = draw.standard_normal((3, c.prompt_dim), np.float32)
-                observed = np.arange(m) == 0
-                # Of second order, whose second step reads the prediction of the first.
-                arguments = z, prompts, observed, 2, "dpm2m"
-                ours, exact = self._sample(run, *arguments), full.sample(*arguments)
-                if not np.array_equal(ours[observed], z[observed]):
-                    raise Refused(f"{self._folder / graph}: what TensorRT makes of it changes observed elements")
-                return parity([ours[~observed]], [exact[~observed]])
-            if c.quantise:  # from codes themselves: between two of them, rounding would decide
-                vae = full.tokenizer
-                codes = vae.codebook[torch.from_numpy(draw.integers(0, c.codes, (m, *config.latent)))]
-                z = vae.normalise(codes.movedim(-1, 1)).float().cpu().numpy()
-            return parity([self._decode(run, z)], [full.decode(z)])
+            images = self._decode(run, z)
+        return parity([images], [full.decode(z)])
 
 
 def _what(graph: str) -> str:

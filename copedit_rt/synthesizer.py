@@ -101,9 +101,9 @@ class Synthesizer:
 
         engine: "torch", or "onnxruntime" for a folder that `copedit export onnx` wrote, on the CPU and without torch.
         "tensorrt": for a folder that `copedit export tensorrt` or `onnx` wrote, on a CUDA GPU; plans that are not there
-        yet are built, which takes minutes. ONNX files and plans that are damaged, stale or foreign are refused: torch
-        takes over with a warning (UserWarning). progress: called while plans are built, with what is being done and
-        its steps done and in all.
+        yet are built, which may take minutes. ONNX files that are damaged, stale or foreign are refused: torch takes
+        over with a warning (UserWarning), as it does for what TensorRT cannot do. progress: called while plans are
+        built, with what is being done and its steps done and in all.
 
         Raises CopeditError for a folder that is not a model, damaged weights, a device that is not there, an engine
         that is unknown, not installed or cannot do what is asked, and ONNX files that are refused where there is no

@@ -252,13 +252,14 @@ def reconstruct(model: Synthesizer, prepared: Prepared) -> Iterator[tuple[str, s
     tokenizer encodes and decodes, on the model's grid (Table 6): as it is and by way of the codebook."""
     import torch
 
-    vae = model.engine.tokenizer  # type: ignore[attr-defined]
+    engine: Any = model.engine
+    vae, limit = engine.tokenizer, engine.max_memory
     device = vae.latent_mean.device
     joint = model.config.task == "cardiac"
     with torch.no_grad():
-        z = vae.encode(torch.from_numpy(prepared.images[None]).to(device))
+        z = vae.encode(torch.from_numpy(prepared.images[None]).to(device), limit)
         for method, latent in (("as it is", z), ("nearest codes", vae.quantise(z)[0])):
-            found = vae.decode(latent, joint)[0, :, 0].float().clamp(0, 1).cpu().numpy()
+            found = vae.decode(latent, joint, limit)[0, :, 0].float().clamp(0, 1).cpu().numpy()
             truth = prepared.images[:, 0]
             if joint:
                 found, truth = (np.concatenate(list(x), axis=-1)[None] for x in (found, truth))

@@ -192,7 +192,7 @@ def _calibration(report: Report) -> list[str]:
         f"{found['actual']:.4f}. Expected normalised calibration error: {ence} (0 is perfect).",
     ]
     if report["steps"] == 1:
-        lines.append("One sampler step gives the expected image, whatever the noise: its spread means nothing.")
+        lines.append("One sampler step gives nearly the same image whatever the noise: there is hardly any spread.")
     return [*lines, "", *table(["voxels", "predicted", "actual"], body, 0)]
 
 

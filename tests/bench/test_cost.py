@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -79,9 +81,8 @@ def test_the_unet_is_counted_whole():
 def test_a_tokenizer_is_counted_as_by_hand():
     config, t = TINY, TINY.tokenizer
     found = cost.count_tokenizer(config)
-    assert ModelConfig.preset("brain-brats").name and cost.count_tokenizer(ModelConfig.preset("brain-brats"))[
-        "parameters"
-    ] == pytest.approx(137.63e6, abs=5e3)
+    brats = cost.count_tokenizer(ModelConfig.preset("brain-brats"))
+    assert brats["parameters"] == pytest.approx(137.63e6, abs=5e3)
     # Multiply-adds of a level: a strided convolution to it, and a residual unit on it.
     sizes, width, encode = [8 * 8 * 8, 4 * 4 * 4], 1, 0
     for voxels, channels in zip(sizes, t.channels, strict=True):
@@ -118,10 +119,7 @@ def test_memory_sees_what_was_in_use():
         "import numpy as np, torch\nfrom bench.cost import Memory\n"
         f"memory = Memory(torch.device('cpu')); x = np.ones({size}, np.uint8); del x; print(memory.peak())"
     )
-    import subprocess
-    import sys
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
     assert 0.8 * size < int(done.stdout) < 2 * size
 
 

@@ -190,7 +190,8 @@ class Builder:
     def build_serialized_network(self, network, config):
         monitor = config.progress_monitor
         monitor.phase_start("Building engine", None, 2)
-        monitor.step_complete("Building engine", 0)
+        if not monitor.step_complete("Building engine", 0):
+            return None
         monitor.phase_finish("Building engine")
         fused = [i for i in network._layers if i.type == LayerType.ATTENTION_INPUT and not i.attention.decomposable]
         if faults.get("build") == network._name or fused:

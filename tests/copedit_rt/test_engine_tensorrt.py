@@ -226,6 +226,17 @@ def test_one_timing_cache_goes_from_build_to_build(fresh, tensorrt):
     assert tensorrt.timings == [b"", b"+", b"++"]
 
 
+def test_an_interrupted_build_stops(fresh, tensorrt):
+    """Ctrl-C arrives in what TensorRT calls, and must not pass through its code."""
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TensorRTEngine(fresh, progress=interrupt)
+    assert not tensorrt.built and not list((fresh / FOLDER).glob("*.plan"))
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 

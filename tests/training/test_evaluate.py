@@ -216,7 +216,7 @@ def test_the_command(model_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert {p.name for p in (tmp_path / "out").glob("sweep*")} == {"sweep.json", "sweep.md", "sweep.png"}
     assert "| dpm2m | 2 |" in result.stdout
-    for options in (["--sweep", "few"], ["--sweep", "2", "--solver", "ddim"]):
+    for options in (["--sweep", "few"], ["--sweep", "2", "--solver", "ddim"], ["--sweep", "2", "--samples", "2"]):
         refused = CliRunner().invoke(app, [*command, *options])
         assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "--sweep" in refused.stderr
     refused = CliRunner().invoke(app, [*command, "--data", "brats"])
