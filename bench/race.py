@@ -242,6 +242,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 def tables(report: Mapping[str, Any]) -> list[str]:
     """Times, and memory and rates where they were measured."""
     rows = report["timings"]
+    if not rows:
+        return ["Nothing has been timed."]
     facts = ("contestant", "dtype", "peak_bytes", "median_s", "low_s", "high_s", "processor_s", "samples")
     names = [
         key for key in dict.fromkeys(k for row in rows for k in row) if key not in (*facts, "per_second", "tflop_s")

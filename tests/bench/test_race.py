@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from bench import race, runners, sampler, timing, train_step
+from bench import cpu, race, runners, sampler, timing, train_step
 from bench.race import TINY, Contestant, Race, distance
 from copedit_rt import cli
 from copedit_rt.errors import CopeditError
@@ -158,6 +158,23 @@ def test_commands(tmp_path, command, options, rows):
 def test_refusals(tmp_path, arguments, message):
     done = CliRunner().invoke(cli.app, ["bench", *arguments, "-o", str(tmp_path)])
     assert done.exit_code == 1 and message in done.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_and_imports_of_the_benchmark_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "REPEATS", 1)
+    one = Race("Test", CPU, {torch.float32}, "of nothing")
+    cpu._commands(one, "demo-cardiac", None, tmp_path)
+    cpu._imports(one)
+    (row,) = one.extra["commands"]
+    assert row["engine"] == "torch" and len(row["wall_s"]) == len(row["processor_s"]) == 1
+    assert 0 < row["processor_s"][0]
+    assert len(list((tmp_path / "made").rglob("*.nii.gz"))) == 1
+    assert [len(values) for values in one.extra["imports"].values()] == [1, 1]
+    report = json.loads(json.dumps(one.report()))
+    assert "`copedit synth` of one study of demo-cardiac, torch:" in race.markdown(report)
+    assert race.tables(report) == ["Nothing has been timed."]
+    print(report["commands"], report["imports"])
 
 
 def test_perturbed_networks_are_not_zero():
