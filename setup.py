@@ -58,7 +58,20 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "tensorrt": ["tensorrt"],
         "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "torchmetrics"],
+        # A builder that needs no GPU, for tests only.
+        "tensorrt-rtx": [
+            "onnxruntime-ep-nv-tensorrt-rtx-cu13; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "pytest-xdist",
+            "torchmetrics",
+            "tritonclient",
+            "tensorrt-cu13-bindings; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
     },
     entry_points={"console_scripts": ["copedit = copedit_rt.cli:main"]},
 )

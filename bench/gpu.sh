@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the tests marked `gpu`, then every operator's benchmark.
+# Everything that needs a GPU, in one command: the tests marked `gpu`, then the benchmarks of every operator, of whole
+# models and of a training step.
 #
 #   bench/gpu.sh [OPTIONS OF copedit bench kernels]     PYTHON=...   the interpreter (by default that of .venv)
 #
 # Leaves bench/results/GPU-NAME/: machine.txt (GPU, driver, clocks, versions, commit), tests.txt, kernels.json,
-# kernels.md, kernels.png; and writes the measured tables into docs/kernels.md. Fails if a test or an operator does.
+# kernels.md, kernels.png, sampler.json, sampler.md, train-step.json, train-step.md, cost.json, cost.md, cost.png; and
+# writes the measured tables into docs/kernels.md. Fails if a test or an answer does. SKIP="tests kernels sampler
+# train-step cost" leaves parts out.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -26,12 +29,23 @@ status=0
     nvidia-smi || true
 } >"$folder/machine.txt"
 
-echo "==> tests marked gpu"
-"$python" -m pytest -m gpu -rfE tests 2>&1 | tee "$folder/tests.txt" || status=1
+wanted() { [[ " ${SKIP:-} " != *" $1 "* ]] && echo "==> $1"; }
 
-echo "==> copedit bench kernels"
-"$python" -m copedit_rt.cli bench kernels -o "$folder" --device cuda "$@" || status=1
-
-"$python" -m bench.tables || status=1
+if wanted tests; then
+    "$python" -m pytest -m gpu -rfE tests 2>&1 | tee "$folder/tests.txt" || status=1
+fi
+if wanted kernels; then
+    "$python" -m copedit_rt.cli bench kernels -o "$folder" --device cuda "$@" || status=1
+    "$python" -m bench.tables || status=1
+fi
+for part in sampler train-step; do
+    if wanted $part; then
+        "$python" -m copedit_rt.cli bench $part -o "$folder" --device cuda || status=1
+    fi
+done
+if wanted cost; then
+    "$python" -m copedit_rt.cli bench cost -o "$folder" --device cuda \
+        --measure brain-brats --measure brain-ixi --measure cardiac || status=1
+fi
 echo "==> results in $folder"
 exit $status

@@ -152,7 +152,7 @@ def _share(op: str) -> tuple[str, str]:
     return ("product_share", "of product") if op in COMPUTE_BOUND else ("copy_share", "of copy")
 
 
-def _table(header: Sequence[str], body: Iterable[Sequence[str]], left: int) -> list[str]:
+def table(header: Sequence[str], body: Iterable[Sequence[str]], left: int) -> list[str]:
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return [f"| {' | '.join(line)} |" for line in (header, rule, *body)]
 
@@ -171,7 +171,7 @@ def full_table(report: Report, op: str, mode: str) -> list[str]:
         best = min(group, key=lambda p: group[p]["median_us"])
         ours = f"{group['ours'][share]:.0%}" if "ours" in group else "–"
         body.append([*_names(group), ours, *(_cell(group.get(p), best=p == best) for p in providers)])
-    return _table(["used by", "shape", "pass", f"ours, {title}", *providers], body, 3)
+    return table(["used by", "shape", "pass", f"ours, {title}", *providers], body, 3)
 
 
 def memory_table(report: Report, op: str) -> list[str]:
@@ -181,7 +181,7 @@ def memory_table(report: Report, op: str) -> list[str]:
     for group in _groups(rows(report, op, "eager")):
         cells = [_number(group[p]["peak_bytes"] / 2**20, 4) if p in group else "–" for p in providers]
         body.append([*_names(group), *cells])
-    return _table(["used by", "shape", "pass", *providers], body, 3)
+    return table(["used by", "shape", "pass", *providers], body, 3)
 
 
 def short_table(report: Report, op: str, preset: str) -> list[str]:
@@ -205,7 +205,7 @@ def short_table(report: Report, op: str, preset: str) -> list[str]:
                 line += [f"{other} {_cell(group[other])}", f"{ratio:.2f}"]
         body.append(line)
     header = ["shape", "pass", "ours, µs", title, "fastest other, µs", "ratio", "plain PyTorch, µs", "ratio"]
-    return _table(header, body, 2)
+    return table(header, body, 2)
 
 
 def _presets(report: Report, op: str) -> set[str]:
@@ -249,7 +249,7 @@ def overhead_table(report: Report) -> list[str]:
     for entry in report["overhead"]:
         text = entry.get("note", "–") if entry["us"] is None else _cell(entry, "us")
         body.append([entry["op"], entry["provider"], entry["direction"], text])
-    return _table(["operator", "provider", "pass", "µs"], body, 3)
+    return table(["operator", "provider", "pass", "µs"], body, 3)
 
 
 # ------------------------------------------------------------------------------------------------------ plot

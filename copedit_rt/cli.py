@@ -15,9 +15,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +71,7 @@ benchmarks = typer.Typer(
 )
 app.add_typer(benchmarks, name="bench")
 exports = typer.Typer(
-    help="Write a model for an engine without torch.", no_args_is_help=True, context_settings=_SETTINGS
+    help="Write a model for another engine than torch.", no_args_is_help=True, context_settings=_SETTINGS
 )
 app.add_typer(exports, name="export")
 
@@ -97,7 +100,16 @@ Solver = Annotated[
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
 Engine = Annotated[
     str,
-    typer.Option(metavar="torch|onnxruntime", help="What computes; onnxruntime takes a folder of copedit export onnx."),
+    typer.Option(
+        metavar="torch|onnxruntime|tensorrt", help="What computes; all but torch take a folder of copedit export."
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16|float8",
+        help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU. float8 is for Hopper and later.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Slices = Annotated[
@@ -136,6 +148,7 @@ def synth(
     solver: Solver = None,
     device: Device = "auto",
     engine: Engine = "torch",
+    dtype: Dtype = "auto",
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
@@ -165,6 +178,7 @@ def synth(
         solver=solver,
         device=device,
         engine=engine,
+        dtype=dtype,
         max_memory=_bytes(max_memory),
         overwrite=overwrite,
         resample=resample,
@@ -174,6 +188,7 @@ def synth(
     )
     if as_json:
         _print_json(summary)
+    _wait_for_others()
     if summary["failed"]:
         raise typer.Exit(1)
 
@@ -240,14 +255,30 @@ def demo(
 def evaluate(
     output: Output,
     model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")] = "demo-brain",
-    data: Annotated[str, typer.Option(help="What to evaluate on: held-out phantoms.")] = "phantom",
-    subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    data: Annotated[
+        str, typer.Option(metavar="phantom|DIR", help="Held-out simulated subjects, or a data set's complete studies.")
+    ] = "phantom",
+    subjects: Annotated[
+        int | None, typer.Option(min=1, help="How many; by default 16 simulated ones, or all of a data set.")
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(metavar="test|all|FILE", help="Which of a data set: held out by name, all, or by a split.json."),
+    ] = "test",
     steps: Steps = None,
     patterns: Annotated[
         int | None, typer.Option(min=1, help="At most N missing patterns per count; by default all.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
     solver: Solver = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Average so many samples; 2 or more also give the calibration of their spread.")
+    ] = 1,
+    fid_network: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: TorchScript or torch.export.")
+    ] = None,
+    fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
+    lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
     sweep: Annotated[
         str | None,
         typer.Option(metavar="5,10,20", help="Instead: quality and time at these numbers of steps, per solver."),
@@ -281,41 +312,50 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; accuracy of the heads."""
+    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; tokenizer, heads, and more on demand."""
     if sum(map(bool, (sweep, ablation, analysis, segmentation))) > 1:
         raise CopeditError("--sweep, --ablation, --analysis and --segmentation are runs of their own; choose one")
     if ablation:
-        return _ablate(ablation, output, preset, override or [], data, subjects, full, runs, as_json)
+        return _ablate(ablation, output, preset, override or [], data, subjects or 16, full, runs, as_json)
     if analysis:
-        return _analyse(analysis, output, model, subjects, device, as_json)
+        return _analyse(analysis, output, model, subjects or 16, device, as_json)
     if segmentation:
         return _segment(output, model, data, override or [], device, full, as_json)
+    from training import cohort, features, report
     from training import evaluate as body
 
-    if data != "phantom":
-        raise CopeditError(f"--data {data}: only the embedded data set 'phantom' can be evaluated on in this version")
     counts = _numbers(sweep, "--sweep")
     if counts is not None and (steps, solver) != (None, None):
         raise CopeditError("--sweep tries every solver at its own numbers of steps; leave --steps and --solver out")
+    if counts is not None and (samples > 1 or fid_network or fvd_network or lpips_network):
+        raise CopeditError("--sweep measures PSNR, SSIM and MAE of single samples; leave --samples and networks out")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
+    whom: cohort.Cohort
+    if data == "phantom":
+        whom = cohort.Phantoms(synthesizer.config, subjects or 16)
+    else:
+        whom = cohort.Folder(synthesizer.config, Path(data), subjects, split)
     with _progress(_stderr()) as bar:
         task = bar.add_task("evaluating")
         options: dict[str, Any] = {
-            "subjects": subjects,
             "seed": seed,
             "patterns": patterns,
             "progress": lambda done, total: bar.update(task, completed=done, total=total),
         }
         if counts is None:
-            report = body.evaluate(synthesizer, steps=steps, solver=solver, **options)
+            networks = features.Networks(fid_network, fvd_network, lpips_network, synthesizer.engine.device)
+            options |= {"steps": steps, "solver": solver, "samples": samples, "networks": networks}
+            found = body.evaluate(synthesizer, whom, **options)
         else:
-            report = body.sweep(synthesizer, steps=counts, **options)
-    paths = body.write_report(report, output)
+            found = body.sweep(synthesizer, whom, steps=counts, **options)
+    paths, remark = report.write_report(found, output)
+    if remark:
+        _stderr().print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        _print_json(report)
+        _print_json(found)
     else:
-        typer.echo(body.markdown(report))
+        typer.echo(report.markdown(found))
         typer.echo("\n".join(map(str, paths)))
 
 
@@ -495,6 +535,129 @@ def bench_kernels(
         raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
 
 
+Presets = Annotated[list[str] | None, typer.Option("--preset", metavar="NAME", help="Only this one; repeatable.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Also measure torch.compile, which takes minutes to compile.")
+]
+
+
+@benchmarks.command("cpu")
+def bench_cpu(
+    output: Output,
+    large: Annotated[
+        bool, typer.Option("--large/--no-large", help="Also a step of the paper's brain model: minutes and 6 GB.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """The built-in models on this processor: plain PyTorch, ours, ONNX Runtime.
+
+    Answers are checked before anything is timed. Writes cpu.json and cpu.md.
+    """
+    from bench import cpu as body
+
+    _bench(output, "cpu", as_json, lambda **hooks: body.run(large=large, **hooks))
+
+
+@benchmarks.command("sampler")
+def bench_sampler(
+    output: Output,
+    preset: Presets = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Studies at a time; repeatable. 1 and 8.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Sampler steps; repeatable. 10 to 250.")] = None,
+    dtype: Dtype = "auto",
+    compiled: Compiled = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Encoding, sampling and decoding at the paper's sizes, beside plain PyTorch and torch.compile.
+
+    Answers are checked before anything is timed. Writes sampler.json and sampler.md. On a CPU a tiny model, to see that
+    it works.
+    """
+    from bench import sampler as body
+
+    options: dict[str, Any] = {"steps": steps, "device": device, "dtype": dtype, "compiled": compiled}
+    options |= {key: value for key, value in (("presets", preset), ("batches", batch)) if value}
+    _bench(output, "sampler", as_json, lambda **hooks: body.run(**options, **hooks))
+
+
+@benchmarks.command("train-step")
+def bench_train_step(
+    output: Output,
+    preset: Presets = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(metavar="tokenizer|denoiser", help="Only this stage; repeatable.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Subjects a step; by default the paper's.")] = None,
+    compiled: Compiled = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """An optimizer step of each stage: time and peak memory, beside plain PyTorch and torch.compile.
+
+    Loss and gradients are checked before anything is timed. Writes train-step.json and train-step.md. On a CPU a tiny
+    model, to see that it works.
+    """
+    from bench import train_step as body
+
+    if unknown := [name for name in stage or () if name not in body.STAGES]:
+        raise CopeditError(f"--stage {unknown[0]}: choose {' or '.join(body.STAGES)}")
+    options: dict[str, Any] = {"batch": batch, "device": device, "compiled": compiled}
+    options |= {key: value for key, value in (("presets", preset), ("stages", stage)) if value}
+    _bench(output, "train-step", as_json, lambda **hooks: body.run(**options, **hooks))
+
+
+def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, Any]]) -> None:
+    """Measure, keep what there is after every piece of work, and say it."""
+    from bench import race
+
+    _check_writable(output)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("measuring", total=None)
+        report = run(
+            progress=lambda text: bar.update(task, description=text),
+            save=lambda so_far: race.write(so_far, output, name),
+        )
+    paths = race.write(report, output, name)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo("\n".join([*race.tables(report), "", *race.remarks(report), *report["notes"], *map(str, paths)]))
+    race.verify(report)
+
+
+@benchmarks.command("cost")
+def bench_cost(
+    output: Output,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRESET", help="Also measure this preset's models, besides the small ones; repeatable."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Parameters and operations of every preset and backbone; time and memory of the small ones on this machine.
+
+    Needs the extra `train`. Writes cost.json, cost.md and, with matplotlib, cost.png.
+    """
+    from bench import cost as body
+
+    _check_writable(output)
+    with _progress(_stderr()) as bar:
+        task = bar.add_task("measuring")
+        report = body.run(
+            [*body.DEMO, *(measure or ())],
+            device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    paths = body.write(report, output)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(body.markdown(report))
+        typer.echo("\n".join(map(str, paths)))
+
+
 @exports.command("onnx")
 def export_onnx(
     model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
@@ -512,6 +675,64 @@ def export_onnx(
 
     _check_writable(output)
     report = body.export_onnx(model, output, precision)
+    if as_json:
+        _print_json(report)
+    else:
+        for name, size in report["files"].items():
+            typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
+
+
+@exports.command("tensorrt")
+def export_tensorrt(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    precision: Annotated[
+        str, typer.Option(metavar="float16|bfloat16|float32", help="Of weights and products.")
+    ] = "float16",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """ONNX graphs of a model and TensorRT's plans of them for the GPU here, each checked against torch.
+
+    The new folder is a model for every engine. May take minutes; needs the extras `export` and `tensorrt`.
+    """
+    from copedit_rt import export as body
+
+    _check_writable(output)
+    with _building() as progress, _remarks():
+        report = body.export_tensorrt(model, output, precision, device, progress)
+    if as_json:
+        _print_json(report)
+    else:
+        for name, size in report["files"].items():
+            typer.echo(f"{output / name}  {size / 2**20:.1f} MiB")
+        for part, agreed in report["parity"].items():
+            typer.echo(f"{part}: cosine {agreed['cosine']:.6f}, max error {agreed['max_error']:.1e} against torch")
+
+
+@exports.command("triton-repo")
+def export_triton(
+    model: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")],
+    output: Output,
+    backend: Annotated[str, typer.Option(metavar="onnxruntime|tensorrt", help="What the server computes with.")] = (
+        "onnxruntime"
+    ),
+    precision: Annotated[
+        str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
+    ] = "float32",
+    max_batch: Annotated[int, typer.Option(min=1, help="Studies that the server may join into one batch.")] = 4,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A model repository for Triton Inference Server: encoder, step and decoder as three models.
+
+    With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
+    """
+    from copedit_rt import triton_repo as body
+
+    _check_writable(output)
+    with _building() as progress, _remarks():
+        report = body.export_triton(model, output, backend, precision, max_batch, device, progress)
     if as_json:
         _print_json(report)
     else:
@@ -564,6 +785,7 @@ def synthesise(
     solver: str | None = None,
     device: str = "auto",
     engine: str = "torch",
+    dtype: str = "auto",
     max_memory: int | None = None,
     overwrite: bool = False,
     resample: bool = False,
@@ -573,49 +795,58 @@ def synthesise(
 ) -> dict[str, Any]:
     """The body of `copedit synth`; `say` hears one line per file. JSON-able.
 
-    A study that fails does not stop the others; if it is the only one, its CopeditError is raised.
+    A study that fails does not stop the others; if it is the only one, its CopeditError is raised. The next study is
+    read while one is computed. Of several processes (RANK and WORLD_SIZE in the environment, as torchrun sets them)
+    each takes every WORLD_SIZE-th study, and in turn a GPU (LOCAL_RANK).
     """
     wanted = _targets(target)
     _check_writable(output)
     found = _find(inputs, explicit)
-    models, err = _Models(model, device, max_memory, engine), _stderr()
+    rank, world = _shard()
+    mine = found[rank::world]
+    models, err = _Models(model, _own_device(device, world), max_memory, engine, dtype), _stderr()
     entries: list[dict[str, Any]] = []
-    with _progress(err) as bar:
-        studies = bar.add_task("studies", total=len(found), visible=len(found) > 1)
+    with _progress(err, quiet=rank > 0) as bar:
+        models.bar = bar
+        studies = bar.add_task("studies", total=len(mine), visible=len(mine) > 1)
         sampler = bar.add_task("", total=None, visible=False)
 
         def advance(done: int, total: int) -> None:
             bar.update(sampler, completed=done, total=total)
 
-        for files in found:
-            bar.update(sampler, description=files.name, completed=0, total=None, visible=True)
-            entry: dict[str, Any] = {"study": files.name, "task": files.task, "status": "failed"}
-            start = time.perf_counter()
-            try:
-                _synthesise_one(
-                    files,
-                    output,
-                    entry,
-                    models,
-                    target=wanted,
-                    options={"steps": steps, "seed": seed, "samples": samples, "solver": solver, "progress": advance},
-                    overwrite=overwrite,
-                    resample=resample,
-                    preview=preview,
-                    missing_slices=missing_slices,
-                    several=len(found) > 1,
-                )
-            except CopeditError as error:
-                if len(found) == 1 or isinstance(error, _UnusableModel):
-                    raise
-                entry["error"] = str(error)
-            entry["seconds"] = round(time.perf_counter() - start, 3)
-            entries.append(entry)
-            _tell(entry, say, err)
-            bar.advance(studies)
+        options: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver}
+        options["progress"] = advance
+
+        def open_one(files: StudyFiles) -> _Opened:
+            return _open(files, output, models, wanted, overwrite, resample, missing_slices, len(found) > 1)
+
+        # One study ahead is read while the device computes.
+        with ThreadPoolExecutor(1, "read") as reader:
+            ahead = deque(reader.submit(open_one, files) for files in mine[:1])
+            for number, files in enumerate(mine):
+                bar.update(sampler, description=files.name, completed=0, total=None, visible=True)
+                entry: dict[str, Any] = {"study": files.name, "task": files.task, "status": "failed"}
+                start = time.perf_counter()
+                try:
+                    opened = ahead.popleft().result()
+                    if number + 1 < len(mine):
+                        ahead.append(reader.submit(open_one, mine[number + 1]))
+                    entry |= opened.entry
+                    if opened.error:
+                        raise opened.error
+                    if opened.study:
+                        _synthesise_one(opened, output, entry, models, options=options, preview=preview)
+                except CopeditError as error:
+                    if len(found) == 1 or isinstance(error, _UnusableModel):
+                        raise
+                    entry["error"] = str(error)
+                entry["seconds"] = round(time.perf_counter() - start, 3)
+                entries.append(entry)
+                _tell(entry, say, err)
+                bar.advance(studies)
     counts = Counter(entry["status"] for entry in entries)
     summary: dict[str, Any] = {name: counts[name] for name in ("written", "kept", "complete", "failed")}
-    if counts["complete"] == len(entries):
+    if counts["complete"] == len(found):
         raise CopeditError(
             f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
         )
@@ -626,21 +857,52 @@ def synthesise(
     return summary | {"studies": entries, "passed_over": _passed_over(found)}
 
 
-def _synthesise_one(
+@dataclass
+class _Opened:
+    """A study as far as it goes without computing: what its entry holds so far, and what went wrong.
+
+    study: None where there is nothing to compute. todo: the elements to write, None for all.
+    """
+
+    files: StudyFiles
+    entry: dict[str, Any]
+    study: Study | None = None
+    todo: list[str] | None = None
+    error: CopeditError | None = None
+
+
+def _open(
     files: StudyFiles,
     output: Path,
-    entry: dict[str, Any],
     models: _Models,
-    *,
     target: Sequence[str] | None,
-    options: Mapping[str, Any],
     overwrite: bool,
     resample: bool,
-    preview: bool,
     missing_slices: Sequence[int] | None,
     several: bool,
+) -> _Opened:
+    """Choose the model, see what there is to do, and read the files."""
+    opened = _Opened(files, {})
+    try:
+        _look_into(opened, output, models, target, overwrite, several)
+        if "status" in opened.entry:
+            return opened
+        study = files.read(missing_slices=missing_slices, resample=resample)
+    except CopeditError as error:
+        opened.error = error
+        return opened
+    if several and files.task == "cardiac" and not study.missing_slices:
+        opened.entry["status"] = "complete"
+    else:
+        opened.study = study
+    return opened
+
+
+def _look_into(
+    opened: _Opened, output: Path, models: _Models, target: Sequence[str] | None, overwrite: bool, several: bool
 ) -> None:
-    """Write one study's outputs and fill in its entry."""
+    """Fill in the entry; its status only where nothing is to be done."""
+    files, entry = opened.files, opened.entry
     name, config = models.choose(files.task, files.files)
     entry["model"] = name
     # A model for the other task is refused where every study is prepared.
@@ -658,13 +920,25 @@ def _synthesise_one(
     if outputs and len(done) == len(outputs):
         entry["status"] = "kept"
         return
-    study = files.read(missing_slices=missing_slices, resample=resample)
-    if several and files.task == "cardiac" and not study.missing_slices:
-        entry["status"] = "complete"
-        return
+    entry["kept"] = done
     # What exists stays as it is, though it is sampled again beside the others: elements depend on each other.
-    todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
-    result = _out_of_memory(files.name, lambda: models.load(name).synthesize(study, target=todo or None, **options))
+    opened.todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
+
+
+def _synthesise_one(
+    opened: _Opened,
+    output: Path,
+    entry: dict[str, Any],
+    models: _Models,
+    *,
+    options: Mapping[str, Any],
+    preview: bool,
+) -> None:
+    """Write one study's outputs and fill in its entry."""
+    files, name, study = opened.files, opened.entry["model"], opened.study
+    assert study is not None
+    target = opened.todo or None
+    result = _out_of_memory(files.name, lambda: models.load(name).synthesize(study, target=target, **options))
     entry["notes"] = list(result.study.notes)
     entry["perception"] = result.perception.to_dict()
     entry["record"] = result.record
@@ -672,11 +946,39 @@ def _synthesise_one(
         from copedit_rt import preview as picture
 
         entry["preview"] = str(output / files.naming.subfolder / f"{files.name}_preview.png")
-        picture.save(picture.draw(result.study, model=config.name), Path(entry["preview"]))
+        picture.save(picture.draw(result.study, model=result.record["model"]), Path(entry["preview"]))
     # Each image is written after all that belongs to it: where there is an image, it is complete.
-    result.study.write(output, model=config.name, record=result.record, std=result.std or None)
+    result.study.write(output, model=result.record["model"], record=result.record, std=result.std or None)
     entry["status"] = "written"
-    entry["kept"] = done
+
+
+def _shard() -> tuple[int, int]:
+    """Number of this process and of all of them."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise CopeditError(f"RANK={rank}, WORLD_SIZE={world}: set both, to a number below the second, or neither")
+    return int(rank), int(world)
+
+
+def _wait_for_others() -> None:
+    """torchrun ends all its processes as soon as one fails: a study that failed must not cost others theirs."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from torch import distributed
+
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _own_device(device: str, world: int) -> str:
+    """Of several processes each takes the GPU of its number on this machine."""
+    if world == 1 or device not in ("auto", "cuda"):
+        return device
+    import torch
+
+    if device == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _out_of_memory(name: str, work: Callable[[], Any]) -> Any:
@@ -813,9 +1115,18 @@ class _UnusableModel(CopeditError):
 class _Models:
     """Chooses models and loads each once."""
 
-    def __init__(self, model: str | None, device: str, max_memory: int | None = None, engine: str = "torch") -> None:
-        self._model, self._device, self._max_memory, self._engine = model, device, max_memory, engine
+    def __init__(
+        self,
+        model: str | None,
+        device: str,
+        max_memory: int | None = None,
+        engine: str = "torch",
+        dtype: str = "auto",
+    ) -> None:
+        self._model, self._device = model, device
+        self._options: dict[str, Any] = {"max_memory": max_memory, "engine": engine, "dtype": dtype}
         self._loaded: dict[str, Synthesizer] = {}
+        self.bar: Any = None  # where loading may show its progress; its own where there is none
 
     def choose(self, task: str, elements: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         """The model that was asked for, or the first built in for the task that knows all the elements."""
@@ -840,14 +1151,39 @@ class _Models:
 
         if name not in self._loaded:
             try:
-                with warnings.catch_warnings(record=True) as remarks:
-                    warnings.simplefilter("always", UserWarning)
-                    self._loaded[name] = Synthesizer.load(name, self._device, self._max_memory, engine=self._engine)
+                with _building(self.bar) as progress, _remarks():
+                    loaded = Synthesizer.load(name, self._device, progress=progress, **self._options)
             except CopeditError as error:
                 raise _UnusableModel(error) from error
-            for remark in remarks:
-                print(f"copedit: {remark.message}", file=sys.stderr)
+            for note in getattr(loaded.engine, "notes", ()):
+                print(f"copedit: {note}", file=sys.stderr)
+            self._loaded[name] = loaded
         return self._loaded[name]
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Warnings to the user as one sentence each, once the work is done."""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for remark in remarks:
+        print(f"copedit: {remark.message}", file=sys.stderr)
+
+
+@contextmanager
+def _building(bar: Any = None) -> Iterator[Callable[[str, int, int], None]]:
+    """What shows the progress of a build, as one more line of a bar or of one of its own."""
+    with _progress(_stderr()) if bar is None else nullcontext(bar) as shown:
+        line = shown.add_task("", visible=False)
+
+        def progress(what: str, done: int, total: int) -> None:
+            shown.update(line, description=what, completed=done, total=total, visible=True)
+
+        try:
+            yield progress
+        finally:
+            shown.remove_task(line)
 
 
 def _find(inputs: Sequence[Path], explicit: Mapping[str, Path] | None) -> Found:
@@ -922,7 +1258,7 @@ def _stderr() -> Console:
     return Console(stderr=True)
 
 
-def _progress(console: Console) -> Any:
+def _progress(console: Console, quiet: bool = False) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -934,7 +1270,7 @@ def _progress(console: Console) -> Any:
     # Rich would send stdout to its own console, stderr: right on a terminal, a loss where stdout is a file.
     redirect = sys.stdout.isatty()
     return Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=redirect
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal, redirect_stdout=redirect
     )
 
 

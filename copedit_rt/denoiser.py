@@ -188,12 +188,15 @@ class MDiT3D(nn.Module):
             z = rearrange(z, "b m c h w d -> b d (m c) h w 1")
         elif not self.alternate:
             z = rearrange(z, "b m c h w d -> b 1 (m c) h w d")
-        return rearrange(z, "b m c (h p) (w q) (d r) -> b m (h w d) (p q r c)", p=p, q=q, r=r)
+        # Batch and elements as one axis: TensorRT takes at most eight.
+        x = rearrange(z.flatten(0, 1), "n c (h p) (w q) (d r) -> n (h w d) (p q r c)", p=p, q=q, r=r)
+        return x.unflatten(0, z.shape[:2])
 
     def unpatchify(self, x: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of `patchify`; shape is that of the latents, whole or cropped in the plane."""
         (p, q, r), (h, w, d) = self.patch, (shape[-3] // self.patch[0], shape[-2] // self.patch[1], self.grid[2])
-        x = rearrange(x, "b m (h w d) (p q r c) -> b m c (h p) (w q) (d r)", p=p, q=q, r=r, h=h, w=w, d=d)
+        n, x = x.shape[:2], x.flatten(0, 1)
+        x = rearrange(x, "n (h w d) (p q r c) -> n c (h p) (w q) (d r)", p=p, q=q, r=r, h=h, w=w, d=d).unflatten(0, n)
         if self.config.backbone == "dit":
             return rearrange(x, "b d (m c) h w 1 -> b m c h w d", m=shape[1])
         return x if self.alternate else rearrange(x, "b 1 (m c) h w d -> b m c h w d", m=shape[1])

@@ -72,6 +72,13 @@ def solver_tables(config: DiffusionConfig, steps: int, solver: str | None = None
     return [np.stack((keep, rate * (1 + further)), axis=1), np.stack((np.ones(steps), -rate * further), axis=1)]
 
 
+def step_coefficients(config: DiffusionConfig, steps: int, solver: str | None = None) -> np.ndarray:
+    """`solver_tables` as the exported step takes them: [steps, 2, 2], float32; (1, 0) for a table that is not there."""
+    tables = solver_tables(config, steps, solver)
+    tables += [np.tile((1.0, 0.0), (steps, 1))] * (2 - len(tables))
+    return np.stack(tables, axis=1).astype(np.float32)
+
+
 def noise(seed: int, study: str, element: str, shape: tuple[int, ...], sample: int = 0) -> np.ndarray:
     """Standard normal float32 noise that depends on nothing but its key.
 

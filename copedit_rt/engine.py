@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-ENGINES = ("torch", "onnxruntime")
+ENGINES = ("torch", "onnxruntime", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,17 @@ class Encoded:
 class Engine(Protocol):
     """Not safe to call from several threads at once. Memory that runs out is a MemoryError or torch's RuntimeError."""
 
-    name: str
-    device: str  # cpu or cuda
+    @property
+    def name(self) -> str:
+        """That of the engine, and which parts another one does."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """cpu, cuda or cuda:N."""
+        ...
+
+    precision: str  # of the large products: float32, float16, bfloat16 or float8
     versions: dict[str, str]  # of the libraries that it runs on
 
     def encode(self, images: np.ndarray) -> Encoded:

@@ -16,7 +16,7 @@ from copedit_rt.engine import Encoded
 from copedit_rt.errors import CopeditError
 
 MANIFEST, ENCODER, STEP, DECODER = "onnx.json", "encoder.onnx", "step.onnx", "decoder.onnx"
-FORMAT = 1  # of the manifest, and of the graphs' inputs and outputs
+FORMAT = 2  # of the manifest, and of the graphs' inputs and outputs
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -52,8 +52,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Refused(f"{path}: damaged, it is not what copedit export onnx writes; {again}") from error
     if version != FORMAT:
         raise Refused(f"{path}: of format {version}, this version reads {FORMAT}; {again}")
-    if precision == "bfloat16":
-        raise Refused(f"{folder}: exported in bfloat16, which ONNX Runtime cannot compute on a CPU; export float32")
+    if precision not in PRECISIONS:
+        raise Refused(f"{path}: damaged, there is no precision {precision!r}; {again}")
     for name in (checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.DENOISER, ENCODER, STEP, DECODER):
         try:
             same = digest(folder / name) == digests.get(name)
@@ -84,7 +84,10 @@ class OnnxEngine:
             import onnxruntime
         except ImportError as error:
             raise CopeditError(f"engine onnxruntime: {error}; pip install onnxruntime") from error
-        digests = read_manifest(folder)["sha256"]
+        manifest = read_manifest(folder)
+        if manifest["precision"] == "bfloat16":
+            raise Refused(f"{folder}: exported in bfloat16, which ONNX Runtime cannot compute on a CPU; export float32")
+        digests, self.precision = manifest["sha256"], manifest["precision"]
         self.config = checkpoint.read_config(folder)
         self.weights = {"tokenizer": digests[checkpoint.TOKENIZER], "denoiser": digests[checkpoint.DENOISER]}
         self.versions = {"onnxruntime": onnxruntime.__version__}
@@ -127,9 +130,7 @@ class OnnxEngine:
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         config = self.config.diffusion
-        tables = diffusion.solver_tables(config, steps, solver)
-        tables += [np.tile((1.0, 0.0), (steps, 1))] * (2 - len(tables))
-        coefficients = np.stack(tables, axis=1).astype(np.float32)
+        coefficients = diffusion.step_coefficients(config, steps, solver)
         now, previous = z[None], np.zeros_like(z[None])
         for i, t in enumerate(diffusion.timesteps(config, steps)):
             now, previous = self._run(
@@ -139,7 +140,7 @@ class OnnxEngine:
                 prompts=prompts[None],
                 observed=observed[None],
                 previous=previous,
-                coefficients=coefficients[i],
+                coefficients=coefficients[i, None],
             )
             if progress:
                 progress(i + 1, steps)

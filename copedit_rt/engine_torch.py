@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from copedit_rt import diffusion
+from copedit_rt import diffusion, float8
 from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import MDiT3D, UNet
 from copedit_rt.engine import Encoded
+from copedit_rt.packed import pack
 from copedit_rt.plan import Plan
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.tokenizer import CoPeVAE, PromptEncoder, fold_norms
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class TorchEngine:
@@ -29,21 +34,37 @@ class TorchEngine:
         denoiser: MDiT3D | UNet,
         device: torch.device,
         max_memory: int | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        """max_memory: as in `synthesizer.Synthesizer`."""
+        """max_memory: as in `synthesizer.Synthesizer`.
+
+        dtype: of the autoencoder's and the denoiser's weights and products (None: their own). The codebook, prompt
+        encoders, heads, statistics and the sampler's latents stay in float32, as elements differ by less than bfloat16
+        resolves. float8: of the products in the denoiser's blocks, the rest is bfloat16. The networks given are not
+        changed.
+        """
         self.config = config
         self.max_memory = max_memory
         self._device = device
-        self.device = device.type
+        self.device = str(device)
         self.versions = {"torch": str(torch.__version__)}
-        self.tokenizer = tokenizer.to(device).eval().requires_grad_(False)
-        self.denoiser = denoiser.to(device).eval().requires_grad_(False)
+        base = torch.bfloat16 if dtype == float8.KIND else dtype
+        self.tokenizer = lean_tokenizer(tokenizer, device, base)
+        self.denoiser = _copy(denoiser, set(denoiser.parameters()), device, base)
+        self._dtype = next(self.denoiser.parameters()).dtype
+        self.precision = str(self._dtype).removeprefix("torch.")
+        if isinstance(self.denoiser, MDiT3D):
+            if dtype == float8.KIND:
+                float8.float8(self.denoiser)
+                self.precision = "float8"
+            else:
+                pack(self.denoiser)
         self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> Encoded:
         vae = self.tokenizer
-        z = vae.encode(self._there(images)[None], self.max_memory)
+        z = vae.encode(self._there(images)[None], self.max_memory).to(vae.latent_mean.dtype)
         prompts = vae.prompts(z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device))
         count, missing, _ = vae.assess(prompts)
         alone = vae.assess(vae.prompts_of_each(z)[0])[1]
@@ -66,7 +87,7 @@ class TorchEngine:
         there = self._there(observed)[None]
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
-            return net(z, t, given, there)
+            return net(z.to(self._dtype), t, given, there)
 
         return _here(diffusion.sample(predict, start, there, self.config.diffusion, steps, progress, solver)[0])
 
@@ -80,6 +101,28 @@ class TorchEngine:
 
     def _there(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self._device)
+
+
+def lean_tokenizer(tokenizer: CoPeVAE, device: torch.device, dtype: torch.dtype | None = None) -> CoPeVAE:
+    """A copy for inference: the autoencoder in another type (None: its own), norms folded into convolutions, whose
+    weights are laid out with channels last."""
+    parts = (*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters())
+    made = _copy(tokenizer, set(parts), device, dtype)
+    for encoder in made.prompt_encoders:
+        fold_norms(cast(PromptEncoder, encoder))
+    return made
+
+
+def _copy(net: Net, convert: set[nn.Parameter], device: torch.device, dtype: torch.dtype | None) -> Net:
+    """A copy without gradients on a device, the parameters in `convert` in a type (None: their own); shares what need
+    not be changed."""
+    copies: dict[int, Tensor] = {id(x): x.detach().to(device) for x in net.buffers()}
+    for p in net.parameters():
+        x = p.detach().to(device, dtype if p in convert else None)
+        if x.ndim == 5:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        copies[id(p)] = nn.Parameter(x, requires_grad=False)
+    return copy.deepcopy(net, copies).eval()
 
 
 def _here(x: Tensor) -> np.ndarray:

@@ -7,14 +7,14 @@ reads the same bytes, and weights that were exchanged after the export are notic
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
-import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import MDiT3D
 from copedit_rt.engine_onnx import DECODER, ENCODER, FORMAT, MANIFEST, PRECISIONS, STEP, digest
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import unwritable, write_atomically
+from copedit_rt.files import new_folder, write_atomically
 from copedit_rt.tokenizer import CoPeVAE
 
 OPSET = 23
@@ -71,13 +71,13 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """z [B, m, 8, h, w, d] normalised latents, noise in the missing elements at first; t [B] int64 timesteps;
         prompts [B, 3, P]; observed [B, m] bool; previous: `prediction` of the step before, zeros at first;
-        coefficients [2, 2]: this step's row of both tables of `diffusion.solver_tables`, (1, 0) for one that is not
-        there.
+        coefficients [B, 2, 2]: this step's of `diffusion.step_coefficients`; the samples of a batch may be at different
+        steps.
 
         Returns (the latents after the step, whose observed elements keep their bits; prediction), both float32.
         """
         x0 = self.denoiser(z.to(self.denoiser.embed.weight.dtype), t, prompts, observed).to(z.dtype)
-        keep, rate, carry, back = coefficients.flatten().unbind()
+        keep, rate, carry, back = coefficients.flatten(1).view(-1, 4, *[1] * (z.ndim - 1)).unbind(1)
         moved = carry * (keep * z + rate * x0) + back * previous
         return z.where(observed[:, :, None, None, None, None], moved), x0
 
@@ -95,6 +95,37 @@ class Decoder(nn.Module):
         z = vae.denormalise(z)
         codes = nearest(z, vae.codebook) if vae.config.quantise else z
         return vae.decode(codes.to(vae.decoder.inp.weight.dtype), self.joint).float()
+
+
+class Upsample(nn.Module):
+    """A transposed convolution of kernel 4, stride 2 (3 and 1 along some axes) as an ordinary one; the same sums.
+
+    Along an axis of stride 2 an even position sees two of the four taps, an odd one the other two. One convolution of
+    kernel 2 computes both kinds as channels (eight kinds in 3D), which are then interleaved.
+    """
+
+    def __init__(self, layer: nn.ConvTranspose3d):
+        super().__init__()
+        self.stride = layer.stride
+        inputs, outputs, *kernel = layer.weight.shape
+        taps = [n // s for n, s in zip(kernel, self.stride, strict=True)]
+        split = [n for pair in zip(taps, self.stride, strict=True) for n in pair]
+        kinds = layer.weight.detach().flip(2, 3, 4).reshape(inputs, outputs, *split).permute(3, 5, 7, 1, 0, 2, 4, 6)
+        self.weight = nn.Parameter(kinds.reshape(-1, inputs, *taps).contiguous())
+        assert layer.bias is not None
+        self.bias = nn.Parameter(layer.bias.detach().repeat(math.prod(self.stride)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kinds = nn.functional.conv3d(x, self.weight, self.bias, padding=1).chunk(math.prod(self.stride), dim=1)
+        offsets = itertools.product(*(range(s) for s in self.stride))
+        parts = [
+            kind[:, :, i : i + x.shape[2], j : j + x.shape[3], k : k + x.shape[4]]
+            for kind, (i, j, k) in zip(kinds, offsets, strict=True)
+        ]
+        for axis in (4, 3, 2):
+            s = self.stride[axis - 2]
+            parts = [torch.stack(parts[n : n + s], axis + 1).flatten(axis, axis + 1) for n in range(0, len(parts), s)]
+        return parts[0]
 
 
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
@@ -120,31 +151,51 @@ def export_onnx(model: str | Path, output: Path, precision: str = "float32") -> 
     """Write the model as ONNX into the new folder `output`; JSON-able: the folder and the bytes of each file.
 
     precision: float32, float16 or bfloat16, of the weights and of what is computed between inputs and outputs, which
-    are float32; prompts, norms and the choice of codes stay in float32. All is written into a folder beside `output`
-    that gets its name at the end, so that there is a whole model or none.
+    are float32; prompts, norms and the choice of codes stay in float32. There is a whole model in the end or none.
 
     Raises CopeditError for what is no model or cannot be exported, an unknown precision, an output folder that is not
     empty or cannot be written, and a missing extra `export`.
     """
     if precision not in PRECISIONS:
         raise CopeditError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    output = output.absolute()
-    part = output.with_name(f".{output.name}.part")
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise CopeditError(f"{output} is there and not empty; choose another folder with -o, or delete it")
+    with new_folder(output) as part:
         config, tokenizer, denoiser = _load(checkpoint.locate(model))
         _narrow(tokenizer, denoiser, getattr(torch, precision))
-        shutil.rmtree(part, ignore_errors=True)  # what a killed export left
-        try:
-            _write(part, config, tokenizer, denoiser, precision)
-            os.replace(part, output)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise unwritable(output, error) from error
-    sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
-    return {"model": config.name, "folder": str(output), "precision": precision, "opset": OPSET, "files": sizes}
+        _write(part, config, tokenizer, denoiser, precision)
+    return {
+        "model": config.name,
+        "folder": str(output.absolute()),
+        "precision": precision,
+        "opset": OPSET,
+        "files": {path.name: path.stat().st_size for path in sorted(output.iterdir())},
+    }
+
+
+def export_tensorrt(
+    model: str | Path,
+    output: Path,
+    precision: str = "float16",
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """`export_onnx`, and the plans that TensorRT makes of it for the GPU here, checked against torch; JSON-able.
+
+    What TensorRT cannot do, or does otherwise than torch, has no plan and is a warning (UserWarning): torch does it.
+    progress: called with what is being done, its steps done and in all. Nothing is left behind where this fails.
+
+    Raises CopeditError as `export_onnx` does, and where TensorRT or a GPU is missing or makes no plan at all.
+    """
+    from copedit_rt import engine_tensorrt
+
+    engine_tensorrt.library()  # before the minutes that the rest takes
+    engine_tensorrt.cuda(device)
+    with new_folder(output) as part:
+        report = export_onnx(model, part, precision)
+        engine = engine_tensorrt.TensorRTEngine(part, device, progress=progress)
+    files = {p.relative_to(output).as_posix(): p.stat().st_size for p in sorted(output.rglob("*")) if p.is_file()}
+    agreed = {Path(graph).stem: asdict(parity) for graph, parity in engine.parity.items()}
+    versions = engine.versions | {"gpu": engine.gpu}
+    return report | {"folder": str(output.absolute()), "files": files, "parity": agreed, "versions": versions}
 
 
 def _load(folder: Path) -> tuple[ModelConfig, CoPeVAE, MDiT3D]:
@@ -166,12 +217,26 @@ def _narrow(tokenizer: CoPeVAE, denoiser: MDiT3D, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
+def _split_upsampling(tokenizer: CoPeVAE) -> None:
+    """Transposed convolutions as ordinary ones: those in three dimensions do not exist in bfloat16 in TensorRT.
+
+    Not in other precisions: on a CPU, ONNX Runtime takes twice as long for the last one of demo-brain.
+    """
+    for level in tokenizer.decoder.levels:
+        assert isinstance(level, nn.Sequential)
+        for i, layer in enumerate(level):
+            if isinstance(layer, nn.ConvTranspose3d):
+                level[i] = Upsample(layer)
+
+
 def _write(folder: Path, config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT3D, precision: str) -> None:
     checkpoint.save(folder, config, tokenizer, denoiser)
     stored = {
         "tokenizer": _stored(folder / checkpoint.TOKENIZER),
         "denoiser": _stored(folder / checkpoint.DENOISER),
     }
+    if precision == "bfloat16":
+        _split_upsampling(tokenizer)  # whose weights, in another order, are in the graph
     for name, (module, inputs, outputs, dynamic) in graphs(config, tokenizer, denoiser).items():
         write_atomically(folder / name, _graph(module, inputs, outputs, dynamic, folder, stored))
     files = (checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.DENOISER, ENCODER, STEP, DECODER)
@@ -203,10 +268,10 @@ def graphs(config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT3D) -> dict[st
         "prompts": torch.zeros(b, 3, config.tokenizer.prompt_dim),
         "observed": torch.zeros(b, m, dtype=torch.bool),
         "previous": torch.zeros_like(z),  # a tensor of its own: the exporter takes equal objects for one input
-        "coefficients": torch.zeros(2, 2),
+        "coefficients": torch.zeros(b, 2, 2),
     }
     heads = ("latents", "prompts", "count", "missing", "alone")
-    varying = {name: {0: batch} for name in step} | {"coefficients": {}}
+    varying = {name: {0: batch} for name in step}
     return {
         ENCODER: (Encoder(tokenizer), encoder, heads, {"images": both, "observed": both}),
         STEP: (Step(denoiser), step, ("next", "prediction"), varying),

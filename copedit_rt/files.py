@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from copedit_rt.errors import CopeditError
@@ -23,6 +26,27 @@ def write_atomically(path: Path, content: bytes) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill the folder that this gives, beside `folder`; it gets that name at the end, so that all is there or nothing.
+
+    Raises CopeditError for a folder that is not empty or cannot be written.
+    """
+    folder = folder.absolute()
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CopeditError(f"{folder} is there and not empty; choose another folder with -o, or delete it")
+        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+        try:
+            yield part
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def unwritable(path: Path, error: OSError) -> CopeditError:

@@ -325,13 +325,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
     background: NDArray[np.bool_] | None = None
     for name, volume in observed.items():
         low, high = _percentiles(volume.data, config.preprocessing.percentiles, f"{study.name}: {name}")
-        # Below 0 there is only interpolation ringing, unless the file was standardised (z-scores): then its
-        # background is the value of its corners, and it has to be told from tissue of the same grey.
-        standardised = low < -0.01 * high
-        fill = float(np.median(volume.data[np.ix_((0, -1), (0, -1), (0, -1))]))
-        empty = volume.data == fill if standardised else volume.data <= 0
-        normal = _normalise(volume.data, low, high)
-        normal[empty] = 0
+        normal, empty, fill = to_unit_range(volume.data, low, high)
         orientation = Orientation.to_ras(volume.affine)
         frame = Frame.of(
             volume.data.shape, volume.affine, orientation, config.image, config.preprocessing.field_of_view
@@ -339,7 +333,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         images[config.elements.index(name), 0] = frame.to_model(normal)
         intensity[name] = (low, high)
         frames.append(frame)
-        fills.append(fill if standardised else 0.0)
+        fills.append(fill)
         empty = frames[0].orientation.invert(orientation.apply(empty))
         background = empty if background is None else background & empty
     return Prepared(
@@ -382,13 +376,8 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
     )
     stack = frame.to_model(_normalise(filled, low, high))
     images = np.stack(np.split(stack, m, axis=-1))[:, None]
-    # A slab is missing if one of its slices comes from a missing slice, or if a missing slice lies in it.
-    extent, total = frame.field_of_view[2], m * depth
-    size = spacing(volume.affine)[axis]
-    source = ((np.arange(total) + 0.5 - total / 2) * (extent / total) / size + count / 2) // 1
-    target = ((np.array(missing) + 0.5 - count / 2) * size / (extent / total) + total / 2) // 1
-    absent = np.isin(source, missing) | np.isin(np.arange(total), target)
-    observed = np.array([not slab.any() for slab in absent.reshape(m, depth)])
+    spaced = spacing(volume.affine)[axis]
+    observed = ~slabs_touched(missing, count, spaced, frame.field_of_view[2], m, depth)
     if not observed.any():
         raise CopeditError(
             f"{study.name}: each of the {m} slabs of slices holds a missing slice (missing: "
@@ -409,6 +398,33 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         missing_slices=missing,
         version=config.preprocessing.version,
     )
+
+
+def to_unit_range(data: NDArray[np.float32], low: float, high: float) -> tuple[NDArray[np.float32], NDArray, float]:
+    """A skull-stripped image with low..high as 0..1, clipped; where it shows nothing (bool); and the value there.
+
+    Below 0 there is only interpolation ringing, unless the image was standardised (z-scores): then its background is
+    the value of its corners, and it has to be told from tissue of the same grey.
+    """
+    standardised = low < -0.01 * high
+    fill = float(np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])) if standardised else 0.0
+    empty = data == fill if standardised else data <= 0
+    normal = _normalise(data, low, high)
+    normal[empty] = 0
+    return normal, empty, fill
+
+
+def slabs_touched(
+    missing: Sequence[int], count: int, size: float, extent: float, m: int, depth: int
+) -> NDArray[np.bool_]:
+    """Which of m slabs of `depth` slices over `extent` mm lack something [m], in a stack of `count` slices of `size` mm
+    without the missing ones: slabs with a slice that comes from a missing one, and those that a missing one lies in.
+    """
+    total = m * depth
+    source = ((np.arange(total) + 0.5 - total / 2) * (extent / total) / size + count / 2) // 1
+    target = ((np.array(missing) + 0.5 - count / 2) * size / (extent / total) + total / 2) // 1
+    absent = np.isin(source, missing) | np.isin(np.arange(total), target)
+    return np.any(absent.reshape(m, depth), axis=1)
 
 
 def _percentiles(data: NDArray, percentiles: tuple[float, float], what: str) -> tuple[float, float]:

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     import torch
 
     from copedit_rt.denoiser import MDiT3D, UNet
+    from copedit_rt.engine_tensorrt import TensorRTEngine
     from copedit_rt.tokenizer import CoPeVAE
+
+
+# A turn of each device: see `Synthesizer`.
+_TURNS: dict[str, threading.RLock] = {}
+_TURNS_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ class Result:
 class Synthesizer:
     """A loaded model on one device and engine, for many studies.
 
-    Safe to call from several threads: each prepares its study by itself, then they take turns with the network, one at
-    a time. (One Synthesizer, that is: several on one device know nothing of each other.)
+    Safe to call from several threads: each prepares its study by itself, then they take turns with the device, one
+    study at a time, in no particular order. All Synthesizers of a process that are on one device share its turns;
+    different devices work at the same time.
     """
 
     def __init__(
@@ -58,30 +65,45 @@ class Synthesizer:
         device: str = "auto",
         weights: Any = None,
         max_memory: int | None = None,
+        dtype: str = "auto",
     ):
-        """On torch; `load` knows the other engines.
+        """On torch; `load` knows the other engines. The networks that are given are not changed.
 
         weights: what identifies them, kept in the record of each result.
 
         max_memory: bytes that the feature maps of the tokenizer, the largest thing in memory, may take; volumes are
         then encoded and decoded one at a time, and in slabs if one alone takes more. None: all at once.
+
+        dtype: of autoencoder and denoiser, see `choose_dtype`.
         """
         from copedit_rt.engine_torch import TorchEngine
 
-        self._use(config, TorchEngine(config, tokenizer, denoiser, choose_device(device), max_memory), weights)
+        where = choose_device(device)
+        engine = TorchEngine(config, tokenizer, denoiser, where, max_memory, choose_dtype(dtype, where))
+        self._use(config, engine, weights)
 
     def _use(self, config: ModelConfig, engine: Engine, weights: Any) -> None:
         self.config, self.engine, self.weights = config, engine, weights
-        self._turn = threading.RLock()
+        with _TURNS_LOCK:
+            self._turn = _TURNS.setdefault("cuda:0" if engine.device == "cuda" else engine.device, threading.RLock())
 
     @classmethod
     def load(
-        cls, model: str | Path, device: str = "auto", max_memory: int | None = None, engine: str = "torch"
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        max_memory: int | None = None,
+        engine: str = "torch",
+        dtype: str = "auto",
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> Synthesizer:
-        """A built-in model by name or a model folder; max_memory as above.
+        """A built-in model by name or a model folder; max_memory and dtype as above.
 
         engine: "torch", or "onnxruntime" for a folder that `copedit export onnx` wrote, on the CPU and without torch.
-        ONNX files that are damaged, stale or foreign are refused: torch takes over with a warning (UserWarning).
+        "tensorrt": for a folder that `copedit export tensorrt` or `onnx` wrote, on a CUDA GPU; plans that are not there
+        yet are built, which may take minutes. ONNX files that are damaged, stale or foreign are refused: torch takes
+        over with a warning (UserWarning), as it does for what TensorRT cannot do. progress: called while plans are
+        built, with what is being done and its steps done and in all.
 
         Raises CopeditError for a folder that is not a model, damaged weights, a device that is not there, an engine
         that is unknown, not installed or cannot do what is asked, and ONNX files that are refused where there is no
@@ -90,27 +112,35 @@ class Synthesizer:
         folder = checkpoint.locate(model)
         if engine not in ENGINES:
             raise CopeditError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-        if engine == "onnxruntime":
+        if engine != "onnxruntime" and find_spec("torch") is None:
+            raise CopeditError(
+                f"engine {engine}: torch is not installed; install it, or choose the engine onnxruntime and a folder "
+                "that copedit export onnx wrote"
+            )
+        if engine != "torch":
             from copedit_rt.engine_onnx import OnnxEngine, Refused
 
+            built: OnnxEngine | TensorRTEngine
             try:
-                built = OnnxEngine(folder, device, max_memory)
+                if engine == "tensorrt":
+                    from copedit_rt.engine_tensorrt import TensorRTEngine
+
+                    built = TensorRTEngine(folder, device, max_memory, progress)
+                else:
+                    built = OnnxEngine(folder, device, max_memory)
             except Refused as error:
                 if find_spec("torch") is None:
                     raise CopeditError(f"{error} (torch, which could take over, is not installed)") from error
                 warnings.warn(f"{error}; torch takes over", stacklevel=2)
             else:
+                if dtype not in ("auto", built.precision):
+                    raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
                 self = cls.__new__(cls)
                 self._use(built.config, built, built.weights)
                 return self
-        elif find_spec("torch") is None:
-            raise CopeditError(
-                "engine torch: torch is not installed; install it, or choose the engine onnxruntime and a folder that "
-                "copedit export onnx wrote"
-            )
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
-        return cls(config, tokenizer, denoiser, device, {"tokenizer": first, "denoiser": second}, max_memory)
+        return cls(config, tokenizer, denoiser, device, {"tokenizer": first, "denoiser": second}, max_memory, dtype)
 
     def perceive(self, study: Study) -> Perception:
         """What the prompt heads say about a study; nothing needs to be missing.
@@ -232,6 +262,7 @@ class Synthesizer:
             "geometry": prepared.record(),
             "engine": self.engine.name,
             "device": self.engine.device,
+            "dtype": self.engine.precision,
             "versions": {
                 "copedit": copedit_rt.__version__,
                 **self.engine.versions,
@@ -255,3 +286,29 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use auto or cpu"
         )
     return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32, bfloat16 or, on CUDA only, float16 or float8 of a name; auto is float32 on a CPU, and on CUDA bfloat16,
+    or float16 where the GPU has no bfloat16. Raises CopeditError for anything else, and where the GPU has no float8."""
+    import torch
+
+    known = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float8": torch.float8_e4m3fn,
+    }
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name not in known:
+        raise CopeditError(f"dtype {name!r} is unknown; use auto, {', '.join(known)}")
+    if name in ("float16", "float8") and device.type == "cpu":
+        raise CopeditError(f"dtype {name!r} is for GPUs; on a CPU use float32 or bfloat16")
+    if name == "float8" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        have = ".".join(map(str, capability))
+        raise CopeditError(f"dtype {name!r} needs a GPU of compute capability 8.9 or more, not {have}; use bfloat16")
+    return known[name]

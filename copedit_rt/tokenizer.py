@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from copedit_rt.config import TokenizerConfig, Triple
 from copedit_rt.errors import CopeditError
@@ -205,6 +206,17 @@ class PromptEncoder(nn.Module):
             return self.mlp(pooled)
 
 
+def fold_norms(encoder: PromptEncoder) -> None:
+    """For inference: each BatchNorm becomes a part of the convolution before it."""
+    layers: list[nn.Module] = []
+    for layer in encoder.eval().conv:
+        if isinstance(layer, nn.BatchNorm3d):
+            layers[-1] = fuse_conv_bn_eval(cast(nn.Conv3d, layers[-1]), layer)
+        else:
+            layers.append(layer)
+    encoder.conv = nn.Sequential(*layers)
+
+
 class CoPeVAE(nn.Module):
     """The tokenizer of m elements.
 
@@ -253,7 +265,8 @@ class CoPeVAE(nn.Module):
 
         limit: bytes of feature maps to stay within, see `within_memory`.
         """
-        return _apply(self.encoder, images.flatten(0, 1), limit).unflatten(0, images.shape[:2])
+        x = images.flatten(0, 1).to(self.encoder.out.weight.dtype)
+        return _apply(self.encoder, x, limit).unflatten(0, images.shape[:2])
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, m, 8, h, w, d] -> (their nearest codes, same shape; indices [B, m, h, w, d])."""
@@ -267,6 +280,7 @@ class CoPeVAE(nn.Module):
         joint: the elements are slabs of one stack along depth and are decoded together, so that no seam appears
         between them (cardiac). limit: bytes of feature maps to stay within, see `within_memory`.
         """
+        codes = codes.to(self.decoder.inp.weight.dtype)
         if not joint:
             return _apply(self.decoder, codes.flatten(0, 1), limit).unflatten(0, codes.shape[:2])
         batch, m, channels, h, w, d = codes.shape

@@ -32,7 +32,8 @@ from copedit_rt.files import write_atomically
 from copedit_rt.tokenizer import CoPeVAE
 from training import layouts
 from training.data import HELD_OUT, folder_images, held_out_images, phantom_images
-from training.evaluate import missing_patterns, psnr, ssim3d
+from training.evaluate import missing_patterns
+from training.metrics import psnr, ssim3d
 from training.settings import Settings, load_settings
 from training.trainer import DenoiserTask, claim, fit
 

@@ -26,7 +26,8 @@ from copedit_rt.synthesizer import choose_device
 from copedit_rt.tokenizer import CoPeVAE
 from training import phantom
 from training.data import HELD_OUT, phantom_images, phantom_subject
-from training.evaluate import missing_patterns, psnr
+from training.evaluate import missing_patterns
+from training.metrics import psnr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,8 @@ from training.phantom import Phantom
 
 HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
 VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
+ROTATION, SCALING, SHIFT = math.radians(10.0), 0.1, 0.05  # augmentation; of the plane's extent
+CONTRAST, BRIGHTNESS = 0.1, 0.05  # augmentation; of an intensity, and of 0..1
 HEART_LENGTH = 96.0  # mm that a simulated short-axis stack covers, base to apex
 
 
@@ -173,6 +177,54 @@ def _new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         raise unwritable(cache, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Augmentation:
+    """Random rotation, scaling and shift in the plane, the same for all elements of a subject; brains mirrored; and
+    each element's intensities scaled and shifted (Section B.1), by MONAI. What is empty in a skull-stripped brain stays
+    empty."""
+
+    def __init__(self, config: ModelConfig):
+        """Raises CopeditError without MONAI."""
+        try:
+            from monai.transforms import RandAffine, RandScaleIntensity, RandShiftIntensity
+            from monai.utils import convert_to_tensor
+        except ImportError as error:
+            raise CopeditError("augment needs MONAI: install the extra `train`, or set it to false") from error
+        self.cardiac = config.task == "cardiac"
+        self._plain = partial(convert_to_tensor, track_meta=False)
+        h, w, _ = config.image
+        self.place = RandAffine(
+            prob=1.0,
+            rotate_range=(0.0, 0.0, ROTATION),
+            scale_range=(SCALING, SCALING, 0.0),
+            translate_range=(SHIFT * h, SHIFT * w, 0.0),
+            padding_mode="border" if self.cardiac else "zeros",
+        )
+        self.brightness = (
+            RandScaleIntensity(CONTRAST, prob=1.0, channel_wise=True),
+            RandShiftIntensity(BRIGHTNESS, prob=1.0, channel_wise=True),
+        )
+
+    def __call__(self, images: Tensor, seeds: np.ndarray) -> Tensor:
+        """images: [B, m, 1, H, W, D] in 0..1; seeds: [B], what each subject's transforms are drawn from."""
+        return torch.stack([self._one(x, int(seed)) for x, seed in zip(images, seeds, strict=True)])
+
+    def _one(self, images: Tensor, seed: int) -> Tensor:
+        m = len(images)
+        # Slabs are one stack. Elements are channels, so that all are moved alike.
+        x = torch.cat(tuple(images), dim=-1) if self.cardiac else images.flatten(0, 1)
+        for i, transform in enumerate((self.place, *self.brightness)):
+            transform.set_random_state(seed=(seed + i) % 2**32)
+        # Left and right are interchangeable in a brain, not in a chest.
+        if not self.cardiac and np.random.default_rng(seed).random() < 0.5:
+            x = x.flip(1)
+        x = self._plain(self.place(x))
+        empty = torch.zeros_like(x, dtype=torch.bool) if self.cardiac else x <= 0
+        for transform in self.brightness:
+            x = self._plain(transform(x))
+        x = x.clamp(0, 1).masked_fill(empty, 0.0)
+        return torch.stack(x.chunk(m, dim=-1)) if self.cardiac else x.unflatten(0, (m, 1))
 
 
 def draw_observed(rng: np.random.Generator, batch: int, elements: int, consecutive: bool) -> Tensor:

@@ -95,7 +95,7 @@ def _one(
         "truth": str(truth),
         "outputs": entry["outputs"],
         "seconds": entry["seconds"],
-        "scores": dict(scores),
+        "scores": {pair.method: pair.measure() for pair in scores},
     }
     shown = Study.read(given).with_synthetic(made)
     return report, preview.draw(shown, model=config.name, truth={e: images[e] for e in made})

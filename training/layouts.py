@@ -137,8 +137,8 @@ def _whose(study: StudyFiles, folder: Path) -> tuple[str, str, str]:
 # ---- the two sides -----------------------------------------------------------------------------------------
 
 
-def split(subjects: Iterable[str], path: Path | None = None) -> Sides:
-    """{"train": subjects, "test": subjects}, about 80 to 20, read from and written to `path`.
+def split(subjects: Iterable[str], path: Path | None = None, write: bool = True) -> Sides:
+    """{"train": subjects, "test": subjects}, about 80 to 20, read from and (write) written to `path`.
 
     A subject's name decides (SHA-256), so that others coming or going do not move it; a subject that the file has stays
     where that says. If one side were empty, the subject nearest to the limit goes there. Raises CopeditError for a
@@ -153,7 +153,7 @@ def split(subjects: Iterable[str], path: Path | None = None) -> Sides:
         new[nearest] = "train" if len(new) == 1 or new[nearest] == "test" else "test"
     side |= new
     sides = {name: sorted(s for s in side if side[s] == name) for name in ("train", "test")}
-    if path and (new or not path.exists()):
+    if path and write and (new or not path.exists()):
         write_atomically(path, (json.dumps(sides, indent=1) + "\n").encode())
     return {name: [s for s in members if s in draw] for name, members in sides.items()}
 

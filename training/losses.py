@@ -50,15 +50,20 @@ class EMACodebook(nn.Module):
     @torch.no_grad()
     def update(self, z: Tensor, index: Tensor, codebook: Tensor, generator: torch.Generator) -> float:
         """Move codebook [K, d] towards z [N, d] by index [N]; returns the batch's perplexity (1 to K)."""
-        count = torch.bincount(index, minlength=len(codebook)).to(z.dtype)
+        count, total = self.assigned(z, index)
         self.count.lerp_(count, 1 - self.decay)
-        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, index, z), 1 - self.decay)
+        self.total.lerp_(total, 1 - self.decay)
         dead = self.count < self.restart_below
         self.total[dead] = _pick(z, int(dead.sum()), generator)
         self.count[dead] = 1.0
         codebook.copy_(self.total / self.count[:, None])
         share = count / count.sum()
         return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+
+    def assigned(self, z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of z [N, d] chose each code [K], and their sums [K, d]."""
+        count = torch.bincount(index, minlength=len(self.count)).to(z.dtype)
+        return count, torch.zeros_like(self.total).index_add_(0, index, z)
 
 
 def _pick(z: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -51,6 +51,7 @@ def estimate(
     from training.trainer import DenoiserTask, TokenizerTask, _gradients, _optimizers
 
     settings = dataclasses.replace(settings, device="cpu", compile=False, whiten=0.0, perceptual="")
+    settings = dataclasses.replace(settings, augment=False)  # done before the step begins, an image at a time
     if stage == "denoiser" and settings.crop:  # whole images of as many tokens
         share = settings.crop**2 / math.prod(config.image[:2])
         settings = dataclasses.replace(settings, crop=0, batch_size=max(1, round(settings.batch_size * share)))

@@ -27,6 +27,8 @@ class Settings:
     always read whole images, every `pretext_every` steps, with their weight raised accordingly. In the denoiser a batch
     of crops holds more subjects, patterns and timesteps for its tokens; the last `whole_steps` steps are on whole
     images, as many at a time as have the tokens of a batch of crops.
+    augment: `data.Augmentation` of every image, otherwise brains are only mirrored. In the denoiser it costs the
+    encoding of each batch, as latents are then not computed once and kept.
     draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
     quantise_from (tokenizer): the first step with quantisation. Before it stage I is a plain autoencoder, so that the
     codebook starts from latents that already mean something.
@@ -42,6 +44,8 @@ class Settings:
     each scaled by its variance to the power -whiten; 0.5 makes all equally large.
     observed_weight (denoiser): of an observed element in the loss; 1 is equation 5. What is observed is never replaced,
     and a narrow network that need not copy it has room for what is missing.
+    image_weight (denoiser): above 0, the logarithm of the decoded image's mean squared error joins the loss with this
+    weight, and the decoder learns along: what is synthesised is smoother than what the encoder gives.
     last_timestep (denoiser): share of the samples that are drawn at the last timestep, where sampling begins; above 0,
     that timestep is pure noise in training, too.
     compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
@@ -63,6 +67,7 @@ class Settings:
     beta2: float = 0.999
     weight_decay: float = 0.0
     crop: int = 0
+    augment: bool = False
     pretext_every: int = 1
     draws: int = 1
     quantise_from: int = 0
@@ -77,6 +82,7 @@ class Settings:
     whiten: float = 0.0
     last_timestep: float = 0.0
     observed_weight: float = 1.0
+    image_weight: float = 0.0
     device: str = "auto"
     optimizer: str = "adam"
     muon_lr: float = 0.0
@@ -98,7 +104,7 @@ class Settings:
             raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
         if self.whole_steps < 0:
             raise CopeditError(f"whole_steps = {self.whole_steps}: must be at least 0")
-        for name in ("whiten", "last_timestep", "observed_weight"):
+        for name in ("whiten", "last_timestep", "observed_weight", "image_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CopeditError(f"{name} = {getattr(self, name)}: must be from 0 to 1")
         if self.optimizer not in ("adam", "muon"):

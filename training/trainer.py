@@ -39,16 +39,18 @@ from copedit_rt.denoiser import MDiT3D, build_denoiser
 from copedit_rt.diffusion import add_noise, alpha_bar, sample
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.files import write_atomically
-from copedit_rt.tokenizer import CoPeVAE, PromptEncoder
+from copedit_rt.tokenizer import CoPeVAE, Decoder, PromptEncoder
 from training import distributed, layouts, memory
-from training.data import draw_observed, folder_images, held_out_images, phantom_images, study_names
-from training.evaluate import psnr, ssim3d
+from training.data import Augmentation, draw_observed, folder_images, held_out_images, phantom_images, study_names
 from training.losses import PRETEXT, Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
+from training.metrics import psnr, ssim3d
 from training.settings import Settings, Stage, load_settings
 
 Terms = dict[str, float]
 READOUT_LR = 3e-3
 WHITEN_FLOOR = 5e-4  # of the total variance; smaller components are not raised further
+IMAGE_FLOOR = 2e-4  # 37 dB: what is better is not worth more in the image term
+CROP_RIM = 6  # voxels at the edge of a crop that its image term leaves out, as the decoder knows nothing beyond
 
 
 def randomness(seed: int, step: int, part: int) -> tuple[np.random.Generator, torch.Generator]:
@@ -60,16 +62,22 @@ def randomness(seed: int, step: int, part: int) -> tuple[np.random.Generator, to
 class Task(nn.Module, ABC):
     """What is trained: its weights are all that a checkpoint needs besides the optimizer.
 
-    drawn: the subjects of the last micro-batch, as rows of the images.
+    images: float16 [subjects, m, 1, H, W, D]. drawn: the subjects of the last micro-batch, as rows of them.
     """
 
     drawn: np.ndarray
+    images: np.ndarray
 
     def __init__(self, config: ModelConfig, settings: Settings):
         super().__init__()
         self.config, self.settings = config, settings
         self.cardiac = config.task == "cardiac"
         self.device = distributed.own_device(settings.device)
+        self.augmentation = Augmentation(config) if settings.augment else None
+
+    def _there(self, rows: np.ndarray) -> Tensor:
+        """Whole training images [B, m, 1, H, W, D]."""
+        return torch.from_numpy(self.images[rows]).to(self.device).float()
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
@@ -99,6 +107,10 @@ class Task(nn.Module, ABC):
     def export(self, folder: Path) -> None:
         """Write the model folder of the finished run."""
 
+    def _volumes(self, images: Tensor) -> Tensor:
+        """Images or latents [B, m, c, H, W, D] as volumes [N, c, H, W, D]: one a modality, or one a stack of slabs."""
+        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.cardiac else images.flatten(0, 1)
+
     def _compare(self, result: Tensor, truth: np.ndarray) -> tuple[float, float]:
         """PSNR and SSIM of volumes [N, 1, H, W, D], the slabs of a heart [m, 1, H, W, D] each by itself."""
         pairs = list(zip(result.float().clamp(0, 1).cpu().numpy(), truth.astype(np.float32), strict=True))
@@ -113,13 +125,14 @@ def _picture(*rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch of stage I: rows of the images, whether each is mirrored, where the crop begins (None: whole), and
-    the missing patterns [draws, B, m] of the pretext tasks (None: not in this step)."""
+    """A micro-batch of stage I: rows of the images, whether each is mirrored, where the crop begins (None: whole), the
+    missing patterns [draws, B, m] of the pretext tasks (None: not in this step), and seeds of the augmentation [B]."""
 
     rows: np.ndarray
     mirrored: np.ndarray
     corner: tuple[int, int] | None
     observed: Tensor | None
+    seeds: np.ndarray | None
 
 
 class TokenizerTask(Task):
@@ -179,11 +192,14 @@ class TokenizerTask(Task):
             shape = (settings.draws, batch)
             m = len(self.config.elements)
             observed = draw_observed(rng, shape[0] * shape[1], m, self.cardiac).unflatten(0, shape)
-        return Drawn(rows, mirrored, corner, observed), generator
+        seeds = rng.integers(2**32, size=batch) if settings.augment else None
+        return Drawn(rows, mirrored, corner, observed, seeds), generator
 
     def load(self, drawn: Drawn) -> Tensor:
         """Whole images [B, m, 1, H, W, D]."""
-        images = torch.from_numpy(self.images[drawn.rows]).to(self.device).float()
+        images = self._there(drawn.rows)
+        if self.augmentation and drawn.seeds is not None:
+            return self.augmentation(images, drawn.seeds)
         if drawn.mirrored.any():
             flip = torch.from_numpy(drawn.mirrored).to(self.device)
             images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
@@ -265,10 +281,6 @@ class TokenizerTask(Task):
         state = {"psnr": -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))}
         loss = weigh(terms, PRETEXT * self.settings.pretext_every)
         return loss, {name: term.item() for name, term in terms.items()} | state
-
-    def _volumes(self, images: Tensor) -> Tensor:
-        """Images [B, m, 1, H, W, D] as volumes [N, 1, H, W, D]: one a modality, or one a stack of slabs."""
-        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.cardiac else images.flatten(0, 1)
 
     def after_step(self, step: int) -> Terms:
         if not self.quantised:
@@ -356,7 +368,7 @@ def _check_crop(crop: int, divisors: Triple, image: Triple) -> None:
 
 class DenoiserTask(Task):
     """Stage II: mean squared error of the predicted clean latents of all elements (equation 5), or with less weight on
-    the observed ones."""
+    the observed ones, or with the decoded image's beside it."""
 
     def __init__(
         self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE, cache: Path | None = None
@@ -372,8 +384,21 @@ class DenoiserTask(Task):
         # The tokenizer is frozen: latents and the prompts of single elements are computed once. In a list, so that
         # checkpoints do not hold it.
         self.frozen = [tokenizer.to(self.device).requires_grad_(False)]
+        self.images = images
+        if settings.augment:
+            if settings.crop or settings.image_weight:
+                raise CopeditError(
+                    "augment: in stage II it goes neither with crop nor with image_weight; set them to 0"
+                )
+            images, cache = images[:16], None  # enough to whiten with
         self.latents, self.prompts = self._encode(images, cache)
         self.views = len(self.latents) // len(images)
+        if settings.image_weight:
+            if 0 < settings.crop <= 2 * CROP_RIM:
+                raise CopeditError(f"crop = {settings.crop}: image_weight needs more than {2 * CROP_RIM} voxels")
+            self.average_decoder = self.frozen[0].decoder  # for validation and export
+            self.decoder = Decoder(config.tokenizer).to(self.device)
+            self.decoder.load_state_dict(self.average_decoder.state_dict())
         if settings.crop:
             self._prepare_crops()
         if settings.whiten:
@@ -401,14 +426,21 @@ class DenoiserTask(Task):
         for subject in images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x,) if self.cardiac else (x, x.flip(3)):
-                with self.autocast():
-                    z = vae.encode(view).float()
-                    prompts.append(vae.prompts_of_each(z))
-                latents.append(vae.normalise(z).half())
+                z, each = self._encoded(view)
+                latents.append(z.half())
+                prompts.append(each)
         every = torch.cat(latents), torch.cat(prompts)
         if cache:
             checkpoint.write_tensors(cache, {"latents": every[0], "prompts": every[1], "tokenizer": key})
         return every
+
+    @torch.no_grad()
+    def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents of images [B, m, 1, H, W, D] and the prompts [B, m, 3, P] of each element alone."""
+        (vae,) = self.frozen
+        with self.autocast():
+            z = vae.encode(images).float()
+            return vae.normalise(z), vae.prompts_of_each(z)
 
     def _net(self) -> MDiT3D:
         if not isinstance(self.denoiser, MDiT3D):
@@ -472,15 +504,19 @@ class DenoiserTask(Task):
         if settings.crop and not cropped:
             (h, w, _), (p, q, _) = self.config.latent, self.config.denoiser.patch
             batch = max(1, batch * math.prod(self.size) // (h // p * w // q))
-        rows = rng.choice(len(self.latents), batch, replace=len(self.latents) < batch)
-        chosen, self.drawn = torch.from_numpy(rows), rows // self.views
-        if cropped:
-            z0, corner = self._crop(rows, rng)
+        views = len(self.images if settings.augment else self.latents)
+        rows = rng.choice(views, batch, replace=views < batch)
+        chosen, self.drawn = torch.from_numpy(rows).to(self.device), rows // (1 if settings.augment else self.views)
+        corner = None
+        if self.augmentation:
+            z0, prompts = self._encoded(self.augmentation(self._there(rows), rng.integers(2**32, size=batch)))
+        elif cropped:
+            (z0, corner), prompts = self._crop(rows, rng), self.prompts[chosen]
         else:
-            z0, corner = self.latents[chosen.to(self.device)].float(), None
+            z0, prompts = self.latents[chosen].float(), self.prompts[chosen]
         observed = draw_observed(rng, batch, z0.shape[1], self.cardiac).to(self.device)
         weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
-        prompts = (self.prompts[chosen.to(self.device)] * weight).sum(1)
+        prompts = (prompts * weight).sum(1)
         t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
         if settings.last_timestep:
             t[torch.from_numpy(rng.random(batch) < settings.last_timestep)] = len(self.levels) - 1
@@ -492,14 +528,60 @@ class DenoiserTask(Task):
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
         importance = torch.where(observed, settings.observed_weight, 1.0)
         loss = (error * importance).sum() / importance.sum()
-        return loss, {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
+        terms = {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
+        if settings.image_weight:
+            chance = rng.random(tuple(observed.shape))
+            image_error = self._image_error(x0.float(), z0, observed, rows, corner, chance)
+            loss = loss + settings.image_weight * (image_error + IMAGE_FLOOR).log().mean()
+            terms["image_mse"] = image_error.mean().item()
+        return loss, terms
+
+    def _image_error(
+        self, x0: Tensor, z0: Tensor, observed: Tensor, rows: np.ndarray, corner: Tensor | None, chance: np.ndarray
+    ) -> Tensor:
+        """Mean squared error [N] of decoded images against the training images: of all missing slabs, which are decoded
+        with the others, or of one missing modality a subject.
+
+        x0, z0: predicted and true latents, of whole images or of the crops that begin at corner [B, 2] (in tokens).
+        chance: [B, m]; of the missing modalities that with the largest is looked at.
+        """
+        (vae,), (p, q, _), subjects = self.frozen, self.config.tokenizer.compression, rows // self.views
+        if self.cardiac:
+            z, truth = torch.where(observed[:, :, None, None, None, None], z0, x0), self.images[subjects]
+        else:
+            element = torch.from_numpy(chance).to(self.device).masked_fill(observed, -1.0).argmax(1)
+            z = x0[torch.arange(len(x0), device=self.device), element][:, None]
+            truth = self.images[subjects, [int(i) for i in element]][:, None]
+        images = torch.from_numpy(truth).to(self.device).float()
+        mirrored = torch.from_numpy(rows % self.views == 1).to(self.device)
+        images = torch.where(mirrored[:, None, None, None, None, None], images.flip(3), images)
+        z = vae.denormalise(z)
+        if vae.config.quantise:  # straight through, as in stage I
+            z = z + (vae.quantise(z.detach())[0] - z).detach()
+        with self.autocast():
+            output = self.decoder(self._volumes(z)).float()
+        output = torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
+        if corner is not None:
+            h, w = (n * c for n, c in zip(z.shape[3:5], (p, q), strict=True))
+            starts = [
+                (p * a * int(i), q * b * int(j)) for (a, b, _), (i, j) in ((self._net().patch, c) for c in corner)
+            ]
+            views = zip(images, starts, strict=True)
+            images = torch.stack([x[..., i : i + h, j : j + w, :] for x, (i, j) in views])
+            images, output = (x[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :] for x in (images, output))
+        error = (output - images).square().mean((2, 3, 4, 5))
+        return error[~observed] if self.cardiac else error[:, 0]
 
     @torch.no_grad()
     def after_step(self, step: int) -> Terms:
         # A short ramp, so that the average forgets the random start.
         decay = min(self.settings.ema, (1 + step) / (10 + step))
-        for slow, fast in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.average, self.denoiser)]
+        if self.settings.image_weight:
+            pairs.append((self.average_decoder, self.decoder))
+        for average, trained in pairs:
+            for slow, fast in zip(average.parameters(), trained.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
         return {}
 
     @torch.no_grad()

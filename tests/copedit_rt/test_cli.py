@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import pickle
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 from copedit_rt import checkpoint, cli
 from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import build_denoiser
-from copedit_rt.study import Volume, read_volume
+from copedit_rt.study import StudyFiles, Volume, read_volume
 from copedit_rt.synthesizer import Synthesizer
 from copedit_rt.tokenizer import CoPeVAE
 
@@ -214,6 +216,94 @@ def test_a_cohort_goes_on_after_a_failure(tmp_path, brain):
     save(broken, image(1))
     summary = json.loads(run(*command, "--json").stdout)
     assert (summary["written"], summary["kept"], summary["failed"]) == (1, 2, 0)
+
+
+def test_the_next_study_is_read_while_one_is_computed(tmp_path, brain, monkeypatch):
+    for name in "abcd":
+        study(tmp_path / "in" / name, name)
+    began = {name: threading.Event() for name in "abcd"}
+    read, compute = StudyFiles.read, Synthesizer.synthesize
+
+    def reading(self, **options):
+        began[self.name].set()
+        return read(self, **options)
+
+    def computing(self, case, **options):
+        after = chr(ord(case.name) + 1)
+        if after in began:
+            assert began[after].wait(60), f"{after} is not read while {case.name} is computed"
+        assert not any(began[name].is_set() for name in "abcd" if name > after), "more than one study is read ahead"
+        return compute(self, case, **options)
+
+    monkeypatch.setattr(StudyFiles, "read", reading)
+    monkeypatch.setattr(Synthesizer, "synthesize", computing)
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain)
+    assert result.exit_code == 0, result.stderr
+    assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "abcd" for end in (".nii.gz", ".json")}
+
+
+def test_two_processes_share_a_cohort(tmp_path, brain):
+    """Every study is written once, by one of them; one that is broken fails where it belongs and stops nobody."""
+    names = "abcde"
+    for name in names:
+        study(tmp_path / "in" / name, name)
+    broken = tmp_path / "in" / "b" / "b_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    command = [sys.executable, "-m", "copedit_rt.cli", "synth", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
+    command += ["--model", str(brain), "--json"]
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+    both = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            cwd=Path(cli.__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = []
+    for process in both:
+        out, error = process.communicate(timeout=300)
+        assert "Traceback" not in error
+        found.append({e["study"]: e["status"] for e in json.loads(out)["studies"]})
+    assert [process.returncode for process in both] == [0, 1]
+    assert found == [dict.fromkeys("ace", "written"), {"b": "failed", "d": "written"}]
+    assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "acde" for end in (".nii.gz", ".json")}
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_stop_the_others_for_a_study_that_failed(tmp_path, brain):
+    """Its processes end together: those of other studies are done by then."""
+    for name in "abcdefgh":
+        study(tmp_path / "in" / name, name)
+    broken = tmp_path / "in" / "b" / "b_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    for name in "dfh":  # nothing else to do for the process that fails
+        (tmp_path / "in" / name / f"{name}_t1ce.nii.gz").write_bytes((tmp_path / "in/a/a_t1.nii.gz").read_bytes())
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "copedit_rt.cli", "synth", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")),
+            *("--model", str(brain), "--device", "cpu"),
+        ],
+        cwd=Path(cli.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode != 0 and "b_t2" in done.stderr
+    assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "aceg" for end in (".nii.gz", ".json")}
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("x", "2"), ("0", "")])
+def test_a_place_among_processes_that_does_not_exist(tmp_path, brain, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    study(tmp_path / "in")
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain)
+    refused(result, f"RANK={rank}, WORLD_SIZE={world}")
 
 
 def test_an_interrupted_cohort_can_be_repeated(tmp_path, brain, monkeypatch):
@@ -488,10 +578,10 @@ def test_running_out_of_memory_is_a_sentence(tmp_path, brain, monkeypatch):
 )
 def test_max_memory_reaches_the_model(tmp_path, brain, monkeypatch, text, size):
     seen, load = [], Synthesizer.load
-    monkeypatch.setattr(Synthesizer, "load", lambda *given, **more: seen.append(given[-1]) or load(*given, **more))
+    monkeypatch.setattr(Synthesizer, "load", lambda *given, **more: seen.append(more) or load(*given, **more))
     study(tmp_path / "in")
     result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain, "--max-memory", text)
-    assert seen == [size]
+    assert [more["max_memory"] for more in seen] == [size]
     if size > 2**20:
         assert result.exit_code == 0, result.stderr
     else:

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import BRAIN, exported, saved, study, write
 
 from copedit_rt import checkpoint, cli, diffusion, engine_onnx, export, synthesizer
-from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
+from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import build_denoiser
 from copedit_rt.engine_onnx import DECODER, ENCODER, MANIFEST, STEP, OnnxEngine
 from copedit_rt.engine_torch import TorchEngine
 from copedit_rt.errors import CopeditError
-from copedit_rt.study import Study, Volume, find_studies
+from copedit_rt.study import Study, find_studies
 from copedit_rt.synthesizer import Synthesizer
 from copedit_rt.tokenizer import CoPeVAE
 
@@ -27,80 +28,11 @@ ort = pytest.importorskip("onnxruntime", reason="needs the extra export")
 pytest.importorskip("onnxscript", reason="needs the extra export")
 
 ROOT = Path(__file__).resolve().parents[2]
-BRAIN = ModelConfig(
-    "tiny-brain",
-    "brain",
-    ("t1", "t1ce", "t2", "flair"),
-    (16, 16, 8),
-    TokenizerConfig(
-        channels=(8,), strides=((2, 2, 1),), residual_units=1, residual_channels=8, latent_channels=3, codes=64,
-        prompt_channels=(8, 8), prompt_dim=16, contrast_dim=8,
-    ),
-    DenoiserConfig(width=48, heads=3, blocks=2, patch=(2, 2, 2)),
-    DiffusionConfig(steps=4),
-    Preprocessing(field_of_view=(32.0, 32.0, 32.0)),
-)  # fmt: skip
-HEART = replace(
-    BRAIN,
-    name="tiny-heart",
-    task="cardiac",
-    elements=("slab0", "slab1", "slab2"),
-    image=(16, 16, 4),
-    tokenizer=replace(BRAIN.tokenizer, quantise=False),
-    denoiser=replace(BRAIN.denoiser, patch=(1, 1, 1), prompts="mask"),
-    preprocessing=Preprocessing(field_of_view=(32.0, 32.0, None)),
-)
-GRID = np.diag([2.0, 2.0, 4.0, 1.0])
-
-
-def saved(config: ModelConfig, folder: Path) -> Path:
-    """A model folder with weights that do something: zero-initialised layers would return zeros."""
-    torch.manual_seed(0)
-    vae, net = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
-    with torch.no_grad():
-        for p in (*net.parameters(), *vae.encoder.parameters(), *vae.decoder.parameters()):
-            p += (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1) * torch.randn_like(p)
-        for name, statistic in vae.named_buffers():
-            if statistic.is_floating_point():
-                statistic.copy_(torch.rand_like(statistic) * (0.1 if "mean" in name else 1) + 0.2)
-    checkpoint.save(folder, config, vae, net)
-    return folder
-
-
-def made(config: ModelConfig, folder: Path, precision: str = "float32") -> Path:
-    model = saved(config, folder / "model")
-    export.export_onnx(model, folder / "onnx", precision)
-    return folder / "onnx"
-
-
-@pytest.fixture(scope="module")
-def brain(tmp_path_factory) -> Path:
-    return made(BRAIN, tmp_path_factory.mktemp("brain"))
-
-
-@pytest.fixture(scope="module")
-def heart(tmp_path_factory) -> Path:
-    return made(HEART, tmp_path_factory.mktemp("heart"))
-
-
-@pytest.fixture(params=["brain", "heart"])
-def either(request) -> Path:
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def copy(brain, tmp_path) -> Path:
     return Path(shutil.copytree(brain, tmp_path / "copy"))
-
-
-def study(config: ModelConfig, *there: str) -> Study:
-    generator = np.random.default_rng(3)
-    if config.task == "cardiac":
-        data = generator.random((16, 16, 12)) + 0.1
-        data[..., [5, 6]] = 0
-        return Study("h1", "cardiac", {"sax": Volume.from_array(data, GRID)}, missing_slices=(5, 6))
-    volumes = {name: Volume.from_array(generator.random((16, 16, 8)) + 0.1, GRID) for name in config.elements}
-    return Study("s1", "brain", {name: volumes[name] for name in there})
 
 
 def run(path: Path, **inputs) -> list[np.ndarray]:
@@ -124,7 +56,7 @@ def test_standard_operators_dynamic_batches_and_no_weights_of_their_own(either):
         for value in (*model.graph.input, *model.graph.output):
             kind = value.type.tensor_type
             assert kind.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL, onnx.TensorProto.INT64)
-            assert value.name == "coefficients" or kind.shape.dim[0].dim_param == "batch"
+            assert kind.shape.dim[0].dim_param == "batch"
         held |= {i.name for i in model.graph.initializer if i.external_data}
         outside = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
         assert outside <= {checkpoint.TOKENIZER, checkpoint.DENOISER} and outside
@@ -177,7 +109,7 @@ def test_sampler_step(either, solver):
             "prompts": prompts.numpy(),
             "observed": observed.numpy(),
             "previous": previous,
-            "coefficients": np.stack([table[i] for table in tables[:2]]).astype(np.float32),
+            "coefficients": np.tile(np.stack([table[i] for table in tables[:2]]).astype(np.float32), (3, 1, 1)),
         }
         inputs = {i.name for i in session.get_inputs()}
         now, previous = session.run(None, {name: value for name, value in given.items() if name in inputs})
@@ -218,7 +150,7 @@ def narrowed(path: Path, net: torch.nn.Module, precision: str) -> None:
 
 def test_float16(tmp_path):
     """As near to float32 as torch is in float16; ONNX Runtime computes it on the CPU."""
-    folder = made(BRAIN, tmp_path, "float16")
+    folder = exported(BRAIN, tmp_path, "float16")
     config, net, _ = checkpoint.load_denoiser(folder)  # the rounded weights in float32
     narrowed(folder / STEP, net, "float16")
     low = build_denoiser(config).eval()
@@ -229,7 +161,8 @@ def test_float16(tmp_path):
     with torch.no_grad():
         truth = net(z, t, prompts, observed).numpy()
         rounded = low(z.half(), t, prompts, observed).float().numpy()
-    given = {"z": z, "t": t, "prompts": prompts, "observed": observed, "previous": z, "coefficients": torch.eye(2)}
+    given = {"z": z, "t": t, "prompts": prompts, "observed": observed, "previous": z}
+    given["coefficients"] = torch.eye(2).expand(2, 2, 2)
     _, value = run(folder / STEP, **{name: x.numpy() for name, x in given.items()})
     assert np.abs(value - truth).max() <= 2 * np.abs(rounded - truth).max() + np.abs(truth).max() * 2**-11
     for name in (ENCODER, DECODER):
@@ -244,18 +177,27 @@ def test_float16(tmp_path):
 
 def test_bfloat16(tmp_path):
     """Written, checked, and refused where it cannot be computed."""
-    config, vae, _ = checkpoint.load_tokenizer(saved(BRAIN, tmp_path))
-    _, net, _ = checkpoint.load_denoiser(tmp_path)
+    folder = exported(BRAIN, tmp_path, "bfloat16")
+    _, vae, _ = checkpoint.load_tokenizer(folder)
+    _, net, _ = checkpoint.load_denoiser(folder)
+    narrowed(folder / STEP, net, "bfloat16")
+    assert "ConvTranspose" not in {node.op_type for node in graph(folder / DECODER).node}
+    for name in (ENCODER, DECODER):
+        onnx.checker.check_model(folder / name, full_check=True)
     export._narrow(vae, net, torch.bfloat16)
     assert vae.codebook.dtype == net.frequencies.dtype == vae.prompt_encoders[0].mlp[0].weight.dtype == torch.float32
     assert vae.decoder.inp.weight.dtype == vae.encoder.out.weight.dtype == torch.bfloat16
-    checkpoint.save(tmp_path, config, vae, net)
-    stored = {"denoiser": export._stored(tmp_path / checkpoint.DENOISER)}
-    (tmp_path / STEP).write_bytes(export._graph(*export.graphs(config, vae, net)[STEP], tmp_path, stored))
-    narrowed(tmp_path / STEP, net, "bfloat16")
-    (tmp_path / MANIFEST).write_text(json.dumps({"format": 1, "sha256": {}, "precision": "bfloat16"}))
     with pytest.raises(engine_onnx.Refused, match="bfloat16, which ONNX Runtime cannot"):
-        OnnxEngine(tmp_path)
+        OnnxEngine(folder)
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 2), (2, 2, 1), (1, 2, 1)])
+def test_upsampling_without_transposed_convolutions(stride):
+    kernel = tuple(4 if s == 2 else 3 for s in stride)
+    layer = torch.nn.ConvTranspose3d(5, 3, kernel, stride, 1).double()
+    x = torch.randn(2, 5, 4, 6, 3, dtype=torch.float64)
+    found, exact = export.Upsample(layer)(x), layer(x)
+    assert found.shape == exact.shape and (found - exact).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize(
@@ -314,12 +256,6 @@ def test_a_study_comes_out_as_on_torch(either, samples):
     assert found.record["versions"]["onnxruntime"] == ort.__version__ and "torch" not in found.record["versions"]
     assert found.record["weights_sha256"] == exact.record["weights_sha256"]
     assert lean.perceive(given) == found.perception
-
-
-def write(given: Study, folder: Path) -> Path:
-    for name, volume in given.volumes.items():
-        volume.save(folder / given.name / f"{given.name}_{name}.nii.gz", "simulated")
-    return folder / given.name
 
 
 def without_torch(*arguments: str | Path, blocked: bool = False) -> subprocess.CompletedProcess[str]:
@@ -391,7 +327,8 @@ def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
     lean, full = (Synthesizer.load(folder, "cpu", engine=engine) for engine in ("onnxruntime", "torch"))
     found, other = lean.synthesize(given), full.synthesize(given)
     assert (found.record["engine"], other.record["engine"]) == ("onnxruntime", "torch")
-    net, vae = full.engine.denoiser.double(), full.engine.tokenizer.double()
+    net = checkpoint.load_denoiser(folder)[1].double()
+    vae = checkpoint.load_tokenizer(folder)[1].double()
     full.engine = Exact(full.config, vae, net, torch.device("cpu"))
     exact = full.synthesize(given)
     assert found.study.synthetic == exact.study.synthetic == {"t1ce", "flair"}
@@ -430,7 +367,7 @@ ACCIDENTS = {
     "foreign": (lambda f: (f / MANIFEST).unlink(), f"there is no {MANIFEST} beside it"),
     "stale": (lambda f: rewrite(f / checkpoint.CONFIG, name="new"), f"{checkpoint.CONFIG}: changed since the export"),
     "manifest": (lambda f: (f / MANIFEST).write_text("[1"), f"{MANIFEST}: damaged"),
-    "format": (lambda f: rewrite(f / MANIFEST, format=99), "of format 99, this version reads 1"),
+    "format": (lambda f: rewrite(f / MANIFEST, format=99), f"of format 99, this version reads {engine_onnx.FORMAT}"),
     "no onnx": (lambda f: agree(f, STEP, b"nonsense"), f"{STEP}: ONNX Runtime"),
 }
 

@@ -43,7 +43,7 @@ HEART = dataclasses.replace(
 GRID = np.diag([2.0, 2.0, 4.0, 1.0])
 
 
-def build(config):
+def networks(config):
     torch.manual_seed(0)
     vae, net = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
     with torch.no_grad():  # zero-initialised layers would return zeros
@@ -51,7 +51,11 @@ def build(config):
             p.add_(0.05 * torch.randn_like(p))
         vae.latent_mean.copy_(torch.randn(8) * 0.1)
         vae.latent_std.copy_(torch.rand(8) + 0.5)
-    return Synthesizer(config, vae, net, "cpu")
+    return vae, net
+
+
+def build(config, **options):
+    return Synthesizer(config, *networks(config), "cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def test_steps_run_from_the_noisiest_and_observed_latents_keep_their_bits(brain_
 @pytest.mark.parametrize("solver", ["ddim", "dpm2m"])
 def test_a_synthesis_is_what_the_plain_sampler_makes(brain_model, monkeypatch, solver):
     made = brain_model.synthesize(brain("t1", "t2"), steps=5, solver=solver)
-    net = brain_model.engine.denoiser
+    net = networks(BRAIN)[1]
 
     class Plain:
         def __init__(self, prompts_of, config, steps, observed, solver):
@@ -152,6 +156,87 @@ def test_two_threads_take_turns_and_get_what_one_alone_gets(brain_model, monkeyp
         assert perception == one.perception == other.perception
         for name, volume in one.study.volumes.items():
             assert np.array_equal(volume.data, other.study.volumes[name].data), name
+
+
+def test_all_synthesizers_on_a_device_share_its_turns(brain_model, heart_model, monkeypatch):
+    entered, original = threading.Event(), brain_model.engine.encode
+
+    def encode(images):
+        entered.set()
+        time.sleep(0.05)
+        assert not other, "two models at once on one device"
+        return original(images)
+
+    monkeypatch.setattr(brain_model.engine, "encode", encode)
+    other: list[bool] = []
+    monkeypatch.setattr(heart_model.engine, "encode", lambda images: other.append(True) or [][0])
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(brain_model.perceive, brain("t1"))
+        entered.wait()
+        with pytest.raises(IndexError):
+            heart_model.perceive(heart([1]))
+        first.result()
+
+
+def test_networks_that_are_given_stay_as_they_are_and_are_not_shared():
+    vae, net = networks(BRAIN)
+    before = {name: x.clone() for part in (vae, net) for name, x in part.state_dict().items()}
+    vae.train(), net.train()
+    for options in ({}, {"dtype": "bfloat16"}):
+        Synthesizer(BRAIN, vae, net, "cpu", **options).synthesize(brain("t1"))
+    after = {name: x for part in (vae, net) for name, x in part.state_dict().items()}
+    assert vae.training and net.training and all(p.requires_grad for p in net.parameters())
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        assert torch.equal(x, after[name]) and x.dtype == after[name].dtype and after[name].is_contiguous(), name
+
+
+def test_folded_norms_change_nothing():
+    vae, _ = networks(BRAIN)
+    for module in vae.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            for x in (module.weight, module.bias, module.running_mean, module.running_var):
+                torch.nn.init.uniform_(x, 0.5, 1.5)
+    lean, z = engine_torch.lean_tokenizer(vae, torch.device("cpu")), torch.randn(1, 4, 8, 4, 4, 2)
+    assert not any(isinstance(x, torch.nn.BatchNorm3d) for x in lean.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(lean.prompts_of_each(z), vae.eval().prompts_of_each(z))
+    assert lean.encoder.out.weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("which", [BRAIN, HEART], ids=lambda config: config.task)
+def test_bfloat16_is_near_float32(which):
+    study = brain("t1", "t2") if which is BRAIN else heart([5, 6])
+    wide, half = build(which), build(which, dtype="bfloat16")
+    a, b = wide.synthesize(study), half.synthesize(study)
+    assert (a.record["dtype"], b.record["dtype"]) == ("float32", "bfloat16")
+    vae = half.engine.tokenizer
+    assert vae.encoder.out.weight.dtype == torch.bfloat16 and half.engine.denoiser.final.weight.dtype == torch.bfloat16
+    assert vae.codebook.dtype == vae.prompt_encoders[0].mlp[0].weight.dtype == torch.float32
+    np.testing.assert_allclose(a.perception.missing, b.perception.missing, atol=0.02)
+    # Latents; voxels may jump where a latent lies between two codes.
+    z = np.random.default_rng(0).standard_normal((4, 8, *which.latent)).astype(np.float32)
+    prompts, observed = np.ones((3, 16), np.float32), np.array([True, False, True, True])
+    found, exact = (model.engine.sample(z, prompts, observed, 4, "ddim") for model in (half, wide))
+    error = np.abs(found - exact).max()
+    assert 0 < error < 0.05 * np.abs(exact).max()
+    assert np.array_equal(found[observed], z[observed])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", [BRAIN, HEART], ids=lambda config: config.task)
+def test_a_gpu_gives_what_the_cpu_gives(which):
+    """In float32, and nearly in the default of GPUs. Latents: voxels may jump where one lies between codes."""
+    which = dataclasses.replace(which, denoiser=dataclasses.replace(which.denoiser, heads=1))  # 32 channels a head
+    z = np.random.default_rng(0).standard_normal((4, 8, *which.latent)).astype(np.float32)
+    prompts, observed = np.ones((3, 16), np.float32), np.array([True, False, True, True])
+    exact = build(which).engine.sample(z, prompts, observed, 4, "ddim")
+    for dtype, allowed in (("float32", 1e-4), ("auto", 0.05)):
+        engine = Synthesizer(which, *networks(which), "cuda", dtype=dtype).engine
+        assert engine.precision == ("float32" if dtype == "float32" else "bfloat16")
+        found = engine.sample(z, prompts, observed, 4, "ddim")
+        assert np.abs(found - exact).max() < allowed * np.abs(exact).max()
+        assert np.array_equal(found[observed], z[observed])
 
 
 def test_a_memory_ceiling_changes_nothing_but_the_memory(brain_model, heart_model, monkeypatch):
@@ -229,7 +314,7 @@ def test_decoding_only_what_is_missing_equals_decoding_all(brain_model):
 def test_latents_are_decoded_as_they_are_where_the_model_says_so(brain_model):
     vae = brain_model.engine.tokenizer
     plain = CoPeVAE(dataclasses.replace(vae.config, quantise=False), 4).eval()
-    plain.load_state_dict(vae.state_dict())
+    plain.load_state_dict(networks(BRAIN)[0].state_dict())
     z = torch.randn(1, 4, 8, 4, 4, 2)
     with torch.no_grad():
         assert torch.equal(plain.images(z, False), vae.decode(vae.denormalise(z), False))
@@ -256,7 +341,7 @@ def test_identity_is_the_heads_verdict_on_one_image_alone(brain_model):
 def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
     import json
 
-    checkpoint.save(tmp_path / "m", BRAIN, brain_model.engine.tokenizer, brain_model.engine.denoiser)
+    checkpoint.save(tmp_path / "m", BRAIN, *networks(BRAIN))
     loaded = Synthesizer.load(tmp_path / "m", "cpu")
     result = loaded.synthesize(brain("t1"), steps=3, seed=7)
     record = json.loads(json.dumps(result.record))
@@ -290,6 +375,14 @@ def test_a_study_of_the_other_task_is_refused(brain_model, heart_model):
         brain_model.synthesize(heart([1]))
     with pytest.raises(CopeditError, match="leave target out"):
         heart_model.synthesize(heart([1]), target=["sax"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("int8", "'int8' is unknown; use auto, float32"), ("float16", "'float16' is for GPUs")]
+)
+def test_a_type_that_cannot_be_had(name, message):
+    with pytest.raises(CopeditError, match=message):
+        build(BRAIN, dtype=name)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:x", "cuda:99"])

@@ -20,6 +20,7 @@ from torch import Tensor
 from copedit_rt import checkpoint
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
+from copedit_rt.tokenizer import CoPeVAE
 from training import trainer
 from training.data import draw_observed, model_images, phantom_images
 from training.losses import Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
@@ -63,6 +64,7 @@ SMALL = (
     "whiten=0",
     "last_timestep=0",
     "observed_weight=1",
+    "image_weight=0",
     "muon_lr=0",
     "batch_size=2",
     "subjects=4",
@@ -241,6 +243,81 @@ def test_observed_elements_can_weigh_less(tmp_path):
     assert second.item() == pytest.approx(terms["mse_missing"])
 
 
+def test_augmented_latents_are_computed_anew(tmp_path):
+    task = denoiser_task(tmp_path, "augment=true", "batch_size=4")
+    assert not (tmp_path / "latents.safetensors").exists()
+    encoded, encode = [], task._encoded
+    task._encoded = lambda images: encoded.append(images) or encode(images)
+    losses = [task(step, 0)[0].item() for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1] and torch.equal(encoded[0], encoded[2])
+    originals = torch.from_numpy(task.images).float()
+    assert all((x - originals).abs().amax((1, 2, 3, 4, 5)).min() > 0.1 for x in encoded[0]), "none as it is on disk"
+    with pytest.raises(CopeditError, match="augment: in stage II it goes neither with crop nor with image_weight"):
+        denoiser_task(tmp_path / "b", "augment=true", "crop=8")
+
+
+@pytest.mark.parametrize("config", [TINY, HEART], ids=lambda c: c.task)
+@pytest.mark.parametrize("crop", [0, 14])
+def test_the_image_term_is_the_error_of_what_the_decoder_shows(tmp_path, config, crop):
+    config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, quantise=not crop))
+    if crop:  # tokens of two voxels, so that there are several crops
+        config = dataclasses.replace(
+            config,
+            tokenizer=dataclasses.replace(config.tokenizer, channels=(8,), strides=((2, 2, 2),)),
+            denoiser=dataclasses.replace(config.denoiser, patch=(1, 1, 1)),
+        )
+    images, vae = trainer.phantom_images(config, 4, None), CoPeVAE(config.tokenizer, len(config.elements))
+    settings = load_settings("denoiser", "demo-brain", (*SMALL, f"crop={crop}", "image_weight=0.1"))
+    task = trainer.DenoiserTask(config, settings, images, vae)
+    rng, rows = np.random.default_rng(0), np.array([0, 1, 3])
+    observed = draw_observed(rng, 3, len(config.elements), config.task == "cardiac")
+    chance = rng.random(observed.shape)
+    z0, corner = task._crop(rows, rng) if crop else (task.latents[rows].float(), None)
+    found = task._image_error(z0, z0, observed, rows, corner, chance)
+
+    views = torch.from_numpy(images).float()
+    if config.task == "brain":
+        views = torch.stack((views, views.flip(3)), 1).flatten(0, 1)
+    expected = (vae.images(z0, config.task == "cardiac") - cropped(views[rows], corner, crop)).square()
+    if crop:
+        expected = expected[..., trainer.CROP_RIM : -trainer.CROP_RIM, trainer.CROP_RIM : -trainer.CROP_RIM, :]
+    shown = ~observed
+    if config.task == "brain":  # of two modalities, one at a time
+        assert (shown.sum(1) == 1).all()
+    assert torch.allclose(found, expected[shown].mean((1, 2, 3, 4)), rtol=1e-4)
+
+
+def cropped(images, corner, crop):
+    if corner is None:
+        return images
+    starts = (2 * corner).tolist()
+    return torch.stack([x[..., i : i + crop, j : j + crop, :] for x, (i, j) in zip(images, starts, strict=True)])
+
+
+def test_with_the_image_term_the_decoder_learns_what_is_synthesised(tmp_path):
+    vae = train("tokenizer", tmp_path / "vae", "steps=4")
+    found = train("denoiser", tmp_path / "a", "steps=3", "crop=0", "image_weight=0.1", f"tokenizer={vae}")
+    before, after = (checkpoint.read_tensors(f / "tokenizer.safetensors")[0] for f in (vae, found))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder"}, "latents and prompts stay what they were"
+
+    task = denoiser_task(tmp_path / "b", "image_weight=0.1", "batch_size=4")
+    with torch.no_grad():  # an untrained denoiser's output is zero whatever comes in
+        task.denoiser.final.weight.normal_(0, 0.1)
+    gradients = []
+    for weight in (0.1, 0.2):
+        task.settings = dataclasses.replace(task.settings, image_weight=weight)
+        task.zero_grad()
+        loss, terms = task(0, 0)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in (task.denoiser.final.weight, task.decoder.inp.weight)])
+    (final, decoder), (final2, decoder2) = gradients
+    assert torch.allclose(decoder2, 2 * decoder, rtol=1e-4) and decoder.abs().sum() > 0
+    assert not torch.allclose(final2, final, rtol=1e-2) and terms["image_mse"] > 0
+    with pytest.raises(CopeditError, match="crop = 8: image_weight needs more than 12 voxels"):
+        denoiser_task(tmp_path / "c", "image_weight=0.1", "crop=8")
+
+
 def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, monkeypatch):
     first = denoiser_task(tmp_path)
     vae = first.frozen[0]
@@ -258,9 +335,9 @@ def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, mon
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     stage, _, optimizer = stage.partition(" ")
-    extra = ("steps=5", f"optimizer={optimizer or 'adam'}")
+    extra = ("steps=5", f"optimizer={optimizer or 'adam'}", f"augment={str(not optimizer).lower()}", "crop=0")
     if optimizer:
-        extra += ("muon_lr=1e-2", "whiten=0.5", "last_timestep=0.5", "whole_steps=1")
+        extra += ("muon_lr=1e-2", "whiten=0.5", "last_timestep=0.5", "whole_steps=1", "crop=16", "image_weight=0.1")
     if stage == "denoiser":
         extra += (f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=2')}",)
     whole = train(stage, tmp_path / "whole", *extra)

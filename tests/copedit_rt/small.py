@@ -1,0 +1,74 @@
+"""Small models with weights that do something, and studies for them: for tests of exports and engines."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from copedit_rt import checkpoint, export
+from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
+from copedit_rt.denoiser import build_denoiser
+from copedit_rt.study import Study, Volume
+from copedit_rt.tokenizer import CoPeVAE
+
+BRAIN = ModelConfig(
+    "tiny-brain",
+    "brain",
+    ("t1", "t1ce", "t2", "flair"),
+    (16, 16, 8),
+    TokenizerConfig(
+        channels=(8,), strides=((2, 2, 1),), residual_units=1, residual_channels=8, latent_channels=3, codes=64,
+        prompt_channels=(8, 8), prompt_dim=16, contrast_dim=8,
+    ),
+    DenoiserConfig(width=48, heads=3, blocks=2, patch=(2, 2, 2)),
+    DiffusionConfig(steps=4),
+    Preprocessing(field_of_view=(32.0, 32.0, 32.0)),
+)  # fmt: skip
+HEART = replace(
+    BRAIN,
+    name="tiny-heart",
+    task="cardiac",
+    elements=("slab0", "slab1", "slab2"),
+    image=(16, 16, 4),
+    tokenizer=replace(BRAIN.tokenizer, quantise=False),
+    denoiser=replace(BRAIN.denoiser, patch=(1, 1, 1), prompts="mask"),
+    preprocessing=Preprocessing(field_of_view=(32.0, 32.0, None)),
+)
+GRID = np.diag([2.0, 2.0, 4.0, 1.0])
+
+
+def saved(config: ModelConfig, folder: Path) -> Path:
+    """A model folder with weights that do something: zero-initialised layers would return zeros."""
+    torch.manual_seed(0)
+    vae, net = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
+    with torch.no_grad():
+        for p in (*net.parameters(), *vae.encoder.parameters(), *vae.decoder.parameters()):
+            p += (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1) * torch.randn_like(p)
+        for name, statistic in vae.named_buffers():
+            if statistic.is_floating_point():
+                statistic.copy_(torch.rand_like(statistic) * (0.1 if "mean" in name else 1) + 0.2)
+    checkpoint.save(folder, config, vae, net)
+    return folder
+
+
+def exported(config: ModelConfig, folder: Path, precision: str = "float32") -> Path:
+    model = saved(config, folder / "model")
+    export.export_onnx(model, folder / "onnx", precision)
+    return folder / "onnx"
+
+
+def study(config: ModelConfig, *there: str) -> Study:
+    generator = np.random.default_rng(3)
+    if config.task == "cardiac":
+        data = generator.random((16, 16, 12)) + 0.1
+        data[..., [5, 6]] = 0
+        return Study("h1", "cardiac", {"sax": Volume.from_array(data, GRID)}, missing_slices=(5, 6))
+    volumes = {name: Volume.from_array(generator.random((16, 16, 8)) + 0.1, GRID) for name in config.elements}
+    return Study("s1", "brain", {name: volumes[name] for name in there})
+
+
+def write(given: Study, folder: Path) -> Path:
+    for name, volume in given.volumes.items():
+        volume.save(folder / given.name / f"{given.name}_{name}.nii.gz", "simulated")
+    return folder / given.name
