@@ -457,6 +457,10 @@ class DenoiserTask(Task):
         (h, w, _), (p, q, r) = self.config.tokenizer.compression, self.config.denoiser.patch
         _check_crop(self.settings.crop, (h * p, w * q, 1), self.config.image)
         self.size = (self.settings.crop // (h * p), self.settings.crop // (w * q))
+        if self.config.denoiser.backbone == "unet" and (self.settings.crop // h % 4 or self.settings.crop // w % 4):
+            raise CopeditError(
+                f"crop = {self.settings.crop}: a UNet halves latents twice; divide by {4 * h} and {4 * w}"
+            )
         activity = []
         for z in self.latents.split(16):
             values = rearrange(z.float(), "b m c (h p) (w q) (d r) -> b m h w d (p q r) c", p=p, q=q, r=r)

@@ -55,7 +55,7 @@ def batch(task):
 def test_all_variants_see_the_same_batches(experiment, kind):
     if kind == "backbone":
         pytest.importorskip("monai", reason="the UNet baseline needs the extra `train`")
-    made = experiment()
+    made = experiment("crop=16")  # the UNet wants four latents
     first, *others = (batch(made.task(v, 0)) for v in VARIANTS[kind])
     assert len(others) == len(VARIANTS[kind]) - 1 and len(first) == 5
     for other in others:

@@ -724,8 +724,12 @@ def test_bad_settings_are_named(tmp_path):
         with pytest.raises(CopeditError, match=message):
             train("denoiser", tmp_path / override, "steps=2", "whole_steps=0", override, f"tokenizer={vae}")
     flat = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, backbone="unet", width=96))
-    with pytest.raises(CopeditError, match="whiten is for transformers"):
-        train("denoiser", tmp_path / "unet", "steps=2", f"tokenizer={vae}", config=flat)
+    for overrides, message in (
+        (("crop=0", "whiten=0.5"), "whiten is for transformers"),
+        (("crop=8",), "crop = 8: a UNet halves latents twice; divide by 16"),
+    ):
+        with pytest.raises(CopeditError, match=message):
+            train("denoiser", tmp_path / f"unet{overrides[0]}", "steps=2", *overrides, f"tokenizer={vae}", config=flat)
     with pytest.raises(CopeditError, match="needs its tokenizer"):
         train("denoiser", tmp_path / "a", "steps=2")
     with pytest.raises(CopeditError, match="--data /nowhere is not a folder"):
