@@ -568,7 +568,8 @@ class DenoiserTask(Task):
         if corner is not None:
             h, w = (n * c for n, c in zip(z.shape[3:5], (p, q), strict=True))
             starts = [
-                (p * a * int(i), q * b * int(j)) for (a, b, _), (i, j) in ((self._net().patch, c) for c in corner)
+                (p * a * int(i), q * b * int(j))
+                for (a, b, _), (i, j) in ((self.config.denoiser.patch, c) for c in corner)
             ]
             views = zip(images, starts, strict=True)
             images = torch.stack([x[..., i : i + h, j : j + w, :] for x, (i, j) in views])
