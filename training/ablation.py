@@ -133,7 +133,8 @@ class Experiment:
             network[key] = int(text)
         base = config or ModelConfig.preset(preset)
         self.config = replace(base, denoiser=replace(base.denoiser, **network))
-        self.settings = load_settings("denoiser", preset, (*(() if full else REDUCED), *rest))
+        # The decoder stays the same for all: what differs is the denoiser.
+        self.settings = load_settings("denoiser", preset, (*(() if full else REDUCED), *rest, "image_weight=0"))
         self.folder, self.data, self.test_subjects = folder, data, test_subjects
         self.seeds = [self.settings.seed + i for i in range(runs or (FULL_RUNS if full else REDUCED_RUNS))]
         self.source = self.settings.tokenizer or preset
