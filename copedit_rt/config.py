@@ -244,7 +244,7 @@ PRESETS: dict[str, ModelConfig] = {
             _BRATS,
             (96, 96, 32),
             _DEMO_TOKENIZER,
-            DenoiserConfig(width=192, heads=3, blocks=6, patch=(4, 4, 4)),
+            DenoiserConfig(width=192, heads=3, blocks=8, patch=(4, 4, 4)),
             DiffusionConfig(steps=1),
             Preprocessing(field_of_view=(192.0, 192.0, 160.0)),
         ),

@@ -44,7 +44,7 @@ class Settings:
     each scaled by its variance to the power -whiten; 0.5 makes all equally large.
     observed_weight (denoiser): of an observed element in the loss; 1 is equation 5. What is observed is never replaced,
     and a narrow network that need not copy it has room for what is missing.
-    image_weight (denoiser): above 0, the logarithm of the decoded image's mean squared error joins the loss with this
+    image_weight (denoiser): above 0, the logarithm of the decoded images' mean squared error joins the loss with this
     weight, and the decoder learns along: what is synthesised is smoother than what the encoder gives.
     last_timestep (denoiser): share of the samples that are drawn at the last timestep, where sampling begins; above 0,
     that timestep is pure noise in training, too.

@@ -49,7 +49,6 @@ from training.settings import Settings, Stage, load_settings
 Terms = dict[str, float]
 READOUT_LR = 3e-3
 WHITEN_FLOOR = 5e-4  # of the total variance; smaller components are not raised further
-IMAGE_FLOOR = 2e-4  # 37 dB: what is better is not worth more in the image term
 CROP_RIM = 6  # voxels at the edge of a crop that its image term leaves out, as the decoder knows nothing beyond
 
 
@@ -536,7 +535,7 @@ class DenoiserTask(Task):
         if settings.image_weight:
             chance = rng.random(tuple(observed.shape))
             image_error = self._image_error(x0.float(), z0, observed, rows, corner, chance)
-            loss = loss + settings.image_weight * (image_error + IMAGE_FLOOR).log().mean()
+            loss = loss + settings.image_weight * image_error.mean().log()
             terms["image_mse"] = image_error.mean().item()
         return loss, terms
 
