@@ -318,7 +318,7 @@ class Exact(TorchEngine):
 def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
     """The built-in weights on a real brain with two modalities: both engines are where float64 is.
 
-    But for some latents between two codes, which rounding moves to the other one: at most 1 % of the voxels.
+    Seen, of the largest value: rms 2e-7 with torch, 7e-6 with ONNX Runtime; at most 8e-7 and 3e-5 in 99 % of voxels.
     """
     folder = tmp_path / "onnx"
     export.export_onnx("demo-brain", folder)
@@ -336,7 +336,7 @@ def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
         truth = exact.study.volumes[name].data
         for result in (found, other):
             error = np.abs(result.study.volumes[name].data - truth) / truth.max()
-            assert np.quantile(error, 0.99) < 1e-5 and np.sqrt(np.mean(error**2)) < 1e-3, name
+            assert np.quantile(error, 0.99) < 1e-4 and np.sqrt(np.mean(error**2)) < 1e-4, name
         np.testing.assert_allclose(found.perception.missing, exact.perception.missing, atol=1e-4)
 
 

@@ -50,6 +50,7 @@ SETTINGS = (
     "batch_size=2",
     "dtype=float32",
     "crop=8",
+    "image_weight=0",
     "quantise_from=0",
     "pretext_every=1",
     "prompt_steps=0",
