@@ -398,7 +398,11 @@ def forked(*arguments, environment=None, gate=None, **options):
 
 def steps_done(folder):
     log = folder / "log.jsonl"
-    return json.loads(log.read_text().splitlines()[-1])["step"] + 1 if log.exists() and log.stat().st_size else 0
+    if not log.exists():
+        return 0
+    lines = log.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # the last may be on its way
+    return json.loads(whole[-1])["step"] + 1 if whole else 0
 
 
 def until(condition, process):
