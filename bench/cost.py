@@ -203,7 +203,7 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     model = Synthesizer(config, tokenizer, denoiser, device)
     engine, there = model.engine, prepared.observed
     encoded = engine.encode(prepared.images[there])
-    z = model._start(encoded.latents, there, subject, 0, 0)
+    z = model.start(encoded.latents, there, subject)
     chosen = z if config.task == "cardiac" else z[~there]
 
     def seconds(call: Callable[[], Any]) -> float:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bench import machine
-from bench.report import table
+from bench.report import write_json
 from bench.timing import Contender, Stopwatch, Yardsticks, calls_of, interleave, quantile, sentence
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
+from training.report import table
 
 BASELINE = "eager"
 SEED = 0
@@ -205,15 +205,7 @@ def perturb(net: nn.Module) -> None:
 
 def write(report: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """name.json and name.md."""
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    parts: list[str] = []
-    for key, value in report.items():
-        if key in ("checks", "timings"):  # an entry a line, so that two runs can be compared with diff
-            entries = ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value)
-            parts.append(f'"{key}": [\n  {entries}\n ]')
-        else:
-            parts.append(f'"{key}": {json.dumps(value)}')
-    write_atomically(paths[0], ("{\n " + ",\n ".join(parts) + "\n}\n").encode())
+    paths = [write_json(report, folder / f"{name}.json"), folder / f"{name}.md"]
     write_atomically(paths[1], markdown(report).encode())
     return paths
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.shapes import COMPUTE_BOUND, OPERATORS
 from bench.timing import TIME_UP
 from copedit_rt.files import write_atomically
+from training.report import table
 
 Report = Mapping[str, Any]
 NO_PLOT = "no plot: matplotlib is not installed (pip install matplotlib, or the extra `bench`)"
@@ -19,8 +20,8 @@ PRESET = "brain-brats"  # of the plot and of the short tables
 LISTS = ("checks", "timings", "overhead")
 
 
-def write_json(report: Report, folder: Path) -> Path:
-    """kernels.json, one entry of a list a line, so that two runs can be compared with diff."""
+def write_json(report: Report, path: Path) -> Path:
+    """One entry of a list a line, so that two runs can be compared with diff."""
     parts = []
     for key, value in report.items():
         if key in LISTS:
@@ -28,14 +29,13 @@ def write_json(report: Report, folder: Path) -> Path:
             parts.append(f'"{key}": [\n  {lines}\n ]')
         else:
             parts.append(f'"{key}": {json.dumps(value)}')
-    path = folder / "kernels.json"
     write_atomically(path, ("{\n " + ",\n ".join(parts) + "\n}\n").encode())
     return path
 
 
 def write(report: Report, folder: Path) -> tuple[list[Path], str | None]:
     """kernels.json, kernels.md and kernels.png; the paths, and a sentence where there is no plot."""
-    paths = [write_json(report, folder), folder / "kernels.md"]
+    paths = [write_json(report, folder / "kernels.json"), folder / "kernels.md"]
     write_atomically(paths[1], markdown(report).encode())
     if importlib.util.find_spec("matplotlib") is None:
         return paths, NO_PLOT
@@ -150,11 +150,6 @@ def _cell(row: Mapping[str, Any] | None, key: str = "median_us", best: bool = Fa
 
 def _share(op: str) -> tuple[str, str]:
     return ("product_share", "of product") if op in COMPUTE_BOUND else ("copy_share", "of copy")
-
-
-def table(header: Sequence[str], body: Iterable[Sequence[str]], left: int) -> list[str]:
-    rule = ["---"] * left + ["--:"] * (len(header) - left)
-    return [f"| {' | '.join(line)} |" for line in (header, rule, *body)]
 
 
 def _names(group: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -42,7 +42,7 @@ class _Denoising(DenoiserTask):
 
     def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
         generator, config = torch.Generator().manual_seed(SEED), self.config
-        shape = (len(images), len(config.elements))
+        shape = (self.views * len(images), len(config.elements))
         latents = (*shape, config.tokenizer.latent_channels, *config.latent)
         found = (torch.randn(size, generator=generator) for size in (latents, (*shape, 3, config.tokenizer.prompt_dim)))
         z, prompts = (x.to(self.device) for x in found)

@@ -261,6 +261,9 @@ def evaluate(
     subjects: Annotated[
         int | None, typer.Option(min=1, help="How many; by default 16 simulated ones, or all of a data set.")
     ] = None,
+    first_seed: Annotated[
+        int | None, typer.Option(help="Of the simulated subjects; 1000000 on are held out.", show_default="1000000")
+    ] = None,
     split: Annotated[
         str,
         typer.Option(metavar="test|all|FILE", help="Which of a data set: held out by name, all, or by a split.json."),
@@ -323,6 +326,7 @@ def evaluate(
         return _segment(output, model, data, override or [], device, full, as_json)
     from training import cohort, features, report
     from training import evaluate as body
+    from training.data import HELD_OUT
 
     counts = _numbers(sweep, "--sweep")
     if counts is not None and (steps, solver) != (None, None):
@@ -333,7 +337,9 @@ def evaluate(
     synthesizer = _Models(model, device).load(model)
     whom: cohort.Cohort
     if data == "phantom":
-        whom = cohort.Phantoms(synthesizer.config, subjects or 16)
+        whom = cohort.Phantoms(synthesizer.config, subjects or 16, HELD_OUT if first_seed is None else first_seed)
+    elif first_seed is not None:
+        raise CopeditError(f"--first-seed is of simulated subjects, not of --data {data}; leave it out")
     else:
         whom = cohort.Folder(synthesizer.config, Path(data), subjects, split)
     with _progress(_stderr()) as bar:
@@ -350,13 +356,7 @@ def evaluate(
         else:
             found = body.sweep(synthesizer, whom, steps=counts, **options)
     paths, remark = report.write_report(found, output)
-    if remark:
-        _stderr().print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if as_json:
-        _print_json(found)
-    else:
-        typer.echo(report.markdown(found))
-        typer.echo("\n".join(map(str, paths)))
+    _present(found, report.markdown(found), paths, as_json, remark)
 
 
 def _ablate(
@@ -376,7 +376,8 @@ def _ablate(
         raise CopeditError(f"--ablation {kind}: choose one of {', '.join(body.VARIANTS)}")
     _check_writable(output)
     experiment = body.Experiment(output, preset, override, data=data, full=full, runs=runs, test_subjects=subjects)
-    _show(body, body.ablate(kind, experiment), output, as_json)
+    found = body.ablate(kind, experiment)
+    _present(found, body.markdown(found), body.write_report(found, output), as_json)
 
 
 def _analyse(kind: str, output: Path, model: str, subjects: int, device: str, as_json: bool) -> None:
@@ -385,7 +386,8 @@ def _analyse(kind: str, output: Path, model: str, subjects: int, device: str, as
     if kind not in body.ANALYSES:
         raise CopeditError(f"--analysis {kind}: choose one of {', '.join(body.ANALYSES)}")
     _check_writable(output)
-    _show(body, body.analyse(kind, model, output, subjects, device), output, as_json)
+    found = body.analyse(kind, model, output, subjects, device)
+    _present(found, body.markdown(found), body.write_report(found, output), as_json)
 
 
 def _segment(
@@ -395,16 +397,20 @@ def _segment(
 
     budget = body.budget_of(full, override)
     _check_writable(output)
-    _show(body, body.compare(model, output, data, device, budget), output, as_json)
+    found = body.compare(model, output, data, device, budget)
+    _present(found, body.markdown(found), body.write_report(found, output), as_json)
 
 
-def _show(body: Any, report: Mapping[str, Any], output: Path, as_json: bool) -> None:
-    """Write a report and print it."""
-    paths = body.write_report(report, output)
+def _present(
+    report: Mapping[str, Any], text: str, paths: Sequence[Path], as_json: bool, remark: str | None = None
+) -> None:
+    """Print a report that was written: as JSON, or as text and the files; a remark goes to stderr."""
+    if remark:
+        _stderr().print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         _print_json(report)
     else:
-        typer.echo(body.markdown(report))
+        typer.echo(text)
         typer.echo("\n".join(map(str, paths)))
 
 
@@ -521,16 +527,10 @@ def bench_kernels(
             what,
             seconds or body.SECONDS,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            save=lambda so_far: pages.write_json(so_far, output),
+            save=lambda so_far: pages.write_json(so_far, output / "kernels.json"),
         )
     paths, remark = pages.write(report, output)
-    if remark:
-        _stderr().print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if as_json:
-        _print_json(report)
-    else:
-        typer.echo(pages.summary(report))
-        typer.echo("\n".join(map(str, paths)))
+    _present(report, pages.summary(report), paths, as_json, remark)
     if any(check["status"] == "wrong" and check["provider"] == "ours" for check in report["checks"]):
         raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
 
@@ -618,11 +618,8 @@ def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, 
             progress=lambda text: bar.update(task, description=text),
             save=lambda so_far: race.write(so_far, output, name),
         )
-    paths = race.write(report, output, name)
-    if as_json:
-        _print_json(report)
-    else:
-        typer.echo("\n".join([*race.tables(report), "", *race.remarks(report), *report["notes"], *map(str, paths)]))
+    text = "\n".join([*race.tables(report), "", *race.remarks(report), *report["notes"]])
+    _present(report, text, race.write(report, output, name), as_json)
     race.verify(report)
 
 
@@ -650,12 +647,7 @@ def bench_cost(
             device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    paths = body.write(report, output)
-    if as_json:
-        _print_json(report)
-    else:
-        typer.echo(body.markdown(report))
-        typer.echo("\n".join(map(str, paths)))
+    _present(report, body.markdown(report), body.write(report, output), as_json)
 
 
 @exports.command("onnx")

@@ -186,9 +186,9 @@ class Synthesizer:
             encoded = self._encode(prepared)
             for sample in range(samples):
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
-                start = self._start(encoded.latents, prepared.observed, study.name, seed, sample)
+                start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
                 z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report)
-                images = prepared.restore(self._decode(z, prepared))
+                images = prepared.restore(self.decode(z, prepared.observed))
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                     value = images[name].astype(np.float64)
@@ -229,19 +229,21 @@ class Synthesizer:
         alone = dict(zip(names, encoded.alone, strict=True))
         return Perception.from_logits(elements, encoded.count, encoded.missing, alone)
 
-    def _start(self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int, sample: int) -> np.ndarray:
-        """Where sampling starts [m, 8, h, w, d]: observed latents, and noise in the missing elements."""
+    def start(
+        self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int = 0, sample: int = 0
+    ) -> np.ndarray:
+        """Where sampling starts [m, 8, h, w, d]: latents [k, 8, h, w, d] of what is observed [m], noise elsewhere."""
         z = np.empty((len(observed), *latents.shape[1:]), np.float32)
         z[observed] = latents
         for i in np.flatnonzero(~observed):
             z[i] = diffusion.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
         return z
 
-    def _decode(self, z: np.ndarray, prepared: Prepared) -> np.ndarray:
-        """Images [m, 1, H, W, D] of latents [m, 8, h, w, d]; brain: only the missing are decoded."""
+    def decode(self, z: np.ndarray, observed: np.ndarray) -> np.ndarray:
+        """Images [m, 1, H, W, D] of latents [m, 8, h, w, d]; brain: only what is not observed [m], 0 elsewhere."""
         # Slabs are decoded together, so that no seam appears between them.
-        chosen = np.ones_like(prepared.observed) if self.config.task == "cardiac" else ~prepared.observed
-        images = np.zeros_like(prepared.images)
+        chosen = np.ones_like(observed) if self.config.task == "cardiac" else ~observed
+        images = np.zeros((len(observed), 1, *self.config.image), np.float32)
         images[chosen] = self.engine.decode(z[chosen])
         return images
 

@@ -34,6 +34,7 @@ from training import layouts
 from training.data import HELD_OUT, folder_images, held_out_images, phantom_images
 from training.evaluate import missing_patterns
 from training.metrics import psnr, ssim3d
+from training.report import table, write
 from training.settings import Settings, load_settings
 from training.trainer import DenoiserTask, claim, fit
 
@@ -417,9 +418,9 @@ def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as the paper's table and a table of differences."""
     settings, network = report["settings"], report["model"]["denoiser"]
-    variants, table = report["variants"], report["table"]
-    counts = [c for c in next(iter(table.values())) if c != "all"]
-    reference = next(iter(table))
+    variants, scores = report["variants"], report["table"]
+    counts = [c for c in next(iter(scores.values())) if c != "all"]
+    reference = next(iter(scores))
     where = "simulated" if report["data"] == "phantom" else report["data"]
     lines = [
         f"# Ablation: {report['ablation']}",
@@ -430,25 +431,25 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{report['test_subjects']} held-out subjects, seeds {', '.join(map(str, report['seeds']))}. Mean ± standard "
         "deviation over subjects.",
         "",
-        "| | " + " | ".join(f"{c} missing: PSNR (dB) | SSIM" for c in counts) + " | all: latent MSE |",
-        "|---|" + "--:|" * (2 * len(counts) + 1),
     ]
-    for name, rows in table.items():
+    body = []
+    for name, rows in scores.items():
         cells = [
             f"{rows[c][metric]['mean']:.{digits}f} ± {rows[c][metric]['sd']:.{digits}f}"
             for c in counts
             for metric, digits in (("psnr", 2), ("ssim", 3))
         ]
-        lines.append(f"| {variants[name]['label']} | {' | '.join(cells)} | {rows['all']['mse']['mean']:.4f} |")
+        body.append([variants[name]["label"], *cells, f"{rows['all']['mse']['mean']:.4f}"])
+    heads = [f"{c} missing: {what}" for c in counts for what in ("PSNR (dB)", "SSIM")]
     lines += [
+        *table(["", *heads, "all: latent MSE"], body, 1),
         "",
         f"Differences to {variants[reference]['label']!r} on the same subjects, all missing counts: mean ± standard "
         "error over subjects, and under each seed. Resolved: more than two standard errors from zero, seeds agree.",
         "",
-        "| | PSNR (dB) | under each seed | resolved | latent MSE | under each seed | resolved |",
-        "|---|--:|--:|---|--:|--:|---|",
     ]
-    for name, rows in table.items():
+    body = []
+    for name, rows in scores.items():
         if name == reference:
             continue
         cells = []
@@ -457,17 +458,20 @@ def markdown(report: Mapping[str, Any]) -> str:
             error = "" if d["standard_error"] is None else f" ± {d['standard_error']:.{digits}f}"
             each = ", ".join(f"{x:+.{digits}f}" for x in d["per_seed"])
             cells += [f"{d['mean']:+.{digits}f}{error}", each, "yes" if d["resolved"] else "no"]
-        lines.append(f"| {variants[name]['label']} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| | parameters (M) | GFLOP a sample | s a step | training MSE at the end |",
-        "|---|--:|--:|--:|--:|",
+        body.append([variants[name]["label"], *cells])
+    seeds = ("under each seed", "resolved")
+    lines += [*table(["", "PSNR (dB)", *seeds, "latent MSE", *seeds], body, 1), ""]
+    body = [
+        [
+            v["label"],
+            f"{v['parameters'] / 1e6:.2f}",
+            f"{v['gflop']:.3f}",
+            f"{v['seconds_per_step']:.2f}",
+            f"{v['training_mse']:.4f}",
+        ]
+        for v in variants.values()
     ]
-    for v in variants.values():
-        lines.append(
-            f"| {v['label']} | {v['parameters'] / 1e6:.2f} | {v['gflop']:.3f} | {v['seconds_per_step']:.2f} | "
-            f"{v['training_mse']:.4f} |"
-        )
+    lines += table(["", "parameters (M)", "GFLOP a sample", "s a step", "training MSE at the end"], body, 1)
     if "visible" in report:
         lines += [
             "",
@@ -479,7 +483,4 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """ablation-KIND.json and .md in a folder."""
-    paths = [folder / f"ablation-{report['ablation']}.{ending}" for ending in ("json", "md")]
-    for path, text in zip(paths, (json.dumps(report, indent=2) + "\n", markdown(report)), strict=True):
-        write_atomically(path, text.encode())
-    return paths
+    return write(report, markdown(report), folder, f"ablation-{report['ablation']}")

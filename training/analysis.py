@@ -6,9 +6,9 @@ Each analysis is a function of a `Cohort` that returns a JSON-able report and dr
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from copedit_rt import checkpoint
 from copedit_rt.denoiser import Block, MDiT3D
-from copedit_rt.diffusion import noise, sample
+from copedit_rt.diffusion import noise
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
-from copedit_rt.synthesizer import choose_device
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.synthesizer import Synthesizer, choose_device
 from training import phantom
 from training.data import HELD_OUT, phantom_images, phantom_subject
 from training.evaluate import missing_patterns
 from training.metrics import psnr
+from training.report import table as markdown_table
+from training.report import write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,13 +95,18 @@ class Cohort:
         rows = [(i, self.patterns[counts == c]) for i in range(len(self.images)) for c in counts.unique().tolist()]
         return torch.tensor([i for i, _ in rows]), torch.stack([ps[i % len(ps)] for i, ps in rows])
 
+    @cached_property
+    def synthesizer(self) -> Synthesizer:
+        return Synthesizer(self.config, self.vae, self.net, str(self.device))
+
     @torch.no_grad()
     def quality(self, subject: Tensor, observed: Tensor, prompts: Tensor) -> np.ndarray:
         """PSNR (dB) [S] of what is missing, mean over elements, synthesised with these prompts [S, 3, P]."""
         found = []
-        for i, there, given in zip(subject.tolist(), observed, prompts, strict=True):
-            made = fill(self.config, self.vae, self.net, self.raw[i], there, given, f"analysis-{i}")
-            pairs = zip(made, self.images[i][~there.numpy(), 0], strict=True)
+        for i, there, given in zip(subject.tolist(), observed.numpy(), prompts.cpu().numpy(), strict=True):
+            latents = self.vae.normalise(self.raw[i]).cpu().numpy()[there]
+            made = fill(self.synthesizer, latents, there, given, f"analysis-{i}")
+            pairs = zip(made, self.images[i][~there, 0], strict=True)
             found.append(float(np.mean([min(psnr(a, b), 100.0) for a, b in pairs])))
         return np.array(found)
 
@@ -110,28 +116,16 @@ class Cohort:
         return np.stack(np.split(labels, m, axis=2) if self.joint else [labels] * m)
 
 
-@torch.no_grad()
-def fill(
-    config: ModelConfig, vae: CoPeVAE, net: nn.Module, raw: Tensor, observed: Tensor, prompts: Tensor | None, key: str
-) -> np.ndarray:
+def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts: np.ndarray, key: str) -> np.ndarray:
     """What is missing of a subject, on the model's grid in 0..1: [missing, H, W, D], by the sampler's defaults.
 
-    raw: latents [m, C, h, w, d] in the autoencoder's scale, those of missing elements not read. observed: [m], bool.
-    prompts: [3, P]; None for the tokenizer's own. key: with the element it determines the noise.
+    latents [k, C, h, w, d] (normalised) and prompts [3, P] of what is observed [m] (bool). key: with the element it
+    determines the noise.
     """
-    there, joint = observed[None].to(raw.device), config.task == "cardiac"
-    given = vae.prompts(raw[None], there) if prompts is None else prompts[None]
-    eps = np.stack([noise(0, key, e, tuple(raw.shape[1:])) for e in config.elements])
-    z = torch.where(there[..., None, None, None, None], vae.normalise(raw)[None], torch.from_numpy(eps).to(raw.device))
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(raw.device.type, torch.bfloat16):
-            return net(x, t, given, there).float()
-
-    z = sample(predict, z, there, config.diffusion, config.diffusion.steps)
-    missing = ~there[0]
-    made = vae.images(z, joint)[0, missing] if joint else vae.images(z[:, missing], joint)[0]
-    return made[:, 0].float().clamp(0, 1).cpu().numpy()
+    sampler = model.config.diffusion
+    start = model.start(latents, observed, key)
+    made = model.decode(model.engine.sample(start, prompts, observed, sampler.steps, sampler.solver), observed)
+    return made[~observed, 0].clip(0, 1)
 
 
 def _name(element: str) -> str:
@@ -690,14 +684,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     says, heads, rows = _rows(report)
     many = f"{report['samples']} samples" if "samples" in report else f"{report['subjects']} subjects"
     lines = [f"# {report['model']}: {report['analysis']}", "", f"{many}, held-out and simulated. {says}", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *markdown_table(heads, rows, 1)]) + "\n"
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """KIND.json and KIND.md in a folder, beside the figure."""
-    paths = [folder / f"{report['analysis']}.{ending}" for ending in ("json", "md")]
-    for path, text in zip(paths, (json.dumps(report, indent=1) + "\n", markdown(report)), strict=True):
-        write_atomically(path, text.encode())
-    return [*paths, folder / report["figure"]]
+    return [*write(report, markdown(report), folder, report["analysis"]), folder / report["figure"]]

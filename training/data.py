@@ -180,9 +180,8 @@ def _new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
 
 
 class Augmentation:
-    """Random rotation, scaling and shift in the plane, the same for all elements of a subject; brains mirrored; and
-    each element's intensities scaled and shifted (Section B.1), by MONAI. What is empty in a skull-stripped brain stays
-    empty."""
+    """Random rotation, scaling and shift in the plane, the same for all elements of a subject, and each element's
+    intensities scaled and shifted (Section B.1), by MONAI. What is empty in a skull-stripped brain stays empty."""
 
     def __init__(self, config: ModelConfig):
         """Raises CopeditError without MONAI."""
@@ -216,9 +215,6 @@ class Augmentation:
         x = torch.cat(tuple(images), dim=-1) if self.cardiac else images.flatten(0, 1)
         for i, transform in enumerate((self.place, *self.brightness)):
             transform.set_random_state(seed=(seed + i) % 2**32)
-        # Left and right are interchangeable in a brain, not in a chest.
-        if not self.cardiac and np.random.default_rng(seed).random() < 0.5:
-            x = x.flip(1)
         x = self._plain(self.place(x))
         empty = torch.zeros_like(x, dtype=torch.bool) if self.cardiac else x <= 0
         for transform in self.brightness:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,12 +29,17 @@ METRICS = {
 }
 
 
+def write(report: Report, text: str, folder: Path, name: str) -> list[Path]:
+    """NAME.json and, with its text, NAME.md in a folder."""
+    contents = {f"{name}.json": json.dumps(report, indent=2) + "\n", f"{name}.md": text}
+    for file, content in contents.items():
+        write_atomically(folder / file, content.encode())
+    return [folder / file for file in contents]
+
+
 def write_report(report: Report, folder: Path) -> tuple[list[Path], str | None]:
     """evaluation.json, evaluation.md and plots (of a sweep: sweep.*) in a folder; what there is to remark."""
-    name = "sweep" if "sweep" in report else "evaluation"
-    write_atomically(folder / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_atomically(folder / f"{name}.md", markdown(report).encode())
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
+    paths = write(report, markdown(report), folder, "sweep" if "sweep" in report else "evaluation")
     if find_spec("matplotlib") is None:
         return paths, "no plots: matplotlib is not installed (the extra `train` has it)"
     for title, figure in plots(report):
@@ -49,7 +54,7 @@ def write_report(report: Report, folder: Path) -> tuple[list[Path], str | None]:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(header: Sequence[str], body: Sequence[Sequence[str]], left: int) -> list[str]:
+def table(header: Sequence[str], body: Iterable[Sequence[str]], left: int) -> list[str]:
     """Lines of a Markdown table, its first `left` columns flush left."""
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return [f"| {' | '.join(line)} |" for line in (header, rule, *body)]

@@ -22,17 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.geometry import prepare, same_grid
 from copedit_rt.study import read_volume
-from copedit_rt.synthesizer import choose_device
+from copedit_rt.synthesizer import Synthesizer, choose_device
 from training import layouts, phantom
 from training.ablation import paired
 from training.analysis import fill
 from training.data import HELD_OUT, model_images, phantom_subject
+from training.report import table, write
 
 Progress = Callable[[int, int], None]
 REGIONS = tuple(phantom.TUMOUR)
@@ -131,18 +131,16 @@ def folder_cases(
 
 
 def load_cases(
-    model: str, folder: Path, data: str, budget: Budget, device: torch.device, progress: Progress | None = None
+    model: str, folder: Path, data: str, budget: Budget, device: str, progress: Progress | None = None
 ) -> tuple[ModelConfig, str, dict[str, Cases]]:
     """The model's configuration, a digest of its weights and the data's place, and cases to train and to test on, which
     are kept in the folder."""
-    where = checkpoint.locate(model)
-    config, vae, first = checkpoint.load_tokenizer(where)
+    synthesizer = Synthesizer.load(model, device)
+    config, weights = synthesizer.config, synthesizer.weights
     if config.task != "brain":
         raise CopeditError(f"model {config.name}: segmentation is of brain tumours; choose a brain model")
-    _, net, second = checkpoint.load_denoiser(where)
-    vae, net = vae.to(device), net.to(device)
     origin = data if data == "phantom" else str(Path(data).resolve())
-    digest = hashlib.sha256(f"{first} {second} {origin}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{weights['tokenizer']} {weights['denoiser']} {origin}".encode()).hexdigest()[:16]
     sources: dict[str, Iterator[tuple[np.ndarray, np.ndarray]]]
     if data == "phantom":
         sources = {
@@ -163,7 +161,7 @@ def load_cases(
         if not path.exists():
             rows: list[tuple[np.ndarray, ...]] = []
             for images, regions in source:
-                rows.append((images, synthesise(config, vae, net, images, f"segmentation-{side}-{len(rows)}"), regions))
+                rows.append((images, synthesise(synthesizer, images, f"segmentation-{side}-{len(rows)}"), regions))
                 done += 1
                 if progress:
                     progress(done, total)
@@ -180,13 +178,13 @@ def load_cases(
     return config, digest, cases
 
 
-@torch.no_grad()
-def synthesise(config: ModelConfig, vae: Any, net: nn.Module, images: np.ndarray, key: str) -> np.ndarray:
+def synthesise(model: Synthesizer, images: np.ndarray, key: str) -> np.ndarray:
     """Every modality of images [m, H, W, D] as the model makes it from all others."""
-    device = vae.latent_mean.device
-    raw = vae.encode(torch.from_numpy(images)[None, :, None].to(device))[0]
-    missing = torch.eye(len(images), dtype=torch.bool)
-    return np.concatenate([fill(config, vae, net, raw, ~row, None, key) for row in missing])
+    made = []
+    for row in ~np.eye(len(images), dtype=bool):
+        encoded = model.engine.encode(images[row, None])
+        made.append(fill(model, encoded.latents, row, encoded.prompts, key))
+    return np.concatenate(made)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -288,7 +286,7 @@ def compare(
 ) -> dict[str, Any]:
     """Table 9, JSON-able. What is finished in the folder (subjects, networks' scores) is kept and not done again."""
     budget, where = budget or Budget(), choose_device(device)
-    config, digest, cases = load_cases(model, folder, data, budget, where, progress)
+    config, digest, cases = load_cases(model, folder, data, budget, device, progress)
     scores: dict[str, list[np.ndarray]] = {kind: [] for kind in INPUTS}
     described = json.loads(json.dumps({"data": data, "model": digest} | {k: v for k, v in vars(budget).items()}))
     for seed in range(budget.seeds):
@@ -338,8 +336,20 @@ def summarise(scores: Mapping[str, np.ndarray], elements: Sequence[str]) -> dict
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as the paper's table, and by missing modality."""
-    table, budget = report["dice"], report["budget"]
-    heads = (*REGIONS, "average")
+    dice, budget, elements = report["dice"], report["budget"], report["elements"]
+    regions = (*REGIONS, "average")
+    names = {"missing": "left blank", "synthesised": "synthesised", "complete": "there (bound)"}
+
+    def difference(d: Mapping[str, Any]) -> str:
+        error = "" if d["standard_error"] is None else f" ± {100 * d['standard_error']:.1f}"
+        return f"{100 * d['mean']:+.1f}{error} ({', '.join(f'{100 * x:+.1f}' for x in d['per_seed'])})"
+
+    means = [
+        [names[k], *(f"{100 * row[r]['mean']:.1f} ± {100 * row[r]['sd']:.1f}" for r in regions)]
+        for k, row in dice.items()
+    ]
+    gains = [[names[k], *(difference(dice[k][r]["difference"]) for r in regions)] for k in INPUTS[1:]]
+    each = [[names[k], *(f"{100 * row['average']['by_missing'][e]:.1f}" for e in elements)] for k, row in dice.items()]
     lines = [
         f"# Segmentation with what {report['model']} synthesises",
         "",
@@ -347,44 +357,19 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{budget['steps']} steps of {budget['batch']} crops, {budget['seeds']} seeds; one modality missing, each in "
         "turn. Dice (%), mean ± standard deviation over subjects.",
         "",
-        f"| the missing modality is | {' | '.join(heads)} |",
-        "|---|" + "--:|" * len(heads),
-    ]
-    names = {"missing": "left blank", "synthesised": "synthesised", "complete": "there (bound)"}
-    for kind, row in table.items():
-        cells = [f"{100 * row[r]['mean']:.1f} ± {100 * row[r]['sd']:.1f}" for r in heads]
-        lines.append(f"| {names[kind]} | {' | '.join(cells)} |")
-    lines += [
+        *table(["the missing modality is", *regions], means, 1),
         "",
         "Differences to the blank one on the same subjects: mean ± standard error; under each seed.",
         "",
-        f"| | {' | '.join(heads)} |",
-        "|---|" + "--:|" * len(heads),
-    ]
-    for kind in INPUTS[1:]:
-        cells = []
-        for region in heads:
-            d = table[kind][region]["difference"]
-            error = "" if d["standard_error"] is None else f" ± {100 * d['standard_error']:.1f}"
-            cells.append(f"{100 * d['mean']:+.1f}{error} ({', '.join(f'{100 * x:+.1f}' for x in d['per_seed'])})")
-        lines.append(f"| {names[kind]} | {' | '.join(cells)} |")
-    elements = report["elements"]
-    lines += [
+        *table(["", *regions], gains, 1),
         "",
         "Average Dice (%) by what is missing:",
         "",
-        f"| | {' | '.join(e.upper() for e in elements)} |",
-        "|---|" + "--:|" * len(elements),
+        *table(["", *(e.upper() for e in elements)], each, 1),
     ]
-    for kind, row in table.items():
-        cells = [f"{100 * row['average']['by_missing'][e]:.1f}" for e in elements]
-        lines.append(f"| {names[kind]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """segmentation.json and segmentation.md in a folder."""
-    paths = [folder / f"segmentation.{ending}" for ending in ("json", "md")]
-    for path, text in zip(paths, (json.dumps(report, indent=2) + "\n", markdown(report)), strict=True):
-        write_atomically(path, text.encode())
-    return paths
+    return write(report, markdown(report), folder, "segmentation")

@@ -27,7 +27,7 @@ class Settings:
     always read whole images, every `pretext_every` steps, with their weight raised accordingly. In the denoiser a batch
     of crops holds more subjects, patterns and timesteps for its tokens; the last `whole_steps` steps are on whole
     images, as many at a time as have the tokens of a batch of crops.
-    augment: `data.Augmentation` of every image, otherwise brains are only mirrored. In the denoiser it costs the
+    augment: `data.Augmentation` of every image; brains are mirrored with or without it. In the denoiser it costs the
     encoding of each batch, as latents are then not computed once and kept.
     draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
     quantise_from (tokenizer): the first step with quantisation. Before it stage I is a plain autoencoder, so that the

@@ -74,9 +74,13 @@ class Task(nn.Module, ABC):
         self.device = distributed.own_device(settings.device)
         self.augmentation = Augmentation(config) if settings.augment else None
 
-    def _there(self, rows: np.ndarray) -> Tensor:
-        """Whole training images [B, m, 1, H, W, D]."""
-        return torch.from_numpy(self.images[rows]).to(self.device).float()
+    def load(self, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
+        """Whole training images [B, m, 1, H, W, D], some of them mirrored [B] (bool)."""
+        images = torch.from_numpy(self.images[rows]).to(self.device).float()
+        if mirrored.any():
+            flip = torch.from_numpy(mirrored).to(self.device)
+            images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
+        return images
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
@@ -131,7 +135,7 @@ class Drawn:
     mirrored: np.ndarray
     corner: tuple[int, int] | None
     observed: Tensor | None
-    seeds: np.ndarray | None
+    seeds: np.ndarray
 
 
 class TokenizerTask(Task):
@@ -191,18 +195,12 @@ class TokenizerTask(Task):
             shape = (settings.draws, batch)
             m = len(self.config.elements)
             observed = draw_observed(rng, shape[0] * shape[1], m, self.cardiac).unflatten(0, shape)
-        seeds = rng.integers(2**32, size=batch) if settings.augment else None
-        return Drawn(rows, mirrored, corner, observed, seeds), generator
+        return Drawn(rows, mirrored, corner, observed, rng.integers(2**32, size=batch)), generator
 
-    def load(self, drawn: Drawn) -> Tensor:
-        """Whole images [B, m, 1, H, W, D]."""
-        images = self._there(drawn.rows)
-        if self.augmentation and drawn.seeds is not None:
-            return self.augmentation(images, drawn.seeds)
-        if drawn.mirrored.any():
-            flip = torch.from_numpy(drawn.mirrored).to(self.device)
-            images = torch.where(flip[:, None, None, None, None, None], images.flip(3), images)
-        return images
+    def show(self, drawn: Drawn) -> Tensor:
+        """Whole images [B, m, 1, H, W, D], mirrored or augmented."""
+        images = self.load(drawn.rows, drawn.mirrored)
+        return images if self.augmentation is None else self.augmentation(images, drawn.seeds)
 
     @torch.no_grad()
     def before_step(self, step: int, parts: Sequence[int]) -> None:
@@ -210,7 +208,7 @@ class TokenizerTask(Task):
         chosen = [self.choose(step, part)[0] for part in parts]
         if len(parts) > 1 and chosen[0].observed is not None:
             with self.autocast():
-                self.latents = distributed.gather(torch.cat([self.tokenizer.encode(self.load(x)) for x in chosen]))
+                self.latents = distributed.gather(torch.cat([self.tokenizer.encode(self.show(x)) for x in chosen]))
 
     def pretext(self, step: int, part: int, z: Tensor) -> dict[str, Tensor]:
         """The pretext terms of the whole batch; z: latents of this micro-batch's whole images."""
@@ -243,7 +241,7 @@ class TokenizerTask(Task):
     def forward(self, step: int, part: int) -> tuple[Tensor, Terms]:
         drawn, generator = self.choose(step, part)
         self.drawn = drawn.rows
-        whole = images = self.load(drawn)
+        whole = images = self.show(drawn)
         if self.prompts_alone(step):
             with self.autocast():
                 with torch.no_grad():
@@ -390,8 +388,8 @@ class DenoiserTask(Task):
                     "augment: in stage II it goes neither with crop nor with image_weight; set them to 0"
                 )
             images, cache = images[:16], None  # enough to whiten with
+        self.views = 1 if self.cardiac else 2  # a row is a subject, or a subject and whether it is mirrored
         self.latents, self.prompts = self._encode(images, cache)
-        self.views = len(self.latents) // len(images)
         if settings.image_weight:
             if 0 < settings.crop <= 2 * CROP_RIM:
                 raise CopeditError(f"crop = {settings.crop}: image_weight needs more than {2 * CROP_RIM} voxels")
@@ -507,12 +505,13 @@ class DenoiserTask(Task):
         if settings.crop and not cropped:
             (h, w, _), (p, q, _) = self.config.latent, self.config.denoiser.patch
             batch = max(1, batch * math.prod(self.size) // (h // p * w // q))
-        views = len(self.images if settings.augment else self.latents)
-        rows = rng.choice(views, batch, replace=views < batch)
-        chosen, self.drawn = torch.from_numpy(rows).to(self.device), rows // (1 if settings.augment else self.views)
+        every = len(self.images) * self.views
+        rows = rng.choice(every, batch, replace=every < batch)
+        chosen, self.drawn = torch.from_numpy(rows).to(self.device), rows // self.views
         corner = None
         if self.augmentation:
-            z0, prompts = self._encoded(self.augmentation(self._there(rows), rng.integers(2**32, size=batch)))
+            images = self.load(rows // self.views, rows % self.views == 1)
+            z0, prompts = self._encoded(self.augmentation(images, rng.integers(2**32, size=batch)))
         elif cropped:
             (z0, corner), prompts = self._crop(rows, rng), self.prompts[chosen]
         else:
@@ -548,16 +547,14 @@ class DenoiserTask(Task):
         x0, z0: predicted and true latents, of whole images or of the crops that begin at corner [B, 2] (in tokens).
         chance: [B, m]; of the missing modalities that with the largest is looked at.
         """
-        (vae,), (p, q, _), subjects = self.frozen, self.config.tokenizer.compression, rows // self.views
+        (vae,) = self.frozen
+        images = self.load(rows // self.views, rows % self.views == 1)
         if self.cardiac:
-            z, truth = torch.where(observed[:, :, None, None, None, None], z0, x0), self.images[subjects]
+            z = torch.where(observed[:, :, None, None, None, None], z0, x0)
         else:
             element = torch.from_numpy(chance).to(self.device).masked_fill(observed, -1.0).argmax(1)
-            z = x0[torch.arange(len(x0), device=self.device), element][:, None]
-            truth = self.images[subjects, [int(i) for i in element]][:, None]
-        images = torch.from_numpy(truth).to(self.device).float()
-        mirrored = torch.from_numpy(rows % self.views == 1).to(self.device)
-        images = torch.where(mirrored[:, None, None, None, None, None], images.flip(3), images)
+            one = torch.arange(len(x0), device=self.device), element
+            z, images = x0[one][:, None], images[one][:, None]
         z = vae.denormalise(z)
         if vae.config.quantise:  # straight through, as in stage I
             z = z + (vae.quantise(z.detach())[0] - z).detach()
@@ -565,13 +562,10 @@ class DenoiserTask(Task):
             output = self.decoder(self._volumes(z)).float()
         output = torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
         if corner is not None:
-            h, w = (n * c for n, c in zip(z.shape[3:5], (p, q), strict=True))
-            starts = [
-                (p * a * int(i), q * b * int(j))
-                for (a, b, _), (i, j) in ((self.config.denoiser.patch, c) for c in corner)
-            ]
-            views = zip(images, starts, strict=True)
-            images = torch.stack([x[..., i : i + h, j : j + w, :] for x, (i, j) in views])
+            (a, b, _), (p, q, _) = self.config.tokenizer.compression, self.config.denoiser.patch
+            starts = [(a * p * int(i), b * q * int(j)) for i, j in corner]
+            h, w = output.shape[3:5]
+            images = torch.stack([x[..., i : i + h, j : j + w, :] for x, (i, j) in zip(images, starts, strict=True)])
             images, output = (x[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :] for x in (images, output))
         error = (output - images).square().mean((2, 3, 4, 5))
         return error[~observed] if self.cardiac else error[:, 0]
@@ -590,8 +584,8 @@ class DenoiserTask(Task):
 
     @torch.no_grad()
     def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
-        """Per number of missing elements, one pattern a subject, always the same; averaged weights, the sampler's
-        defaults."""
+        """Per number of missing elements, one pattern a subject, always the same: also the squared error of the
+        normalised latents; averaged weights, the sampler's defaults."""
         (vae,), m = self.frozen, len(self.config.elements)
         found: dict[str, list[float]] = {}
         for i, subject in reversed(list(enumerate(images))):
@@ -614,9 +608,11 @@ class DenoiserTask(Task):
 
                     latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
                     (result,) = vae.images(latents, joint=self.cardiac).float()
+                error = (latents - vae.normalise(z))[0, missing].square().mean().item()
                 noise_ratio, similarity = self._compare(result[missing], subject[missing])
                 found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)
                 found.setdefault(f"val_ssim_{count}", []).append(similarity)
+                found.setdefault(f"val_mse_{count}", []).append(error)
         terms = {name: float(np.mean(values)) for name, values in found.items()}
         return terms, _picture(images[0], result.cpu().numpy())
 

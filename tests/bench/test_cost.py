@@ -9,34 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small import UNEVEN
 from typer.testing import CliRunner
 
 from bench import cost
 from copedit_rt import config as configs
 from copedit_rt.cli import app
-from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.config import ModelConfig
 from training.settings import Settings
 
 pytest.importorskip("monai", reason="the UNet among the backbones needs the extra `train`")
 
-TINY = ModelConfig(
-    "tiny",
-    "brain",
-    ("t1", "t2", "pd"),
-    (16, 16, 16),
-    TokenizerConfig(
-        channels=(6, 10),
-        strides=((2, 2, 2), (2, 2, 2)),
-        residual_units=1,
-        residual_channels=4,
-        codes=50,
-        prompt_channels=(6, 10),
-        prompt_dim=12,
-        contrast_dim=5,
-    ),
-    DenoiserConfig(width=48, heads=2, blocks=4, patch=(2, 2, 1)),
-    configs.DiffusionConfig(steps=3),
-)
+TINY = replace(UNEVEN, elements=("t1", "t2", "pd"), image=(16, 16, 16), diffusion=configs.DiffusionConfig(steps=3))
 SETTINGS = Settings(steps=10, batch_size=2, lr=1e-3, subjects=8, dtype="float32", pretext_every=3, readout_steps=0)
 
 

@@ -250,7 +250,7 @@ def test_wrong_providers_are_reported_and_not_timed(tmp_path):
     assert notes["double"] == "output 0 is (1, 2, 4, 64) float64, not (1, 2, 4, 64) float32"
     text = pages.markdown(found)
     assert "scaled: WRONG, not timed" in text and "error not finite, allowed" in text
-    pages.write_json(found, tmp_path)
+    pages.write_json(found, tmp_path / "kernels.json")
 
 
 def test_a_wrong_baseline_is_caught():
@@ -442,8 +442,8 @@ def test_tiles_come_from_the_modules(monkeypatch):
 
 def test_document_takes_recorded_runs(report, tmp_path):
     on_gpu = report | {"machine": report["machine"] | {"device": "cuda", "name": "NVIDIA X"}}
-    pages.write_json(on_gpu, tmp_path / "x")
-    pages.write_json(report, tmp_path / "cpu")
+    pages.write_json(on_gpu, tmp_path / "x" / "kernels.json")
+    pages.write_json(report, tmp_path / "cpu" / "kernels.json")
     runs = tables.runs(tmp_path)
     assert list(runs) == ["x"]
     text = "before\n<!-- measured swiglu -->\nold\n<!-- end -->\nafter\n"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from copedit_rt import checkpoint, export
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
@@ -25,6 +26,18 @@ BRAIN = ModelConfig(
     DiffusionConfig(steps=4),
     Preprocessing(field_of_view=(32.0, 32.0, 32.0)),
 )  # fmt: skip
+# No two sizes alike: what counts them or mixes them up shows.
+UNEVEN = ModelConfig(
+    "tiny",
+    "brain",
+    ("t1", "t1ce", "t2", "flair"),
+    (16, 16, 8),
+    TokenizerConfig(
+        channels=(6, 10), strides=((2, 2, 2), (2, 2, 2)), residual_units=1, residual_channels=4, codes=50,
+        prompt_channels=(6, 10), prompt_dim=12, contrast_dim=5,
+    ),
+    DenoiserConfig(width=48, heads=2, blocks=4, patch=(2, 2, 1)),
+)  # fmt: skip
 HEART = replace(
     BRAIN,
     name="tiny-heart",
@@ -38,13 +51,19 @@ HEART = replace(
 GRID = np.diag([2.0, 2.0, 4.0, 1.0])
 
 
+@torch.no_grad()
+def perturb(*modules: nn.Module) -> None:
+    """Move the weights of fresh networks, whose zero-initialised layers would return zeros."""
+    for p in (p for module in modules for p in module.parameters()):
+        p += (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1) * torch.randn_like(p)
+
+
 def saved(config: ModelConfig, folder: Path) -> Path:
-    """A model folder with weights that do something: zero-initialised layers would return zeros."""
+    """A model folder with weights that do something."""
     torch.manual_seed(0)
     vae, net = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
+    perturb(net, vae.encoder, vae.decoder)
     with torch.no_grad():
-        for p in (*net.parameters(), *vae.encoder.parameters(), *vae.decoder.parameters()):
-            p += (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1) * torch.randn_like(p)
         for name, statistic in vae.named_buffers():
             if statistic.is_floating_point():
                 statistic.copy_(torch.rand_like(statistic) * (0.1 if "mean" in name else 1) + 0.2)

@@ -47,6 +47,8 @@ class DataType(Enum):
 
 
 class ILogger:
+    """Like the real interfaces, it does nothing until it is inherited from."""
+
     class Severity(Enum):
         INTERNAL_ERROR = 0
         ERROR = 1

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small import BRAIN, perturb
 from torch import nn
 
-from copedit_rt.config import PRESETS, DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.config import PRESETS, DenoiserConfig, ModelConfig
 from copedit_rt.denoiser import MDiT3D
 from copedit_rt.engine_torch import TorchEngine
 from copedit_rt.errors import CopeditError
@@ -16,24 +17,13 @@ from copedit_rt.plan import Plan
 from copedit_rt.synthesizer import choose_dtype
 from copedit_rt.tokenizer import CoPeVAE
 
-TINY = ModelConfig(
-    "tiny",
-    "brain",
-    ("t1", "t1ce", "t2", "flair"),
-    (16, 16, 8),
-    TokenizerConfig(
-        channels=(4, 4), strides=((2, 2, 2), (2, 2, 2)), residual_units=1, residual_channels=4, codes=16,
-        latent_channels=3, prompt_channels=(4, 4), prompt_dim=16, contrast_dim=4,
-    ),
-    DenoiserConfig(width=96, heads=2, blocks=4),
-)  # fmt: skip
+TINY = replace(BRAIN, image=(16, 16, 8), denoiser=DenoiserConfig(width=96, heads=2, blocks=4))
 
 
 def network(config: ModelConfig) -> MDiT3D:
     torch.manual_seed(0)
     net = MDiT3D(config).eval().requires_grad_(False)
-    for p in net.parameters():  # a fresh one returns zeros
-        p += torch.randn_like(p) * (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1)
+    perturb(net)
     return net
 
 

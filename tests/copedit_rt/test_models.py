@@ -7,35 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import UNEVEN as TINY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import MDiT3D, build_denoiser, rope_table
 from copedit_rt.errors import CopeditError
 from copedit_rt.tokenizer import CoPeVAE, feature_bytes, in_slabs
 from kernels import rotate
 
 PRESETS = ("brain-brats", "brain-ixi", "cardiac", "demo-brain", "demo-cardiac")
-TINY = ModelConfig(
-    "tiny",
-    "brain",
-    ("t1", "t1ce", "t2", "flair"),
-    (16, 16, 8),
-    TokenizerConfig(
-        channels=(6, 10),
-        strides=((2, 2, 2), (2, 2, 2)),
-        residual_units=1,
-        residual_channels=4,
-        codes=50,
-        prompt_channels=(6, 10),
-        prompt_dim=12,
-        contrast_dim=5,
-    ),
-    DenoiserConfig(width=48, heads=2, blocks=4, patch=(2, 2, 1)),
-)
+
 BATCH, ELEMENTS = 2, 4
 
 

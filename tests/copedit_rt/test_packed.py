@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from small import perturb
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -56,8 +57,8 @@ def network(config: ModelConfig, dtype: torch.dtype, **changes: object) -> MDiT3
     torch.manual_seed(0)
     config = ModelConfig.from_dict(config.to_dict() | {"denoiser": config.to_dict()["denoiser"] | changes})
     net = MDiT3D(config).eval().requires_grad_(False)
-    for p in net.parameters():  # a fresh one returns zeros
-        p += torch.randn_like(p) * (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1)
+    perturb(net)
+    for p in net.parameters():
         p.data = p.to(dtype)
     return net
 

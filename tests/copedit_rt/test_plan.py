@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from small import perturb
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,8 +53,7 @@ def network(config: ModelConfig, dtype: torch.dtype = torch.float64, device: str
     config = replace(config, denoiser=replace(config.denoiser, **changes))
     torch.manual_seed(0)
     net = MDiT3D(config).eval().requires_grad_(False)
-    for p in net.parameters():  # a fresh one returns zeros
-        p += torch.randn_like(p) * (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1)
+    perturb(net)
     return net.to(device, dtype)
 
 

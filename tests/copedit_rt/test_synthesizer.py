@@ -276,7 +276,9 @@ def test_samples_give_mean_and_standard_deviation(brain_model, monkeypatch):
     study, calls = brain("t1", "t2", "flair"), []
     result = brain_model.synthesize(study, samples=3, progress=lambda i, n: calls.append((i, n)))
     prepared = prepare(study, BRAIN)
-    each = np.stack([prepared.restore(brain_model._decode(z, prepared))["t1ce"] for z in drawn]).astype(np.float64)
+    each = np.stack([prepared.restore(brain_model.decode(z, prepared.observed))["t1ce"] for z in drawn]).astype(
+        np.float64
+    )
     assert not np.array_equal(each[0], each[1])
     np.testing.assert_allclose(result.study.volumes["t1ce"].data, each.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(result.std["t1ce"], each.std(0, ddof=1), rtol=1e-4, atol=1e-6)
@@ -304,7 +306,7 @@ def test_slabs_are_decoded_as_one_stack(heart_model):
 def test_decoding_only_what_is_missing_equals_decoding_all(brain_model):
     prepared = prepare(brain("t1", "flair"), BRAIN)
     z = torch.randn(1, 4, 8, 4, 4, 2)
-    images = brain_model._decode(z[0].numpy(), prepared)
+    images = brain_model.decode(z[0].numpy(), prepared.observed)
     codes, _ = brain_model.engine.tokenizer.quantise(brain_model.engine.tokenizer.denormalise(z))
     every = brain_model.engine.tokenizer.decode(codes, joint=False)[0].numpy()
     np.testing.assert_allclose(images[[1, 2]], every[[1, 2]], atol=1e-5)

@@ -36,7 +36,8 @@ def test_all_elements_of_a_brain_are_moved_alike_and_each_by_its_own_brightness(
             assert np.abs(slope * values[0] + offset - other).max() < 1e-4 and abs(slope - 1) > 1e-4
             assert 0.8 < slope < 1.25 and abs(offset) < 0.12
     assert correlation(augmented[0], augmented[1]) < 0.99, "each seed its own"
-    assert correlation(augmented[0, 0], same[0, 0]) > 0.5 or correlation(augmented[0, 0], same[0, 0].flip(1)) > 0.5
+    for subject in augmented[:, 0]:
+        assert 0.5 < correlation(subject, same[0, 0]) < 0.99
 
 
 def test_empty_stays_empty_and_equal_seeds_give_equal_bits(brains):
@@ -45,21 +46,6 @@ def test_empty_stays_empty_and_equal_seeds_give_equal_bits(brains):
     assert torch.equal(first, augment(brains, SEEDS)) and torch.equal(first[1:], augment(brains[1:], SEEDS[1:]))
     assert (first == 0).float().mean().item() == pytest.approx((brains == 0).float().mean().item(), abs=0.1)
     assert not augment(torch.zeros_like(brains), SEEDS).any()
-
-
-def test_brains_are_mirrored_half_of_the_time_and_hearts_never():
-    def left_heavy(config):
-        x = torch.full((1, len(config.elements), 1, *config.image), 0.5)
-        x[..., : config.image[0] // 2, :, :] = 0.8
-        return x
-
-    def mirrored(config):
-        x, augment = left_heavy(config), Augmentation(config)
-        found = [augment(x, np.array([seed]))[0] for seed in range(24)]
-        half = config.image[0] // 2
-        return np.mean([y[..., :half, :, :].mean() < y[..., half:, :, :].mean() for y in found])
-
-    assert 0.2 < mirrored(BRAIN) < 0.8 and mirrored(HEART) == 0
 
 
 def test_the_slabs_of_a_heart_stay_one_stack():
