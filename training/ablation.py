@@ -177,7 +177,7 @@ class Experiment:
         whiten = 0.0 if config.denoiser.backbone == "unet" else self.settings.whiten
         settings = replace(self.settings, seed=seed, whiten=whiten)
         torch.manual_seed(seed)
-        task = DenoiserTask(config, settings, self.images, self.tokenizer, self.folder / "latents.safetensors")
+        task = DenoiserTask(config, settings, self.images, self.tokenizer, self.folder / "latents.npy")
         if variant.changes:
             share_weights(task.denoiser, self._reference(seed))
             task.average.load_state_dict(task.denoiser.state_dict())

@@ -68,7 +68,7 @@ def phantom_images(
         images = np.load(cache, mmap_mode="c")
         if images.shape == shape:
             return images
-    with _new_cache(cache, shape) as images:
+    with new_cache(cache, shape) as images:
         for i, subject in enumerate(ahead(model_images, config, range(first, first + subjects))):
             images[i] = subject
             if progress:
@@ -110,7 +110,7 @@ def folder_images(
     skipped: list[Skipped] = []
     damaged: list[Skipped] = []
     shape = (max(1, len(studies)), len(config.elements), 1, *config.image)
-    with _new_cache(cache, shape) as images:
+    with new_cache(cache, shape) as images:
         for i, (entry, subject) in enumerate(zip(studies, read_all(config, studies), strict=True), 1):
             if isinstance(subject, Skipped):
                 say(f"left out: {subject.reason}")
@@ -157,7 +157,7 @@ def study_names(output: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A float16 map to be filled, complete under its name or not there at all."""
     size = 2 * int(np.prod(shape))
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp.npy")

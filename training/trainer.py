@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,15 @@ from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.files import write_atomically
 from copedit_rt.tokenizer import CoPeVAE, Decoder, PromptEncoder
 from training import distributed, layouts, memory
-from training.data import Augmentation, draw_observed, folder_images, held_out_images, phantom_images, study_names
+from training.data import (
+    Augmentation,
+    draw_observed,
+    folder_images,
+    held_out_images,
+    new_cache,
+    phantom_images,
+    study_names,
+)
 from training.losses import PRETEXT, Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
 from training.metrics import psnr, ssim3d
 from training.settings import Settings, Stage, load_settings
@@ -370,7 +378,7 @@ class DenoiserTask(Task):
     def __init__(
         self, config: ModelConfig, settings: Settings, images: np.ndarray, tokenizer: CoPeVAE, cache: Path | None = None
     ):
-        """cache: file for the latents and prompts of all images, read where an earlier run left it."""
+        """cache: file for the latents of all images, their prompts beside it, read where an earlier run left it."""
         super().__init__(config, settings)
         self.denoiser = build_denoiser(config)
         self.average = build_denoiser(config).requires_grad_(False)
@@ -411,25 +419,35 @@ class DenoiserTask(Task):
 
     @torch.no_grad()
     def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
-        """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images."""
-        (vae,), latents, prompts = self.frozen, [], []
-        if cache:
-            digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in vae.state_dict().values())).digest()
-            key = torch.tensor(list(digest), dtype=torch.uint8)
-        if cache and cache.exists():
-            found, _ = checkpoint.read_tensors(cache)
-            if torch.equal(found["tokenizer"], key):
-                return found["latents"].to(self.device), found["prompts"].to(self.device)
+        """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images.
+
+        On a CPU the latents are mapped from `cache`, as those of many subjects may not fit into memory.
+        """
+        if cache is None:
+            pairs = list(self._views(images))
+            return torch.cat([z.half() for z, _ in pairs]), torch.cat([prompts for _, prompts in pairs])
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.frozen[0].state_dict().values()))
+        key = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        beside = cache.with_name("prompts.safetensors")  # written last: with it all is there
+        found = checkpoint.read_tensors(beside)[0] if cache.exists() and beside.exists() else {}
+        if not found or not torch.equal(found["tokenizer"], key):
+            beside.unlink(missing_ok=True)
+            each = []
+            rows, m = self.views * len(images), len(self.config.elements)
+            with new_cache(cache, (rows, m, self.config.tokenizer.latent_channels, *self.config.latent)) as kept:
+                for i, (z, prompts) in enumerate(self._views(images)):
+                    kept[i] = z[0].half().cpu().numpy()
+                    each.append(prompts)
+            found = {"prompts": torch.cat(each).cpu(), "tokenizer": key}
+            checkpoint.write_tensors(beside, found)
+        mapped = torch.from_numpy(np.load(cache, mmap_mode="c"))
+        return mapped.to(self.device), found["prompts"].to(self.device)
+
+    def _views(self, images: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for subject in images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
-            for view in (x,) if self.cardiac else (x, x.flip(3)):
-                z, each = self._encoded(view)
-                latents.append(z.half())
-                prompts.append(each)
-        every = torch.cat(latents), torch.cat(prompts)
-        if cache:
-            checkpoint.write_tensors(cache, {"latents": every[0], "prompts": every[1], "tokenizer": key})
-        return every
+            for view in (x, x.flip(3))[: self.views]:
+                yield self._encoded(view)
 
     @torch.no_grad()
     def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -705,7 +723,7 @@ def _run(
                 f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
             )
         with distributed.first():
-            task = DenoiserTask(config, settings, images, tokenizer, output / "latents.safetensors")
+            task = DenoiserTask(config, settings, images, tokenizer, output / "latents.npy")
 
     held_out = None
     if settings.validate_every:

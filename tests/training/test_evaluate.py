@@ -291,6 +291,21 @@ def test_a_folder_that_cannot_be_used(model_folder, tmp_path):
         assert (options[-1] if len(options) > 1 else options[0]) in refused.stderr
 
 
+def test_other_simulated_subjects(model_folder, tmp_path):
+    """--first-seed: other subjects, whose seeds the report names; neither those of training nor beside a data set."""
+    command = ["evaluate", "--model", str(model_folder("demo-cardiac")), "--patterns", "1", "--json", "--subjects", "1"]
+    command += ["-o", str(tmp_path / "out"), "--first-seed"]
+    result = CliRunner().invoke(app, [*command, str(data.HELD_OUT + 7)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["first_seed"] == data.HELD_OUT + 7 and found["studies"] == [f"phantom{data.HELD_OUT + 7}"]
+    assert f"from seed {data.HELD_OUT + 7}" in (tmp_path / "out" / "evaluation.md").read_text()
+    for options, named in (["999999"], "999999"), (["1000007", "--data", str(tmp_path)], "--first-seed"):
+        refused = CliRunner().invoke(app, [*command, *options])
+        assert refused.exit_code == 1 and refused.stderr.count("\n") == 1, refused.output
+        assert named in refused.stderr
+
+
 def stack(config, count, axis=2):
     """A complete heart of `count` slices along an axis."""
     image = np.moveaxis(np.random.default_rng(0).uniform(10, 200, (12, 12, count)), 2, axis)

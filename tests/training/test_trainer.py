@@ -178,7 +178,7 @@ def denoiser_task(tmp_path, *overrides, images=None):
     vae = checkpoint.load_tokenizer(train("tokenizer", tmp_path / "vae", "steps=2"))[1]
     images = trainer.phantom_images(TINY, 4, None) if images is None else images
     settings = load_settings("denoiser", "demo-brain", (*SMALL, "crop=0", *overrides))
-    return trainer.DenoiserTask(TINY, settings, images, vae, tmp_path / "latents.safetensors")
+    return trainer.DenoiserTask(TINY, settings, images, vae, tmp_path / "latents.npy")
 
 
 def test_the_input_layer_can_start_with_all_components_equally_large(tmp_path):
@@ -245,7 +245,7 @@ def test_observed_elements_can_weigh_less(tmp_path):
 
 def test_augmented_latents_are_computed_anew(tmp_path):
     task = denoiser_task(tmp_path, "augment=true", "batch_size=4")
-    assert not (tmp_path / "latents.safetensors").exists()
+    assert not (tmp_path / "latents.npy").exists()
     encoded, encode = [], task._encoded
     task._encoded = lambda images: encoded.append(images) or encode(images)
     losses = [task(step, 0)[0].item() for step in (0, 1, 0)]
@@ -326,11 +326,11 @@ def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, mon
     encoded, encode = [], type(vae).encode
     monkeypatch.setattr(type(vae), "encode", lambda self, x, *a: encoded.append(1) or encode(self, x, *a))
     args = (first.config, first.settings, trainer.phantom_images(TINY, 4, None))
-    again = trainer.DenoiserTask(*args, vae, tmp_path / "latents.safetensors")
+    again = trainer.DenoiserTask(*args, vae, tmp_path / "latents.npy")
     assert not encoded and torch.equal(again.latents, first.latents) and torch.equal(again.prompts, first.prompts)
     with torch.no_grad():
         vae.latent_mean += 1
-    other = trainer.DenoiserTask(*args, vae, tmp_path / "latents.safetensors")
+    other = trainer.DenoiserTask(*args, vae, tmp_path / "latents.npy")
     assert len(encoded) == 8 and not torch.equal(other.latents, first.latents)
 
 
