@@ -48,8 +48,6 @@ REDUCED = (
     "crop=24",
     "batch_size=12",
     "warmup=20",
-    # Prompts tell subjects apart, and few are learnt by heart: of 64, the full model is 1 dB behind the one without
-    # prompts (whole volumes, one seed), of 1024 it is 0.6 dB before it.
     "subjects=256",
     "ema=0.97",
     "compile=false",
