@@ -332,6 +332,11 @@ def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, mon
         vae.latent_mean += 1
     other = trainer.DenoiserTask(*args, vae, tmp_path / "latents.npy")
     assert len(encoded) == 8 and not torch.equal(other.latents, first.latents)
+    (tmp_path / "prompts.safetensors").unlink()  # as a run leaves it that was killed in between
+    after = trainer.DenoiserTask(*args, vae, tmp_path / "latents.npy")
+    assert (
+        len(encoded) == 16 and torch.equal(after.latents, other.latents) and torch.equal(after.prompts, other.prompts)
+    )
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])
