@@ -87,6 +87,21 @@ def test_encoder(brain):
         np.testing.assert_allclose(value, exact.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_prompts_average_large_latents_as_exactly_as_torch(tmp_path):
+    config, vae, _ = checkpoint.load_tokenizer(checkpoint.locate("demo-brain"))
+    generator = torch.Generator().manual_seed(0)
+    z = torch.zeros(1, config.tokenizer.latent_channels, *config.latent)  # equal values: errors of sums do not cancel
+    z[:, :, 16:32, 16:32] = torch.randn(z[:, :, 16:32, 16:32].shape, generator=generator)
+    path = tmp_path / "prompts.onnx"
+    for encoder in vae.prompt_encoders:
+        torch.onnx.export(encoder, (z,), path, dynamo=True, verbose=False, input_names=["z"])
+        (found,) = run(path, z=z.numpy())
+        with torch.no_grad():
+            other, exact = encoder(z), encoder.double()(z.double())
+        here, there = ((x - exact).square().mean().sqrt() for x in (torch.from_numpy(found), other))
+        assert here < 2 * there + 1e-6 * exact.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("solver", ["ddim", "dpm2m"])
 def test_sampler_step(either, solver):
     """A batch of studies with different patterns, by the plain sampler."""
@@ -318,7 +333,7 @@ class Exact(TorchEngine):
 def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
     """The built-in weights on a real brain with two modalities: both engines are where float64 is.
 
-    Seen, of the largest value: rms 2e-7 with torch, 7e-6 with ONNX Runtime; at most 8e-7 and 3e-5 in 99 % of voxels.
+    Seen with either, of the largest value: rms 2e-7; at most 6e-7 in 99 % of voxels.
     """
     folder = tmp_path / "onnx"
     export.export_onnx("demo-brain", folder)
@@ -336,7 +351,7 @@ def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
         truth = exact.study.volumes[name].data
         for result in (found, other):
             error = np.abs(result.study.volumes[name].data - truth) / truth.max()
-            assert np.quantile(error, 0.99) < 1e-4 and np.sqrt(np.mean(error**2)) < 1e-4, name
+            assert np.quantile(error, 0.99) < 1e-5 and np.sqrt(np.mean(error**2)) < 1e-5, name
         np.testing.assert_allclose(found.perception.missing, exact.perception.missing, atol=1e-4)
 
 
