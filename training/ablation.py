@@ -377,6 +377,16 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -
     return table
 
 
+def by_element(config: ModelConfig, runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """PSNR (dB) of each element where it alone is missing, a mean over subjects and seeds."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for i, subject in enumerate(run["subjects"]):
+            ((row,), *_) = patterns_of(config, i)
+            found.setdefault(config.elements[row], []).append(subject["1"]["psnr"])
+    return {element: float(np.mean(found[element])) for element in config.elements if element in found}
+
+
 @torch.no_grad()
 def visible(task: DenoiserTask, samples: int = 256) -> float:
     """Share of elements of which it shows in what the denoiser is given at the last timestep whether they are missing.
@@ -409,7 +419,8 @@ def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> 
         "ablation": kind,
         "seeds": experiment.seeds,
         "variants": {
-            v.name: {"label": v.label} | {k: float(np.mean([r[k] for r in runs[v.name]])) for k in costs}
+            v.name: {"label": v.label, "by_element": by_element(experiment.config, runs[v.name])}
+            | {k: float(np.mean([r[k] for r in runs[v.name]])) for k in costs}
             for v in wanted
         },
         "table": summarise(runs, wanted[0].name),
@@ -467,6 +478,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         body.append([variants[name]["label"], *cells])
     seeds = ("under each seed", "resolved")
     lines += [*table(["", "PSNR (dB)", *seeds, "latent MSE", *seeds], body, 1), ""]
+    elements = variants[reference]["by_element"]
+    body = [[v["label"], *(f"{v['by_element'][e]:.2f}" for e in elements)] for v in variants.values()]
+    lines += [*table(["1 missing: PSNR (dB) of", *elements], body, 1), ""]
     body = [
         [
             v["label"],

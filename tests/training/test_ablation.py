@@ -107,11 +107,15 @@ def test_an_ablation_is_reported_resumed_and_kept(experiment, tmp_path, monkeypa
     assert cell["difference"]["standard_error"] == pytest.approx(change.std(ddof=1) / np.sqrt(3))
     for row in report["variants"].values():
         assert row["parameters"] > 1000 and row["gflop"] > 0
+    # Three subjects, three elements: each alone is missing in one of them.
+    alone = np.array([[s["1"]["psnr"] for s in run["subjects"]] for run in runs["both"]]).mean(0)
+    names = experiment().config.elements[:3]
+    assert report["variants"]["both"]["by_element"] == pytest.approx(dict(zip(names, alone, strict=True)))
     # The model folder of a variant is whole.
     assert checkpoint.load_denoiser(tmp_path / "run" / "within-seed0" / "model")[0].denoiser.injection == "within"
     paths = ablation.write_report(report, tmp_path / "run")
     assert json.loads(paths[0].read_text()) == json.loads(json.dumps(report))
-    assert paths[1].read_text().count("| both |") == 3
+    assert paths[1].read_text().count("| both |") == 4
 
     def refuse(*args, **options):
         raise AssertionError("trained again")
