@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from copedit_rt import checkpoint
-from copedit_rt.config import DenoiserConfig, ModelConfig
+from copedit_rt.config import ModelConfig
 from copedit_rt.denoiser import MDiT3D, UNet
 from copedit_rt.diffusion import noise, sample
 from copedit_rt.errors import CopeditError
@@ -123,15 +123,16 @@ class Experiment:
     ) -> None:
         """config replaces the preset's model. Raises CopeditError for settings that do not exist, a tokenizer of
         another model and a folder that holds other settings."""
-        fields = {f.name for f in dataclasses.fields(DenoiserConfig)} & {"width", "heads", "blocks"}
-        own = [x for x in overrides if x.partition("=")[0] in fields]
+        own = [x for x in overrides if x.partition("=")[0] in ("width", "heads", "blocks", "patch")]
         rest = [x for x in overrides if x not in own]
         network: dict[str, Any] = {} if full else dict(NETWORK)
         for item in own:
             key, _, text = item.partition("=")
-            if not text.isdecimal() or not int(text):
-                raise CopeditError(f"--set {item}: {text!r} is not a positive number")
-            network[key] = int(text)
+            numbers = text.split(",")
+            if not all(n.isdecimal() and int(n) for n in numbers) or len(numbers) != (3 if key == "patch" else 1):
+                wanted = "three positive numbers (4,4,1)" if key == "patch" else "a positive number"
+                raise CopeditError(f"--set {item}: {text!r} is not {wanted}")
+            network[key] = tuple(map(int, numbers)) if key == "patch" else int(text)
         base = config or ModelConfig.preset(preset)
         self.config = replace(base, denoiser=replace(base.denoiser, **network))
         # The decoder stays the same for all: what differs is the denoiser.

@@ -90,6 +90,11 @@ def test_variants_are_those_of_the_paper(experiment):
     assert places == ["across", "within", "both"]
 
 
+def test_a_network_of_another_size(experiment):
+    made = experiment("patch=2,2,1", "heads=4").config.denoiser
+    assert (made.width, made.heads, made.blocks, made.patch) == (32, 4, 2, (2, 2, 1))
+
+
 def test_an_ablation_is_reported_resumed_and_kept(experiment, tmp_path, monkeypatch):
     report = ablation.ablate("injection", experiment())
     assert list(report["table"]) == ["full", "within", "both"]
@@ -231,6 +236,8 @@ def test_what_is_refused(experiment, tmp_path):
         experiment("lr=1.0")
     with pytest.raises(CopeditError, match="--set width=big"):
         experiment("width=big")
+    with pytest.raises(CopeditError, match="--set patch=4,4: '4,4' is not three positive numbers"):
+        experiment("patch=4,4")
     with pytest.raises(CopeditError, match="its tokenizer is not the one of preset"):
         experiment(config=replace(made.config, image=(32, 32, 8)), where=tmp_path / "other")
     assert Variant("x", "x", {}).changes == {}
