@@ -65,9 +65,10 @@ class TorchEngine:
     def encode(self, images: np.ndarray) -> Encoded:
         vae = self.tokenizer
         z = vae.encode(self._there(images)[None], self.max_memory).to(vae.latent_mean.dtype)
-        prompts = vae.prompts(z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device))
+        each = vae.prompts_of_each(z)
+        prompts = each.mean(1)
         count, missing, _ = vae.assess(prompts)
-        alone = vae.assess(vae.prompts_of_each(z)[0])[1]
+        alone = vae.assess(each[0])[1]
         first = (vae.normalise(z)[0], prompts[0], count[0], missing[0], alone)
         return Encoded(*(_here(x) for x in first))
 

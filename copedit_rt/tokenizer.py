@@ -197,9 +197,12 @@ class PromptEncoder(nn.Module):
 
     def pool(self, z: Tensor) -> Tensor:
         """Latent [N, 8, h, w, d] -> features averaged over it [N, b], in the linear layers' precision."""
-        wide = torch.promote_types(z.dtype, torch.float32)
-        # Axis by axis: ONNX Runtime adds up in order. Of 73,728 values at once, prompts were off by 2e-5; so by 1e-6.
-        pooled = self.conv(z).mean(4, dtype=wide).mean(3).mean(2)
+        x, wide = self.conv(z), torch.promote_types(z.dtype, torch.float32)
+        if torch.compiler.is_exporting():
+            # Axis by axis: ONNX Runtime adds up in order. Of 73,728 values at once, prompts were off by 2e-5; so by 1e-6.
+            pooled = x.mean(4, dtype=wide).mean(3).mean(2)
+        else:  # in torch that is as exact, and seven times as fast on a CPU
+            pooled = x.mean((2, 3, 4), dtype=wide)
         return pooled.to(self.mlp[0].weight.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -209,13 +212,13 @@ class PromptEncoder(nn.Module):
 
 
 def fold_norms(encoder: PromptEncoder) -> None:
-    """For inference: each BatchNorm becomes a part of the convolution before it."""
+    """For inference: each BatchNorm becomes a part of the convolution before it, and ReLU works in place."""
     layers: list[nn.Module] = []
     for layer in encoder.eval().conv:
         if isinstance(layer, nn.BatchNorm3d):
             layers[-1] = fuse_conv_bn_eval(cast(nn.Conv3d, layers[-1]), layer)
         else:
-            layers.append(layer)
+            layers.append(nn.ReLU(inplace=True) if isinstance(layer, nn.ReLU) else layer)
     encoder.conv = nn.Sequential(*layers)
 
 
