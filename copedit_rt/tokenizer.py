@@ -199,9 +199,9 @@ class PromptEncoder(nn.Module):
         """Latent [N, 8, h, w, d] -> features averaged over it [N, b], in the linear layers' precision."""
         x, wide = self.conv(z), torch.promote_types(z.dtype, torch.float32)
         if torch.compiler.is_exporting():
-            # Axis by axis: ONNX Runtime adds up in order. Of 73,728 values at once, prompts were off by 2e-5; so by 1e-6.
+            # Axis by axis: ONNX Runtime adds up in order, and of 73,728 values at once prompts were off by 2e-5.
             pooled = x.mean(4, dtype=wide).mean(3).mean(2)
-        else:  # in torch that is as exact, and seven times as fast on a CPU
+        else:  # as exact in torch, and seven times as fast on a CPU
             pooled = x.mean((2, 3, 4), dtype=wide)
         return pooled.to(self.mlp[0].weight.dtype)
 
