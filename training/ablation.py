@@ -55,6 +55,7 @@ REDUCED = (
     "keep=1",
 )
 NETWORK = {"width": 96, "heads": 3, "blocks": 4}
+NUMBERS = {"width": 1, "heads": 1, "blocks": 1, "patch": 3}  # what of the network can be set, and in how many numbers
 REDUCED_RUNS, FULL_RUNS = 2, 3  # seeds per variant
 TEST_SUBJECTS = 16
 
@@ -123,16 +124,16 @@ class Experiment:
     ) -> None:
         """config replaces the preset's model. Raises CopeditError for settings that do not exist, a tokenizer of
         another model and a folder that holds other settings."""
-        own = [x for x in overrides if x.partition("=")[0] in ("width", "heads", "blocks", "patch")]
+        own = [x for x in overrides if x.partition("=")[0] in NUMBERS]
         rest = [x for x in overrides if x not in own]
         network: dict[str, Any] = {} if full else dict(NETWORK)
         for item in own:
             key, _, text = item.partition("=")
-            numbers = text.split(",")
-            if not all(n.isdecimal() and int(n) for n in numbers) or len(numbers) != (3 if key == "patch" else 1):
-                wanted = "three positive numbers (4,4,1)" if key == "patch" else "a positive number"
-                raise CopeditError(f"--set {item}: {text!r} is not {wanted}")
-            network[key] = tuple(map(int, numbers)) if key == "patch" else int(text)
+            parts, wanted = text.split(","), NUMBERS[key]
+            if len(parts) != wanted or not all(x.isdecimal() and int(x) for x in parts):
+                raise CopeditError(f"--set {item}: expected {wanted} positive number{'s, as in 4,4,1' * (wanted > 1)}")
+            numbers = tuple(map(int, parts))
+            network[key] = numbers if wanted > 1 else numbers[0]
         base = config or ModelConfig.preset(preset)
         self.config = replace(base, denoiser=replace(base.denoiser, **network))
         # The decoder stays the same for all: what differs is the denoiser.
@@ -445,7 +446,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"{report['model']['name']}, {where}: {settings['steps']} steps of {settings['batch_size']} "
         + (f"crops of {settings['crop']} voxels" if settings["crop"] else "subjects")
-        + f", width {network['width']}, {network['blocks']} blocks, {settings['subjects']} training subjects, "
+        + f", width {network['width']}, {network['blocks']} blocks, "
+        f"patch {' x '.join(map(str, network['patch']))}, {settings['subjects']} training subjects, "
         f"{report['test_subjects']} held-out subjects, seeds {', '.join(map(str, report['seeds']))}. Mean ± standard "
         "deviation over subjects" + (", PSNR and SSIM inside the brain." if brain else "."),
         "",

@@ -331,10 +331,7 @@ class Exact(TorchEngine):
 
 
 def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
-    """The built-in weights on a real brain with two modalities: both engines are where float64 is.
-
-    Seen with either, of the largest value: rms 2e-7; at most 6e-7 in 99 % of voxels.
-    """
+    """The built-in weights on a real brain with two modalities: both engines are where float64 is."""
     folder = tmp_path / "onnx"
     export.export_onnx("demo-brain", folder)
     (files,) = find_studies(real_data / "brain" / "ms_patient07")

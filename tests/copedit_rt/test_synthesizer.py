@@ -204,6 +204,14 @@ def test_folded_norms_change_nothing():
     assert lean.encoder.out.weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+def test_every_image_goes_through_the_prompt_encoders_once():
+    made, seen = build(BRAIN), []
+    for encoder in made.engine.tokenizer.prompt_encoders:
+        encoder.conv.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    made.synthesize(brain("t1", "t2"))
+    assert seen == [2, 2, 2]
+
+
 @pytest.mark.parametrize("which", [BRAIN, HEART], ids=lambda config: config.task)
 def test_bfloat16_is_near_float32(which):
     study = brain("t1", "t2") if which is BRAIN else heart([5, 6])

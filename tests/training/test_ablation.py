@@ -120,7 +120,8 @@ def test_an_ablation_is_reported_resumed_and_kept(experiment, tmp_path, monkeypa
     assert checkpoint.load_denoiser(tmp_path / "run" / "within-seed0" / "model")[0].denoiser.injection == "within"
     paths = ablation.write_report(report, tmp_path / "run")
     assert json.loads(paths[0].read_text()) == json.loads(json.dumps(report))
-    assert paths[1].read_text().count("| both |") == 4
+    text = paths[1].read_text()
+    assert text.count("| both |") == 4 and f"patch {' x '.join(map(str, experiment().config.denoiser.patch))}, " in text
 
     def refuse(*args, **options):
         raise AssertionError("trained again")
@@ -236,7 +237,7 @@ def test_what_is_refused(experiment, tmp_path):
         experiment("lr=1.0")
     with pytest.raises(CopeditError, match="--set width=big"):
         experiment("width=big")
-    with pytest.raises(CopeditError, match="--set patch=4,4: '4,4' is not three positive numbers"):
+    with pytest.raises(CopeditError, match="--set patch=4,4: expected 3 positive numbers"):
         experiment("patch=4,4")
     with pytest.raises(CopeditError, match="its tokenizer is not the one of preset"):
         experiment(config=replace(made.config, image=(32, 32, 8)), where=tmp_path / "other")
