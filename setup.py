@@ -6,7 +6,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-PACKAGES = ("kernels", "copedit_rt", "training", "bench")
+# Where each package lies. The folders have the plain names, the packages names of their own.
+FOLDERS = {"copedit_kernels": "kernels", "copedit_rt": ".", "copedit_training": "training", "copedit_bench": "bench"}
+packages = [
+    package
+    for name, folder in FOLDERS.items()
+    for package in find_packages(folder, include=[name, f"{name}.*"])
+]
 
 # Read, not imported: importing the package would need torch at build time.
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "copedit_rt/__init__.py").read_text("utf-8"), re.M)
@@ -29,7 +35,8 @@ setup(
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
     ],
-    packages=find_packages(include=[p for name in PACKAGES for p in (name, f"{name}.*")]),
+    packages=packages,
+    package_dir={name: f"{folder}/{name}" for name, folder in FOLDERS.items()},
     include_package_data=False,  # what is shipped is named here, not in a second file
     package_data={
         "copedit_rt": [
@@ -38,7 +45,7 @@ setup(
             "weights/**/*.safetensors",
             "weights/**/*.md",
         ],
-        "training": ["presets/*.toml"],
+        "copedit_training": ["presets/*.toml"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from copedit_rt.denoiser import MDiT3D, UNet
-    from copedit_rt.tokenizer import CoPeVAE
+    from copedit_rt.networks.denoiser import MDiT3D, UNet
+    from copedit_rt.networks.tokenizer import CoPeVAE
 
 BUILT_IN = Path(__file__).parent / "weights"
 CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
@@ -106,7 +106,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) ->
 
 def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
     """Configuration, tokenizer (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
-    from copedit_rt.tokenizer import CoPeVAE
+    from copedit_rt.networks.tokenizer import CoPeVAE
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / TOKENIZER)
@@ -117,7 +117,7 @@ def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
 
 def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
     """Configuration, denoiser (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
-    from copedit_rt.denoiser import build_denoiser
+    from copedit_rt.networks.denoiser import build_denoiser
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / DENOISER)

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from copedit_rt.config import ModelConfig
+    from copedit_rt.images.find import Found, StudyFiles
+    from copedit_rt.images.study import Study
     from copedit_rt.perception import Report
-    from copedit_rt.study import Found, Study, StudyFiles
     from copedit_rt.synthesizer import Synthesizer
 
 FLAGGED = 3
@@ -107,8 +108,8 @@ Engine = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        metavar="auto|float32|bfloat16|float16|float8",
-        help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU. float8 is for Hopper and later.",
+        metavar="auto|float32|bfloat16|float16",
+        help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -239,7 +240,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Simulated studies in, what is missing out: files, scores beside baselines, and a picture."""
-    from training import demo as body
+    from copedit_training import demo as body
 
     _check_writable(output)
     report = body.run(output, subjects=subjects, seed=seed, device=device)
@@ -324,9 +325,10 @@ def evaluate(
         return _analyse(analysis, output, model, subjects or 16, device, as_json)
     if segmentation:
         return _segment(output, model, data, override or [], device, full, as_json)
-    from training import cohort, features, report
-    from training import evaluate as body
-    from training.data import HELD_OUT
+    from copedit_training.data.prepared import HELD_OUT
+    from copedit_training.evaluation import evaluate as body
+    from copedit_training.evaluation import features, report
+    from copedit_training.evaluation import subjects as people
 
     counts = _numbers(sweep, "--sweep")
     if counts is not None and (steps, solver) != (None, None):
@@ -335,13 +337,13 @@ def evaluate(
         raise CopeditError("--sweep measures PSNR, SSIM and MAE of single samples; leave --samples and networks out")
     _check_writable(output)
     synthesizer = _Models(model, device).load(model)
-    whom: cohort.Cohort
+    whom: people.Cohort
     if data == "phantom":
-        whom = cohort.Phantoms(synthesizer.config, subjects or 16, HELD_OUT if first_seed is None else first_seed)
+        whom = people.Phantoms(synthesizer.config, subjects or 16, HELD_OUT if first_seed is None else first_seed)
     elif first_seed is not None:
         raise CopeditError(f"--first-seed is of simulated subjects, not of --data {data}; leave it out")
     else:
-        whom = cohort.Folder(synthesizer.config, Path(data), subjects, split)
+        whom = people.Folder(synthesizer.config, Path(data), subjects, split)
     with _progress(_stderr()) as bar:
         task = bar.add_task("evaluating")
         options: dict[str, Any] = {
@@ -370,7 +372,7 @@ def _ablate(
     runs: int | None,
     as_json: bool,
 ) -> None:
-    from training import ablation as body
+    from copedit_training.experiments import ablation as body
 
     if kind not in body.VARIANTS:
         raise CopeditError(f"--ablation {kind}: choose one of {', '.join(body.VARIANTS)}")
@@ -381,7 +383,7 @@ def _ablate(
 
 
 def _analyse(kind: str, output: Path, model: str, subjects: int, device: str, as_json: bool) -> None:
-    from training import analysis as body
+    from copedit_training.experiments import analysis as body
 
     if kind not in body.ANALYSES:
         raise CopeditError(f"--analysis {kind}: choose one of {', '.join(body.ANALYSES)}")
@@ -393,7 +395,7 @@ def _analyse(kind: str, output: Path, model: str, subjects: int, device: str, as
 def _segment(
     output: Path, model: str, data: str, override: Sequence[str], device: str, full: bool, as_json: bool
 ) -> None:
-    from training import segmentation as body
+    from copedit_training.experiments import segmentation as body
 
     budget = body.budget_of(full, override)
     _check_writable(output)
@@ -462,7 +464,7 @@ def train_check_data(
     """What a data set holds for a preset, what is skipped and why. Exit code 1 if there is nothing to train on."""
     from copedit_rt.config import ModelConfig
     from copedit_rt.files import write_atomically
-    from training import layouts
+    from copedit_training.data import layouts
 
     config = ModelConfig.preset(preset)
     found = layouts.find(data, config)
@@ -484,7 +486,7 @@ def train_check_data(
 def _train(
     stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool, estimate: bool
 ) -> None:
-    from training import trainer
+    from copedit_training.stages import trainer
 
     if estimate:
         typer.echo(trainer.expected(stage, preset, data, override or ()))
@@ -514,8 +516,8 @@ def bench_kernels(
     Answers are checked before anything is timed. Writes kernels.json, kernels.md and, with matplotlib, kernels.png.
     On a CPU only the small presets at batch 1, to see that it works.
     """
-    from bench import kernels as body
-    from bench import report as pages
+    from copedit_bench.operators import measure as body
+    from copedit_bench.operators import report as pages
 
     _check_writable(output)
     cases, where, what = body.plan(op, device, dtype)
@@ -553,7 +555,7 @@ def bench_cpu(
 
     Answers are checked before anything is timed. Writes cpu.json and cpu.md.
     """
-    from bench import cpu as body
+    from copedit_bench.models import cpu as body
 
     _bench(output, "cpu", as_json, lambda **hooks: body.run(large=large, **hooks))
 
@@ -574,7 +576,7 @@ def bench_sampler(
     Answers are checked before anything is timed. Writes sampler.json and sampler.md. On a CPU a tiny model, to see that
     it works.
     """
-    from bench import sampler as body
+    from copedit_bench.models import sampler as body
 
     options: dict[str, Any] = {"steps": steps, "device": device, "dtype": dtype, "compiled": compiled}
     options |= {key: value for key, value in (("presets", preset), ("batches", batch)) if value}
@@ -598,7 +600,7 @@ def bench_train_step(
     Loss and gradients are checked before anything is timed. Writes train-step.json and train-step.md. On a CPU a tiny
     model, to see that it works.
     """
-    from bench import train_step as body
+    from copedit_bench.models import train_step as body
 
     if unknown := [name for name in stage or () if name not in body.STAGES]:
         raise CopeditError(f"--stage {unknown[0]}: choose {' or '.join(body.STAGES)}")
@@ -609,18 +611,18 @@ def bench_train_step(
 
 def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, Any]]) -> None:
     """Measure, keep what there is after every piece of work, and say it."""
-    from bench import race
+    from copedit_bench.models import side_by_side
 
     _check_writable(output)
     with _progress(_stderr()) as bar:
         task = bar.add_task("measuring", total=None)
         report = run(
             progress=lambda text: bar.update(task, description=text),
-            save=lambda so_far: race.write(so_far, output, name),
+            save=lambda so_far: side_by_side.write(so_far, output, name),
         )
-    text = "\n".join([*race.tables(report), "", *race.remarks(report), *report["notes"]])
-    _present(report, text, race.write(report, output, name), as_json)
-    race.verify(report)
+    text = "\n".join([*side_by_side.tables(report), "", *side_by_side.remarks(report), *report["notes"]])
+    _present(report, text, side_by_side.write(report, output, name), as_json)
+    side_by_side.verify(report)
 
 
 @benchmarks.command("cost")
@@ -637,7 +639,7 @@ def bench_cost(
 
     Needs the extra `train`. Writes cost.json, cost.md and, with matplotlib, cost.png.
     """
-    from bench import cost as body
+    from copedit_bench.models import cost as body
 
     _check_writable(output)
     with _progress(_stderr()) as bar:
@@ -663,7 +665,7 @@ def export_onnx(
 
     The new folder is a model for every engine. Needs the extra `export`.
     """
-    from copedit_rt import export as body
+    from copedit_rt.engines import onnx_export as body
 
     _check_writable(output)
     report = body.export_onnx(model, output, precision)
@@ -688,7 +690,7 @@ def export_tensorrt(
 
     The new folder is a model for every engine. May take minutes; needs the extras `export` and `tensorrt`.
     """
-    from copedit_rt import export as body
+    from copedit_rt.engines import onnx_export as body
 
     _check_writable(output)
     with _building() as progress, _remarks():
@@ -720,7 +722,7 @@ def export_triton(
 
     With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
     """
-    from copedit_rt import triton_repo as body
+    from copedit_rt.engines import server_export as body
 
     _check_writable(output)
     with _building() as progress, _remarks():
@@ -879,7 +881,9 @@ def _open(
         _look_into(opened, output, models, target, overwrite, several)
         if "status" in opened.entry:
             return opened
-        study = files.read(missing_slices=missing_slices, resample=resample)
+        from copedit_rt.images.study import Study
+
+        study = Study.read(files, missing_slices=missing_slices, resample=resample)
     except CopeditError as error:
         opened.error = error
         return opened
@@ -935,7 +939,7 @@ def _synthesise_one(
     entry["perception"] = result.perception.to_dict()
     entry["record"] = result.record
     if preview:
-        from copedit_rt import preview as picture
+        from copedit_rt.images import preview as picture
 
         entry["preview"] = str(output / files.naming.subfolder / f"{files.name}_preview.png")
         picture.save(picture.draw(result.study, model=result.record["model"]), Path(entry["preview"]))
@@ -1009,7 +1013,7 @@ def _targets(text: str) -> list[str] | None:
     """--target as elements; None for all."""
     if text.strip().lower() == "all":
         return None
-    from copedit_rt.study import modality
+    from copedit_rt.images.names import modality
 
     return [modality(part) for part in text.split(",")]
 
@@ -1067,22 +1071,24 @@ def _look(files: StudyFiles, models: _Models, missing_slices: Sequence[int] | No
 
 def _read_what_can_be_read(files: StudyFiles, missing_slices: Sequence[int] | None) -> tuple[Study, list[str]]:
     """The study without the files that cannot be read, and a sentence for each of these."""
+    from copedit_rt.images.study import Study
+
     options: dict[str, Any] = {"missing_slices": missing_slices, "resample": True, "check_content": False}
     sentences = [files.problem] if files.problem else []
     files = replace(files, problem=None)
     try:
-        return files.read(**options), sentences
+        return Study.read(files, **options), sentences
     except CopeditError:
         good = {}
         for element, path in files.files.items():
             try:
-                replace(files, files={element: path}).read(**options)
+                Study.read(replace(files, files={element: path}), **options)
                 good[element] = path
             except CopeditError as error:
                 sentences.append(str(error))
         if not good or len(good) == len(files.files):
             raise
-        return replace(files, files=good).read(**options), sentences
+        return Study.read(replace(files, files=good), **options), sentences
 
 
 def _only_finite(study: Study, left_out: set[str]) -> Study:
@@ -1179,7 +1185,7 @@ def _building(bar: Any = None) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _find(inputs: Sequence[Path], explicit: Mapping[str, Path] | None) -> Found:
-    from copedit_rt.study import find_studies
+    from copedit_rt.images.find import find_studies
 
     found = find_studies(inputs, explicit)
     for reason, paths in _passed_over(found).items():

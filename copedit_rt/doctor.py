@@ -13,7 +13,7 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from copedit_rt.engine import ENGINES
+from copedit_rt.engines.engine import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -112,9 +112,9 @@ def _kernels(problems: list[str]) -> dict[str, Any]:
     if find_spec("torch") is None:
         return found
     try:
-        import kernels
+        import copedit_kernels
 
-        found["in_use"] = _IN_USE[kernels.implementation()]
+        found["in_use"] = _IN_USE[copedit_kernels.implementation()]
     except Exception as error:
         problems.append(f"the kernels cannot be loaded: {_first_line(error)}")
     return found

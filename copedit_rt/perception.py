@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from copedit_rt.study import Volume
+    from copedit_rt.images.nifti import Volume
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def examine(volumes: Mapping[str, Volume], files: Mapping[str, str], *, task: st
     flagged. Blank slices of a cardiac stack are how a file says that they are missing, so they are not looked
     for here.
     """
-    from copedit_rt.study import blank_slices
+    from copedit_rt.images.study import blank_slices
 
     found = []
     for name, volume in volumes.items():

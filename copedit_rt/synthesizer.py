@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import copedit_rt
-from copedit_rt import checkpoint, diffusion
+from copedit_rt import checkpoint, schedule
 from copedit_rt.config import ModelConfig
-from copedit_rt.engine import ENGINES, Encoded, Engine
+from copedit_rt.device import choose_device, choose_dtype
+from copedit_rt.engines.engine import ENGINES, Encoded, Engine
 from copedit_rt.errors import CopeditError
-from copedit_rt.geometry import Prepared, prepare
+from copedit_rt.images.names import STACK
+from copedit_rt.images.prepare import Prepared, prepare
+from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
-from copedit_rt.study import STACK, Study
 
 if TYPE_CHECKING:
-    import torch
 
-    from copedit_rt.denoiser import MDiT3D, UNet
-    from copedit_rt.engine_tensorrt import TensorRTEngine
-    from copedit_rt.tokenizer import CoPeVAE
+    from copedit_rt.engines.tensorrt_engine import TensorRTEngine
+    from copedit_rt.networks.denoiser import MDiT3D, UNet
+    from copedit_rt.networks.tokenizer import CoPeVAE
 
 
 # A turn of each device: see `Synthesizer`.
@@ -76,7 +77,7 @@ class Synthesizer:
 
         dtype: of autoencoder and denoiser, see `choose_dtype`.
         """
-        from copedit_rt.engine_torch import TorchEngine
+        from copedit_rt.engines.torch_engine import TorchEngine
 
         where = choose_device(device)
         engine = TorchEngine(config, tokenizer, denoiser, where, max_memory, choose_dtype(dtype, where))
@@ -118,12 +119,12 @@ class Synthesizer:
                 "that copedit export onnx wrote"
             )
         if engine != "torch":
-            from copedit_rt.engine_onnx import OnnxEngine, Refused
+            from copedit_rt.engines.onnx_engine import OnnxEngine, Refused
 
             built: OnnxEngine | TensorRTEngine
             try:
                 if engine == "tensorrt":
-                    from copedit_rt.engine_tensorrt import TensorRTEngine
+                    from copedit_rt.engines.tensorrt_engine import TensorRTEngine
 
                     built = TensorRTEngine(folder, device, max_memory, progress)
                 else:
@@ -175,7 +176,7 @@ class Synthesizer:
         config = self.config
         steps = config.diffusion.steps if steps is None else steps
         solver = config.diffusion.solver if solver is None else solver
-        diffusion.solver_tables(config.diffusion, steps, solver)
+        schedule.solver_tables(config.diffusion, steps, solver)
         if samples < 1:
             raise CopeditError(f"samples {samples}: must be at least 1")
         prepared = prepare(study, config)
@@ -236,7 +237,7 @@ class Synthesizer:
         z = np.empty((len(observed), *latents.shape[1:]), np.float32)
         z[observed] = latents
         for i in np.flatnonzero(~observed):
-            z[i] = diffusion.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
+            z[i] = schedule.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
         return z
 
     def decode(self, z: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -272,45 +273,3 @@ class Synthesizer:
                 "python": platform.python_version(),
             },
         }
-
-
-def choose_device(name: str) -> torch.device:
-    """auto (CUDA where there is one), cpu, cuda or cuda:N. Raises CopeditError for anything else or a missing GPU."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
-        raise CopeditError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise CopeditError(
-            f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use auto or cpu"
-        )
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32, bfloat16 or, on CUDA only, float16 or float8 of a name; auto is float32 on a CPU, and on CUDA bfloat16,
-    or float16 where the GPU has no bfloat16. Raises CopeditError for anything else, and where the GPU has no float8."""
-    import torch
-
-    known = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "float8": torch.float8_e4m3fn,
-    }
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        with torch.cuda.device(device):
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if name not in known:
-        raise CopeditError(f"dtype {name!r} is unknown; use auto, {', '.join(known)}")
-    if name in ("float16", "float8") and device.type == "cpu":
-        raise CopeditError(f"dtype {name!r} is for GPUs; on a CPU use float32 or bfloat16")
-    if name == "float8" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        have = ".".join(map(str, capability))
-        raise CopeditError(f"dtype {name!r} needs a GPU of compute capability 8.9 or more, not {have}; use bfloat16")
-    return known[name]

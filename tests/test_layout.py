@@ -1,19 +1,18 @@
-"""The shape of the repository: folders, import directions, what a wheel contains, what starts fast."""
+"""The shape of the repository: folders, what a wheel contains, what starts fast. Import directions: `make lint`."""
 
 import ast
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ("kernels", "copedit_rt", "training", "bench")  # each may import those before it
-MODULES = sorted(path for name in ORDER for path in (ROOT / name).rglob("*.py"))
-LAZY = {"copedit_rt/cli.py"}  # a sub-command may load a package above it, inside the function
+# Package -> the folder that it lies in.
+FOLDERS = {"copedit_kernels": "kernels", "copedit_rt": ".", "copedit_training": "training", "copedit_bench": "bench"}
+MODULES = sorted(path for name, folder in FOLDERS.items() for path in (ROOT / folder / name).rglob("*.py"))
 
 WEIGHT_LIMIT = 12 * 2**20  # bytes a weights file in the repository may have
 
@@ -22,64 +21,13 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def imported(node: ast.AST) -> list[str]:
-    """Absolute module names that a node imports; importlib.import_module("literal") counts."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        return [node.module or ""] if node.level == 0 else []
-    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
-            return [node.args[0].value]
-    return []
-
-
-def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[str, bool]]:
-    """(module, whether it is imported inside a function) for every import below a node."""
-    for node in ast.iter_child_nodes(tree):
-        yield from ((name, inside) for name in imported(node))
-        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from imports(node, inside or function)
-
-
-def upward(source: str, package: str, lazy: bool) -> list[str]:
-    """The imports of a module of `package` that point up or outside what `lazy` permits."""
-    above = (*ORDER[ORDER.index(package) + 1 :], "tests")
-    found = [(name, inside) for name, inside in imports(ast.parse(source)) if name.split(".")[0] in above]
-    return [name for name, inside in found if not (lazy and inside)]
-
-
 def test_top_level_folders() -> None:
-    for name in (*ORDER, "tests"):
+    for name in ("kernels", "copedit_rt", "training", "bench", "tests"):
         assert (ROOT / name).is_dir(), f"{name}/ is missing"
-    for name in ORDER:
-        assert (ROOT / name / "__init__.py").is_file(), f"{name}/ is not a package"
+    for name, folder in FOLDERS.items():
+        assert (ROOT / folder / name / "__init__.py").is_file(), f"{name} is not a package"
     for name in ("setup.py", "README.md", "LICENSE", "CONTRIBUTING.md", "Makefile", "constraints.txt"):
         assert (ROOT / name).is_file(), f"{name} is missing"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_point_down(path: Path) -> None:
-    name = path.relative_to(ROOT).as_posix()
-    found = upward(path.read_text("utf-8"), name.split("/")[0], name in LAZY)
-    assert not found, f"{name} imports {found}: {' <- '.join(ORDER)}"
-
-
-@pytest.mark.parametrize(
-    ("source", "package", "lazy", "bad"),
-    [
-        ("import training.data", "kernels", False, True),
-        ("from bench import x", "training", True, True),
-        ("if True:\n    import copedit_rt", "kernels", False, True),
-        ("def f():\n    from training import train", "copedit_rt", False, True),
-        ("def f():\n    import_module('training.train')", "copedit_rt", False, True),
-        ("def f():\n    from training import train", "copedit_rt", True, False),
-        ("import kernels, trainingx\nfrom . import training", "copedit_rt", False, False),
-    ],
-)
-def test_the_import_rule_itself(source: str, package: str, lazy: bool, bad: bool) -> None:
-    assert bool(upward(source, package, lazy)) == bad
 
 
 @pytest.mark.parametrize(
@@ -108,20 +56,10 @@ def test_starts_without_heavy_imports(code: str) -> None:
 
 def test_geometry_and_files_without_torch() -> None:
     """An engine without torch reads and writes studies with these modules."""
-    code = "import sys, copedit_rt.geometry, copedit_rt.study; sys.exit('torch' in sys.modules)"
+    rooms = ("names", "nifti", "grids", "find", "study", "prepare", "preview")
+    code = f"import sys, {', '.join(f'copedit_rt.images.{room}' for room in rooms)}; sys.exit('torch' in sys.modules)"
     done = python("-c", code)
-    assert done.returncode == 0, done.stderr or "copedit_rt.geometry or copedit_rt.study loads torch"
-
-
-def test_a_foreign_kernels_package_is_named(tmp_path: Path) -> None:
-    (tmp_path / "kernels").mkdir()
-    foreign = tmp_path / "kernels" / "__init__.py"
-    foreign.write_text("")
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import copedit_rt"
-    assert python("-c", code, str(ROOT), str(tmp_path), cwd=tmp_path).returncode == 0
-    done = python("-c", code, str(tmp_path), str(ROOT), cwd=tmp_path)
-    assert done.returncode != 0
-    assert str(foreign) in done.stderr.splitlines()[-1]
+    assert done.returncode == 0, done.stderr or "copedit_rt.images loads torch"
 
 
 def test_one_version() -> None:
@@ -139,11 +77,11 @@ def test_everything_is_shipped(tmp_path: Path) -> None:
     done = python("setup.py", "-q", "build", "--build-base", str(tmp_path), "--build-lib", str(lib))
     assert done.returncode == 0, done.stderr
     built = {path.relative_to(lib).as_posix() for path in lib.rglob("*") if path.is_file()}
-    wanted = {path.relative_to(ROOT).as_posix() for path in MODULES} | {"copedit_rt/py.typed"}
     weights = [path for path in (ROOT / "copedit_rt/weights").rglob("*") if path.is_file()]
-    presets = list((ROOT / "training/presets").glob("*.toml"))
-    wanted |= {path.relative_to(ROOT).as_posix() for path in (*weights, *presets)}
-    assert built == wanted
+    presets = list((ROOT / "training/copedit_training/presets").glob("*.toml"))
+    files = (*MODULES, *weights, *presets, ROOT / "copedit_rt/py.typed")
+    inside = {path: next(ROOT / f for n, f in FOLDERS.items() if n in path.relative_to(ROOT).parts) for path in files}
+    assert built == {path.relative_to(folder).as_posix() for path, folder in inside.items()}
 
 
 def test_weights_stay_small() -> None:

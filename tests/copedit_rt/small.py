@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from copedit_rt import checkpoint, export
+from copedit_rt import checkpoint
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
-from copedit_rt.denoiser import build_denoiser
-from copedit_rt.study import Study, Volume
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.engines import onnx_export
+from copedit_rt.images.nifti import Volume
+from copedit_rt.images.study import Study
+from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.tokenizer import CoPeVAE
 
 BRAIN = ModelConfig(
     "tiny-brain",
@@ -73,7 +75,7 @@ def saved(config: ModelConfig, folder: Path) -> Path:
 
 def exported(config: ModelConfig, folder: Path, precision: str = "float32") -> Path:
     model = saved(config, folder / "model")
-    export.export_onnx(model, folder / "onnx", precision)
+    onnx_export.export_onnx(model, folder / "onnx", precision)
     return folder / "onnx"
 
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from copedit_rt import checkpoint, files
 from copedit_rt.config import PRESETS, DenoiserConfig, ModelConfig, TokenizerConfig
-from copedit_rt.denoiser import build_denoiser
 from copedit_rt.errors import CopeditError
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.tokenizer import CoPeVAE
 
 CONFIG = ModelConfig(
     "tiny",

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from copedit_rt import checkpoint, cli
 from copedit_rt.config import ModelConfig
-from copedit_rt.denoiser import build_denoiser
-from copedit_rt.study import StudyFiles, Volume, read_volume
+from copedit_rt.images.nifti import Volume, read_volume
+from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.synthesizer import Synthesizer
-from copedit_rt.tokenizer import CoPeVAE
 
 AFFINE = np.diag([-2.0, 2.0, 5.0, 1.0])
 AFFINE[:3, 3] = [24, -24, -25]
@@ -222,11 +222,11 @@ def test_the_next_study_is_read_while_one_is_computed(tmp_path, brain, monkeypat
     for name in "abcd":
         study(tmp_path / "in" / name, name)
     began = {name: threading.Event() for name in "abcd"}
-    read, compute = StudyFiles.read, Synthesizer.synthesize
+    read, compute = Study.read, Synthesizer.synthesize
 
-    def reading(self, **options):
-        began[self.name].set()
-        return read(self, **options)
+    def reading(files, **options):
+        began[files.name].set()
+        return read(files, **options)
 
     def computing(self, case, **options):
         after = chr(ord(case.name) + 1)
@@ -235,7 +235,7 @@ def test_the_next_study_is_read_while_one_is_computed(tmp_path, brain, monkeypat
         assert not any(began[name].is_set() for name in "abcd" if name > after), "more than one study is read ahead"
         return compute(self, case, **options)
 
-    monkeypatch.setattr(StudyFiles, "read", reading)
+    monkeypatch.setattr(Study, "read", reading)
     monkeypatch.setattr(Synthesizer, "synthesize", computing)
     result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain)
     assert result.exit_code == 0, result.stderr
@@ -746,7 +746,7 @@ def test_doctor_never_fails(monkeypatch):
 
 
 def test_train_hands_over_its_options(tmp_path, monkeypatch):
-    from training import trainer
+    from copedit_training.stages import trainer
 
     seen = {}
     monkeypatch.setattr(trainer, "run", lambda stage, **options: seen.update(options, stage=stage))

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from copedit_rt import checkpoint, diffusion, engine_torch
+from copedit_rt import checkpoint, schedule
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
-from copedit_rt.denoiser import build_denoiser
+from copedit_rt.device import choose_device
+from copedit_rt.engines import torch_engine
 from copedit_rt.errors import CopeditError
-from copedit_rt.geometry import prepare
-from copedit_rt.study import Study, Volume
-from copedit_rt.synthesizer import Synthesizer, choose_device
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.images.nifti import Volume
+from copedit_rt.images.prepare import prepare
+from copedit_rt.images.study import Study
+from copedit_rt.networks import sampler
+from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.synthesizer import Synthesizer
 
 BRAIN = ModelConfig(
     "tiny-brain",
@@ -98,7 +102,7 @@ def test_steps_run_from_the_noisiest_and_observed_latents_keep_their_bits(brain_
     monkeypatch.setattr(net, "predict", lambda z, *rest: seen.append(z.clone()) or predict(z, *rest))
     monkeypatch.setattr(net, "modulate", lambda t, *rest: times.append(t[:, 0].tolist()) or modulate(t, *rest))
     brain_model.synthesize(brain("t1", "flair"), steps=5)
-    assert times[-1] == diffusion.timesteps(BRAIN.diffusion, 5).tolist() and times[-1][0] == 499
+    assert times[-1] == schedule.timesteps(BRAIN.diffusion, 5).tolist() and times[-1][0] == 499
     assert len(seen) == 5
     for z in seen[1:]:
         assert torch.equal(z[0, [0, 3]], seen[0][0, [0, 3]])
@@ -118,9 +122,9 @@ def test_a_synthesis_is_what_the_plain_sampler_makes(brain_model, monkeypatch, s
             def predict(z, t):
                 return net(z, t, prompts, self.observed)
 
-            return diffusion.sample(predict, z, self.observed, *self.rest, progress, solver)
+            return sampler.sample(predict, z, self.observed, *self.rest, progress, solver)
 
-    monkeypatch.setattr(engine_torch, "Plan", Plain)
+    monkeypatch.setattr(torch_engine, "Plan", Plain)
     brain_model.engine.plan.cache_clear()
     plain = brain_model.synthesize(brain("t1", "t2"), steps=5, solver=solver)
     brain_model.engine.plan.cache_clear()
@@ -197,7 +201,7 @@ def test_folded_norms_change_nothing():
         if isinstance(module, torch.nn.BatchNorm3d):
             for x in (module.weight, module.bias, module.running_mean, module.running_var):
                 torch.nn.init.uniform_(x, 0.5, 1.5)
-    lean, z = engine_torch.lean_tokenizer(vae, torch.device("cpu")), torch.randn(1, 4, 8, 4, 4, 2)
+    lean, z = torch_engine.lean_tokenizer(vae, torch.device("cpu")), torch.randn(1, 4, 8, 4, 4, 2)
     assert not any(isinstance(x, torch.nn.BatchNorm3d) for x in lean.modules())
     with torch.no_grad():
         torch.testing.assert_close(lean.prompts_of_each(z), vae.eval().prompts_of_each(z))

@@ -14,8 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels
-from kernels import reference
+import copedit_kernels as ops
+from copedit_kernels import reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(
@@ -150,7 +150,7 @@ def compare(
     call: Call,
     inputs: Sequence[Any],
     cotangent: Layout | None = None,
-    implementation: ModuleType = kernels,
+    implementation: ModuleType = ops,
     seed: int = 7,
 ) -> None:
     """Holds the outputs of `call` and the gradients of the inputs that require one to the rule.

@@ -55,10 +55,10 @@ def also_on_cpu(library: Library, name: Any, run: Any, key: str = "", **options:
 launch_kernel, JITFunction.run = JITFunction.run, compile_only
 implement, Library.impl = Library.impl, also_on_cpu  # type: ignore[method-assign]
 triton.runtime.driver.set_active(Driver())
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import kernels  # noqa: E402
-from kernels import dispatch  # noqa: E402
+import copedit_kernels as ops  # noqa: E402
+from copedit_kernels import dispatch  # noqa: E402
 
 
 def tiles(table: dict[int, Any], x: torch.Tensor) -> Any:
@@ -90,24 +90,24 @@ def launch(case: dict[str, Any]) -> None:
     op = case["op"]
     if op == "axis_attention":
         heads, dim = case.get("heads", 2), case["dim"]
-        importlib.import_module("kernels.axis_attention").ROTATE_BEFORE = case.get("before", False)  # type: ignore
+        importlib.import_module("copedit_kernels.attention").ROTATE_BEFORE = case.get("before", False)  # type: ignore
         rope = torch.zeros(2, tokens, dim // 2) if case.get("rope") else None
-        out = (kernels.axis_attention(zeros(batch, m, tokens, 3, heads, dim), rope, case["axis"]),)
+        out = (ops.axis_attention(zeros(batch, m, tokens, 3, heads, dim), rope, case["axis"]),)
     elif op in ("ada_norm", "gated_residual_ada_norm"):
         x, weight = zeros(batch, m, tokens, channels), zeros(channels, dtype=wide) if case.get("weight", True) else None
         if op == "ada_norm":
-            out = (kernels.ada_norm(x, modulation(), modulation(), weight, case["kind"]),)
+            out = (ops.ada_norm(x, modulation(), modulation(), weight, case["kind"]),)
         else:
             branch, gate = zeros(batch, m, tokens, channels), modulation()
-            out = kernels.gated_residual_ada_norm(x, branch, gate, modulation(), modulation(), weight, case["kind"])
+            out = ops.gated_residual_ada_norm(x, branch, gate, modulation(), modulation(), weight, case["kind"])
     elif op == "swiglu":
-        out = (kernels.swiglu(zeros(batch, m, tokens, 2 * channels)),)
+        out = (ops.swiglu(zeros(batch, m, tokens, 2 * channels)),)
     elif op == "nearest_code":
-        kernels.nearest_code(torch.zeros(batch * 4608, 8, dtype=dtype), torch.zeros(8192, 8, dtype=dtype))
+        ops.nearest_code(torch.zeros(batch * 4608, 8, dtype=dtype), torch.zeros(8192, 8, dtype=dtype))
         return
     elif op == "partial_ddim_step_":
         z, x0, observed = (*torch.zeros(2, batch, m, 8, 24, 24, 8, dtype=dtype).unbind(0), torch.zeros(batch, m) > 0)
-        kernels.partial_ddim_step_(z, x0, observed, torch.zeros(200, 2), torch.zeros((), dtype=torch.int64))
+        ops.partial_ddim_step_(z, x0, observed, torch.zeros(200, 2), torch.zeros((), dtype=torch.int64))
         return
     else:
         raise ValueError(op)

@@ -10,8 +10,8 @@ import torch
 from checks import interpreted, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from kernels import dispatch, reference
+import copedit_kernels as ops
+from copedit_kernels import dispatch, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = """
@@ -40,13 +40,13 @@ def run_all() -> list[str]:
     """Every public operator once; the registered operators that ran."""
     x, s = normal(2, 2, 3, 16, dtype=torch.float32), normal(2, 16, dtype=torch.float32)
     with Recorder() as recorder:
-        kernels.axis_attention(normal(1, 2, 3, 3, 1, 32, dtype=torch.float32), None, "token")
-        kernels.axis_attention(normal(1, 2, 3, 3, 1, 32, dtype=torch.float32), None, "element")
-        kernels.ada_norm(x, s, s)
-        kernels.gated_residual_ada_norm(x, x, s, s, s)
-        kernels.swiglu(x)
-        kernels.nearest_code(x.view(-1, 16), x.view(-1, 16))
-        kernels.partial_ddim_step_(x.clone(), x, torch.zeros(2, 2).bool(), normal(3, 2, dtype=torch.float32), 1)
+        ops.axis_attention(normal(1, 2, 3, 3, 1, 32, dtype=torch.float32), None, "token")
+        ops.axis_attention(normal(1, 2, 3, 3, 1, 32, dtype=torch.float32), None, "element")
+        ops.ada_norm(x, s, s)
+        ops.gated_residual_ada_norm(x, x, s, s, s)
+        ops.swiglu(x)
+        ops.nearest_code(x.view(-1, 16), x.view(-1, 16))
+        ops.partial_ddim_step_(x.clone(), x, torch.zeros(2, 2).bool(), normal(3, 2, dtype=torch.float32), 1)
     return [name.removeprefix("copedit::") for name in recorder.names if name.startswith("copedit::")]
 
 
@@ -60,15 +60,15 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_values(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("COPEDIT_KERNELS", choice)
-    assert kernels.implementation() == choice
+    assert ops.implementation() == choice
     monkeypatch.delenv("COPEDIT_KERNELS")
-    assert kernels.implementation() == "auto"
+    assert ops.implementation() == "auto"
 
 
 @pytest.mark.parametrize("choice", ["", "Triton", "cuda", "fastest"])
 def test_another_value_is_refused_by_every_operator(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COPEDIT_KERNELS", choice)
-    for call in (kernels.implementation, run_all, lambda: dispatch.use_triton(torch.zeros(1))):
+    for call in (ops.implementation, run_all, lambda: dispatch.use_triton(torch.zeros(1))):
         with pytest.raises(ValueError, match=rf"COPEDIT_KERNELS='{choice}'.*auto.*reference.*triton"):
             call()
 
@@ -96,12 +96,12 @@ def test_a_tensor_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="CUDA tensors or TRITON_INTERPRET=1"):
         dispatch.use_triton(torch.zeros(1, device="meta"))
     with pytest.raises(ValueError, match="CUDA tensors or TRITON_INTERPRET=1"):
-        kernels.swiglu(torch.zeros(2, 4, device="meta"))
+        ops.swiglu(torch.zeros(2, 4, device="meta"))
 
 
 def test_triton_without_gpu_and_interpreter_is_refused() -> None:
     pytest.importorskip("triton")
-    code = "import torch, kernels; kernels.swiglu(torch.zeros(2, 4))"
+    code = "import torch, kernels; ops.swiglu(torch.zeros(2, 4))"
     assert python(code).returncode == 0
     done = python(code, COPEDIT_KERNELS="triton", CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
@@ -117,8 +117,8 @@ def test_without_triton_the_reference_runs() -> None:
         + "from copedit_rt import denoiser, tokenizer\n"
         + "assert 'triton' not in sys.modules\n"
         + "h = torch.randn(3, 8)\n"
-        + "assert torch.equal(kernels.swiglu(h), kernels.reference.swiglu(h))\n"
-        + "print(kernels.implementation())"
+        + "assert torch.equal(ops.swiglu(h), ops.reference.swiglu(h))\n"
+        + "print(ops.implementation())"
     )
     done = python(code)
     assert done.returncode == 0, done.stderr
@@ -133,8 +133,8 @@ def test_the_public_names_have_the_signatures_of_the_reference() -> None:
     import inspect
 
     for name in ("axis_attention", "ada_norm", "gated_residual_ada_norm", "swiglu", "partial_ddim_step_", "rotate"):
-        public, plain = (inspect.signature(getattr(module, name)) for module in (kernels, reference))
+        public, plain = (inspect.signature(getattr(module, name)) for module in (ops, reference))
         assert [(p.name, p.default) for p in public.parameters.values()] == [
             (p.name, p.default) for p in plain.parameters.values()
         ], name
-    assert next(iter(inspect.signature(kernels.nearest_code).parameters)) == "z"
+    assert next(iter(inspect.signature(ops.nearest_code).parameters)) == "z"

@@ -29,10 +29,10 @@ from checks import (
 )
 from torch import Tensor
 
-import kernels
+import copedit_kernels as ops
+from copedit_kernels import reference
 from copedit_rt.config import PRESETS
-from copedit_rt.denoiser import rope_table as model_rope
-from kernels import reference
+from copedit_rt.networks.denoiser import rope_table as model_rope
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
@@ -66,7 +66,7 @@ def test_attention(axis: str, preset: str, dtype: torch.dtype, monkeypatch: pyte
     qkv = leaf(normal(1, m, tokens, 3, heads, dim, dtype=dtype, device="cuda"))
     for rope in (preset_rope(preset), None):
         compare(attention(axis), (qkv, rope))
-    monkeypatch.setattr(importlib.import_module("kernels.axis_attention"), "ROTATE_BEFORE", True)
+    monkeypatch.setattr(importlib.import_module("copedit_kernels.attention"), "ROTATE_BEFORE", True)
     compare(attention(axis), (qkv, preset_rope(preset)))
 
 
@@ -115,9 +115,9 @@ def test_nearest_code(codes: int, offset: float, monkeypatch: pytest.MonkeyPatch
         book = normal(codes, dim, seed=1, dtype=torch.float32, device="cuda") + offset
         # On the CPU, where the reference rounds product and sum apart; its CUDA build may fuse them.
         expected = reference.nearest_code(z.cpu(), book.cpu()).cuda()
-        assert torch.equal(kernels.nearest_code(z, book), expected)
-        assert torch.equal(kernels.nearest_code(z.T.contiguous().T, book), expected)  # channels first, as latents come
-        assert torch.equal(kernels.nearest_code(book, torch.cat((book, book))), torch.arange(codes, device="cuda"))
+        assert torch.equal(ops.nearest_code(z, book), expected)
+        assert torch.equal(ops.nearest_code(z.T.contiguous().T, book), expected)  # channels first, as latents come
+        assert torch.equal(ops.nearest_code(book, torch.cat((book, book))), torch.arange(codes, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,7 +131,7 @@ def test_partial_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     before = z.clone()
     expected = reference.partial_ddim_step_(z.clone(), x0, observed, table, step)
     exact = table[7, 0].double() * before.double() + table[7, 1].double() * x0.double()
-    kernels.partial_ddim_step_(z, x0, observed, table, step)
+    ops.partial_ddim_step_(z, x0, observed, table, step)
     assert torch.equal(z[observed], before[observed])
     error, allowed = ((v.double() - exact)[~observed].abs().max() for v in (z, expected))
     assert error <= 2 * allowed + torch.finfo(dtype).eps * exact[~observed].abs().max()
@@ -145,11 +145,11 @@ def test_a_captured_loop_counts_its_steps(monkeypatch: pytest.MonkeyPatch) -> No
     table, step = normal(5, 2, dtype=torch.float32, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
     expected = z.clone()
     for i in range(5):
-        kernels.partial_ddim_step_(expected, x0, observed, table, i)
-    kernels.partial_ddim_step_(z.clone(), x0, observed, table, step)  # compiles before the capture
+        ops.partial_ddim_step_(expected, x0, observed, table, i)
+    ops.partial_ddim_step_(z.clone(), x0, observed, table, step)  # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.partial_ddim_step_(z, x0, observed, table, step)
+        ops.partial_ddim_step_(z, x0, observed, table, step)
         step.add_(1)
     for _ in range(5):
         graph.replay()
@@ -176,7 +176,7 @@ def everything(dtype: torch.dtype, batch: int = 2, tokens: int = 576) -> list[Ca
 
     def gradients(call: Callable, *inputs: Tensor) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
-            out = call(kernels, *inputs)
+            out = call(ops, *inputs)
             outputs = out if isinstance(out, tuple) else (out,)
             cotangents = [normal(*y.shape, seed=8, device="cuda").to(y.dtype) for y in outputs]
             leaves = [v for v in inputs if v.requires_grad]
@@ -191,8 +191,8 @@ def everything(dtype: torch.dtype, batch: int = 2, tokens: int = 576) -> list[Ca
         gradients(norm("layer", 1e-4), x, scale, shift, weight),
         gradients(gated_norm("rms", 1e-4), x, branch, gate, scale, shift, weight),
         gradients(swiglu, h),
-        lambda: [kernels.nearest_code(z, book)],
-        lambda: [kernels.partial_ddim_step_(x.detach().clone(), branch.detach(), observed, table, 3)],
+        lambda: [ops.nearest_code(z, book)],
+        lambda: [ops.partial_ddim_step_(x.detach().clone(), branch.detach(), observed, table, 3)],
     ]
 
 
@@ -242,32 +242,32 @@ for axis in ("token", "element"):
     for dim in (48, 64):
         qkv = torch.randn(1, 3, 67, 3, 2, dim, device="cuda", dtype=torch.float16, requires_grad=True)
         rope = torch.randn(2, 67, dim // 2, device="cuda")
-        kernels.axis_attention(qkv, rope, axis).square().sum().backward()
+        ops.axis_attention(qkv, rope, axis).square().sum().backward()
 """,
     "ada_norm": """
 x = torch.randn(2, 3, 7, 288, device="cuda", dtype=torch.float16, requires_grad=True)
 s = torch.randn(2, 288, device="cuda", dtype=torch.float16, requires_grad=True)
 w = torch.randn(288, device="cuda", dtype=torch.float16, requires_grad=True)
 for kind in ("rms", "layer"):
-    kernels.ada_norm(x, s, s, w, kind).square().sum().backward()
+    ops.ada_norm(x, s, s, w, kind).square().sum().backward()
 """,
     "gated_residual_ada_norm": """
 x = torch.randn(2, 3, 7, 288, device="cuda", dtype=torch.float16, requires_grad=True)
 s = torch.randn(2, 288, device="cuda", dtype=torch.float16, requires_grad=True)
-y, n = kernels.gated_residual_ada_norm(x, x, s, s, s, None)
+y, n = ops.gated_residual_ada_norm(x, x, s, s, s, None)
 (y * n).sum().backward()
 """,
     "swiglu": """
 h = torch.randn(2, 3, 7, 2 * 1023, device="cuda", dtype=torch.float16, requires_grad=True)
-kernels.swiglu(h).square().sum().backward()
+ops.swiglu(h).square().sum().backward()
 """,
     "nearest_code": """
-kernels.nearest_code(torch.randn(1001, 8, device="cuda"), torch.randn(777, 8, device="cuda"))
+ops.nearest_code(torch.randn(1001, 8, device="cuda"), torch.randn(777, 8, device="cuda"))
 """,
     "partial_ddim_step_": """
 z = torch.randn(3, 4, 8, 5, 7, 3, device="cuda")
 observed = torch.rand(3, 4, device="cuda") < 0.5
-kernels.partial_ddim_step_(z, z.clone(), observed, torch.randn(5, 2, device="cuda"), 2)
+ops.partial_ddim_step_(z, z.clone(), observed, torch.randn(5, 2, device="cuda"), 2)
 """,
 }
 

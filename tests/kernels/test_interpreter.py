@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-import kernels
-from kernels import reference
+import copedit_kernels as ops
+from copedit_kernels import reference
 
 pytestmark = interpreted
 
@@ -72,7 +72,7 @@ def strided(ndim: int, contiguous: int = 1) -> Layout:
 def test_attention_gradcheck(axis: str, shape: tuple[int, ...], expanded: tuple[int, ...], rope: bool) -> None:
     x = leaf(normal(*(1 if d in expanded else n for d, n in enumerate(shape))), strided(6))
     table = rope_table(shape[2], shape[5]) if rope else None
-    assert gradcheck(lambda v: kernels.axis_attention(v.expand(shape), table, axis), (x,), fast_mode=True)
+    assert gradcheck(lambda v: ops.axis_attention(v.expand(shape), table, axis), (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -93,16 +93,16 @@ def test_norm_gradcheck(gated: bool, kind: str, weighted: bool, one_modulation: 
 
     def call(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         wide = [v.expand(batch, -1) if v.shape == shape else v for v in inputs]
-        return (gated_norm if gated else norm)(kind, EPS)(kernels, *wide)
+        return (gated_norm if gated else norm)(kind, EPS)(ops, *wide)
 
     inputs = (x, branch, gate, scale, shift, *last) if gated else (x, scale, shift, *last)
     assert gradcheck(call, inputs, fast_mode=True)
 
 
 def test_swiglu_gradcheck() -> None:
-    assert gradcheck(kernels.swiglu, (leaf(normal(2, 2, 6), strided(3)),))
+    assert gradcheck(ops.swiglu, (leaf(normal(2, 2, 6), strided(3)),))
     shared = leaf(normal(1, 9, 70), strided(3))
-    assert gradcheck(lambda h: kernels.swiglu(h.expand(2, -1, -1)), (shared,), fast_mode=True)
+    assert gradcheck(lambda h: ops.swiglu(h.expand(2, -1, -1)), (shared,), fast_mode=True)
 
 
 # What torch.library asks of an operator: schema, fake implementation, autograd registration, AOT dispatch.
@@ -304,7 +304,7 @@ def test_norms_at_model_widths(channels: int) -> None:
 @pytest.mark.parametrize(("programs", "sum_rows"), [(8, 2), (1, 32)])
 def test_norm_gradients_over_many_tokens(programs: int, sum_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles to a program and several programs to an element, which the sizes above are too small for."""
-    module = importlib.import_module("kernels.ada_norm")
+    module = importlib.import_module("copedit_kernels.norm")
     monkeypatch.setattr(module, "TILES", {80: module.TILES[80]._replace(programs=programs)})
     monkeypatch.setattr(module, "SUM_ROWS", sum_rows)
     scale, shift, gate = (leaf(normal(2, 24, seed=s, dtype=torch.float32)) for s in (1, 2, 3))
@@ -331,7 +331,7 @@ def test_attention_at_model_widths(axis: str, channels: int, heads: int) -> None
 @pytest.mark.parametrize("dim", [48, 64])
 def test_rotation_before_the_kernel(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The alternative behind the same name: k, and q for the gradient, are turned once into a buffer."""
-    monkeypatch.setattr(importlib.import_module("kernels.axis_attention"), "ROTATE_BEFORE", True)
+    monkeypatch.setattr(importlib.import_module("copedit_kernels.attention"), "ROTATE_BEFORE", True)
     qkv = leaf(normal(1, 2, 35, 3, 2, dim, dtype=torch.float16), strided(6))
     compare(attention("token"), (qkv, rope_table(35, dim)))
 
@@ -344,7 +344,7 @@ def test_attention_over_one_token(rope: bool) -> None:
     nothing of the rounding that the rule allows; here that of the sums is the bound.
     """
     qkv, g = leaf(normal(2, 2, 1, 3, 2, 48, dtype=torch.float32)), normal(2, 2, 1, 2, 48, seed=1, dtype=torch.float32)
-    out = kernels.axis_attention(qkv, rope_table(1, 48) if rope else None, "token")
+    out = ops.axis_attention(qkv, rope_table(1, 48) if rope else None, "token")
     dq, dk, dv = torch.autograd.grad(out, qkv, g)[0].unbind(3)
     q, k, v = qkv.detach().unbind(3)
     assert torch.equal(out, v) and torch.equal(dv, g)
@@ -380,7 +380,7 @@ def check_nearest_code(drawn: tuple[Tensor, Tensor]) -> None:
     """The very index of the reference, which is exact in float32 and leftmost on ties."""
     z, book = drawn
     with poisoned_memory():
-        index = kernels.nearest_code(z, book)
+        index = ops.nearest_code(z, book)
     assert index.dtype == torch.int64 and torch.equal(index, reference.nearest_code(z, book))
 
 
@@ -403,8 +403,8 @@ def test_nearest_code_is_exact(offset: float) -> None:
     z = normal(100, 8, dtype=torch.float32) + offset
     book = normal(200, 8, seed=1, dtype=torch.float32) + offset
     exact = torch.cdist(z.double(), book.double())
-    assert torch.equal(kernels.nearest_code(z, book), exact.argmin(1))
-    assert torch.equal(kernels.nearest_code(book, torch.cat((book, book.flip(0)))), torch.arange(len(book)))
+    assert torch.equal(ops.nearest_code(z, book), exact.argmin(1))
+    assert torch.equal(ops.nearest_code(book, torch.cat((book, book.flip(0)))), torch.arange(len(book)))
 
 
 @st.composite
@@ -434,7 +434,7 @@ def test_partial_step(drawn: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | int]
     around = whole.isnan().sum()
     expected = reference.partial_ddim_step_(z.clone(), x0, observed, table, step)
     exact = reference.partial_ddim_step_(before.double(), x0.double(), observed, table.double(), step)
-    assert kernels.partial_ddim_step_(z, x0, observed, table, step) is z
+    assert ops.partial_ddim_step_(z, x0, observed, table, step) is z
     assert torch.equal(z[observed], before[observed])
     size = (table[step].double().abs().sum() * before.double().abs().max().clamp(min=4)).item()
     for found in (z, expected):
@@ -481,7 +481,7 @@ MODULATION = torch.zeros(2, 16)
 )
 def test_refusals(call, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        call(kernels)
+        call(ops)
 
 
 @pytest.mark.parametrize("op", ["ada_norm", "gated_residual_ada_norm", "swiglu"])
@@ -490,7 +490,7 @@ def test_a_last_dimension_with_gaps_is_right_or_refused(op: str) -> None:
     scale, shift = normal(2, 16, dtype=torch.float32), normal(2, 16, seed=1, dtype=torch.float32)
     arguments = {"ada_norm": (scale, shift), "gated_residual_ada_norm": (x + 1, scale, scale, shift), "swiglu": ()}[op]
     try:
-        found = getattr(kernels, op)(x, *arguments)
+        found = getattr(ops, op)(x, *arguments)
     except ValueError as refusal:
         assert "stride" in str(refusal)
     else:
@@ -501,8 +501,8 @@ def test_backward_is_deterministic() -> None:
     def gradients() -> list[Tensor]:
         qkv = leaf(normal(1, 2, 70, 3, 1, 32, dtype=torch.float16))
         x, scale, shift = (leaf(normal(*s, dtype=torch.float16)) for s in ((2, 2, 9, 64), (2, 64), (2, 64)))
-        outputs = [kernels.axis_attention(qkv, rope_table(70, 32), axis) for axis in ("token", "element")]
-        outputs.append(kernels.ada_norm(x, scale, shift))
+        outputs = [ops.axis_attention(qkv, rope_table(70, 32), axis) for axis in ("token", "element")]
+        outputs.append(ops.ada_norm(x, scale, shift))
         cotangents = [normal(*y.shape, seed=1).to(y.dtype) for y in outputs]
         return list(torch.autograd.grad(outputs, (qkv, x, scale, shift), cotangents))
 

@@ -9,10 +9,10 @@ import torch
 from checks import assert_rule, interpreted, normal, poisoned_memory, using
 from torch import Tensor, nn
 
-import kernels
+import copedit_kernels as ops
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
-from copedit_rt.denoiser import MDiT3D
-from copedit_rt.tokenizer import CoPeVAE
+from copedit_rt.networks.denoiser import MDiT3D
+from copedit_rt.networks.tokenizer import CoPeVAE
 
 pytestmark = interpreted
 
@@ -176,6 +176,6 @@ def test_exports_with_the_operators_in_the_graph() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert operators(exported.graph) == Counter(FORWARD)
     # An engine without the operators gets plain PyTorch instead.
-    plain = exported.run_decompositions(kernels.decompositions())
+    plain = exported.run_decompositions(ops.decompositions())
     assert not operators(plain.graph)
     torch.testing.assert_close(plain.module()(*inputs), expected, rtol=1e-5, atol=1e-5)

@@ -22,8 +22,8 @@ from checks import (
     using,
 )
 
-import kernels
-from kernels import dispatch, reference
+import copedit_kernels as ops
+from copedit_kernels import dispatch, reference
 
 pytestmark = interpreted
 INSIDE = Layout.inside(4)
@@ -63,7 +63,7 @@ def element() -> None:
 
 def norms() -> None:
     """24 of 32 columns, a last tile of tokens that is not full, and backward programs that walk over two tiles."""
-    module = importlib.import_module("kernels.ada_norm")
+    module = importlib.import_module("copedit_kernels.norm")
     scale, shift, gate = (leaf(normal(2, 24, seed=s, dtype=torch.float32), Layout.inside(2)) for s in (1, 2, 3))
     weight = leaf(normal(24, seed=4, dtype=torch.float32))
     x, branch = (leaf(1 + normal(2, 3, 5, 24, seed=s, dtype=torch.float32), INSIDE) for s in (5, 6))
@@ -83,7 +83,7 @@ def codes() -> None:
     z, book = (torch.randint(-2, 3, (n, 4), generator=generator).float() for n in (150, 300))
     for codebook in (book, book + 5):
         with using("triton"):
-            index = kernels.nearest_code(place(z, Layout.inside(2)), codebook)
+            index = ops.nearest_code(place(z, Layout.inside(2)), codebook)
         assert torch.equal(index, reference.nearest_code(z, codebook))
 
 
@@ -93,7 +93,7 @@ def step() -> None:
     observed, table = torch.tensor([[1, 0, 1], [0, 0, 1]]).bool(), normal(4, 2, dtype=torch.float32)
     expected = reference.partial_ddim_step_(z.clone(), x0, observed, table, 2)
     with using("triton"):
-        kernels.partial_ddim_step_(z, x0, observed, table, torch.tensor(2))
+        ops.partial_ddim_step_(z, x0, observed, table, torch.tensor(2))
     torch.testing.assert_close(z, expected)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-import kernels
-from kernels import (
+import copedit_kernels as ops
+from copedit_kernels import (
     ada_norm,
     axis_attention,
     gated_residual_ada_norm,
@@ -350,12 +350,12 @@ def test_partial_step_refuses() -> None:
 
 def test_implementation_is_never_a_silent_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COPEDIT_KERNELS", raising=False)
-    assert kernels.implementation() == "auto"
+    assert ops.implementation() == "auto"
     monkeypatch.setenv("COPEDIT_KERNELS", "reference")
-    assert kernels.implementation() == "reference"
+    assert ops.implementation() == "reference"
     monkeypatch.setenv("COPEDIT_KERNELS", "fastest")
     with pytest.raises(ValueError, match="fastest"):
-        kernels.implementation()
+        ops.implementation()
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 100.0])

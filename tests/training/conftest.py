@@ -13,8 +13,8 @@ def model_folder(tmp_path_factory):
 
     from copedit_rt import checkpoint
     from copedit_rt.config import ModelConfig
-    from copedit_rt.denoiser import build_denoiser
-    from copedit_rt.tokenizer import CoPeVAE
+    from copedit_rt.networks.denoiser import build_denoiser
+    from copedit_rt.networks.tokenizer import CoPeVAE
 
     root = tmp_path_factory.mktemp("models")
     small = {

@@ -7,8 +7,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from copedit_rt.cli import app
-from copedit_rt.study import read_volume
-from training import demo
+from copedit_rt.images.nifti import read_volume
+from copedit_training import demo
 
 
 @pytest.fixture(scope="module")

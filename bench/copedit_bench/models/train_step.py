@@ -1,0 +1,168 @@
+"""The body of `copedit bench train-step`: one optimizer step of each stage, ours beside the same model as users write
+it (`plain`), eager and through torch.compile: time, throughput and peak memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, write_plainly
+from copedit_bench.models.sampler import no_tf32
+from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, Race, perturb
+from copedit_rt.config import PRESETS, ModelConfig
+from copedit_rt.device import choose_device
+from copedit_rt.errors import CopeditError
+from copedit_rt.networks.denoiser import MDiT3D
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.stages.settings import Settings, Stage, load_settings
+from copedit_training.stages.trainer import DenoiserTask, Task, TokenizerTask, _gradients, _optimizers
+
+STAGES: tuple[Stage, ...] = ("tokenizer", "denoiser")
+# Subjects a step on one GPU: the paper's batches (Tables 14 and 15), of the brain's tokenizer a micro-batch.
+BATCHES = {
+    ("brain-brats", "tokenizer"): 2,
+    ("brain-brats", "denoiser"): 32,
+    ("cardiac", "tokenizer"): 64,
+    ("cardiac", "denoiser"): 64,
+}
+CHECKED = 2  # subjects of which loss and gradients are compared
+BUDGET = 10.0  # seconds of samples a contestant
+
+
+class _Denoising(DenoiserTask):
+    """On random latents: what a tokenizer makes of images plays no part in a step of stage II."""
+
+    def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
+        generator, config = torch.Generator().manual_seed(SEED), self.config
+        shape = (self.views * len(images), len(config.elements))
+        latents = (*shape, config.tokenizer.latent_channels, *config.latent)
+        found = (torch.randn(size, generator=generator) for size in (latents, (*shape, 3, config.tokenizer.prompt_dim)))
+        z, prompts = (x.to(self.device) for x in found)
+        return z.half(), prompts
+
+
+def run(
+    presets: Sequence[str] = ("brain-brats", "cardiac"),
+    stages: Sequence[Stage] = STAGES,
+    batch: int | None = None,
+    device: str = "auto",
+    compiled: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+    save: Callable[[dict[str, Any]], Any] = lambda report: None,
+) -> dict[str, Any]:
+    """JSON-able, see `race.Race`; "per_second" counts subjects. Everything runs under autocast to bfloat16; what is
+    right is the plain model in float32. batch: subjects a step, None for BATCHES. On a CPU a tiny model takes the place
+    of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
+
+    Raises CopeditError for presets and devices that do not exist.
+    """
+    where = choose_device(device)
+    if unknown := [name for name in presets if name not in PRESETS]:
+        raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(sorted(PRESETS))}")
+    race = Race("Training step", where, {torch.bfloat16}, "with weights, gradients and optimizer")
+    for config in [PRESETS[name] for name in presets] if where.type == "cuda" else [TINY]:
+        for stage in stages:
+            size = batch or BATCHES.get((config.name, stage), CHECKED)
+            settings = _settings(stage, config, size, str(where))
+            what = {"model": config.name, "stage": stage, "batch": size}
+            progress(", ".join(map(str, what.values())))
+            with race.watch.stream():
+                state, exact = _truth(stage, config, settings)
+            kinds = [BASELINE, "compile", "ours"] if compiled else [BASELINE, "ours"]
+            makers = {kind: partial(_contestant, stage, config, settings, kind, state) for kind in kinds}
+            race.run(what, makers, exact, items=size, budget=BUDGET if where.type == "cuda" else 0.0)
+            save(race.report())
+    return race.report()
+
+
+def _settings(stage: Stage, config: ModelConfig, batch: int, device: str) -> Settings:
+    """Those of the preset, with the adversary where MONAI is installed and without the perceptual term, which needs
+    weights from elsewhere."""
+    tiny = Settings(steps=10, batch_size=batch, lr=1e-4, adversarial_from=-1)
+    settings = tiny if config is TINY else load_settings(stage, config.name)
+    if importlib.util.find_spec("monai") is None:
+        settings = dataclasses.replace(settings, adversarial_from=-1)
+    return dataclasses.replace(settings, batch_size=batch, accumulate=1, device=device, perceptual="", compile=False)
+
+
+def _task(stage: Stage, config: ModelConfig, settings: Settings, kind: str) -> Task:
+    shape = (settings.batch_size, len(config.elements), 1, *config.image)
+    images = np.random.default_rng(SEED).random(shape, np.float32)
+    torch.manual_seed(SEED)
+    if stage == "tokenizer":
+        task = TokenizerTask(config, settings, images.astype(np.float16))
+        if kind != "ours":
+            task.tokenizer.__class__, task.codebook.__class__ = PlainCoPeVAE, PlainCodebook
+            task.tokenizer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        if kind == "compile":
+            task.tokenizer.encoder.compile(dynamic=False)
+            task.tokenizer.decoder.compile(dynamic=False)
+        return task
+    found = _Denoising(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements)))
+    if kind != "ours":
+        assert isinstance(found.denoiser, MDiT3D)
+        write_plainly(found.denoiser)
+    if kind == "compile":
+        found.predict = [torch.compile(found.denoiser, dynamic=False)]
+    return found
+
+
+def _number(settings: Settings) -> int:
+    """Of a step in which all terms of the loss take part."""
+    return max(0, settings.quantise_from, settings.adversarial_from)
+
+
+def _truth(stage: Stage, config: ModelConfig, settings: Settings) -> tuple[dict[str, Tensor], Answer]:
+    """Weights from which all start, on the host, and the plain model's loss and gradients in float32."""
+    task = _task(stage, config, dataclasses.replace(settings, dtype="float32"), BASELINE)
+    perturb(task.denoiser if isinstance(task, DenoiserTask) else task.tokenizer)  # type: ignore[arg-type]
+    with no_tf32():
+        _answer(task, settings)  # codes and prompt encoders start from the first data that they see
+        state = {name: x.detach().cpu().clone() for name, x in task.state_dict().items()}
+        return state, _answer(task, settings)
+
+
+def _answer(task: Task, settings: Settings) -> Answer:
+    """Loss and gradients of a few subjects."""
+    whole = task.settings
+    task.settings = dataclasses.replace(whole, batch_size=min(CHECKED, whole.batch_size))
+    terms, _ = _gradients(task, task, _number(settings), range(1))
+    gradients = [p.grad.float().flatten() for p in task.parameters() if p.grad is not None]
+    found = {"loss": torch.tensor(terms["loss"]), "gradients": torch.cat(gradients).cpu()}
+    task.zero_grad(set_to_none=True)
+    if getattr(task, "quantised", None):
+        task.quantised = []  # type: ignore[assignment]
+    task.settings = whole
+    return found
+
+
+def _contestant(
+    stage: Stage, config: ModelConfig, settings: Settings, kind: str, state: dict[str, Tensor]
+) -> Contestant:
+    task = _task(stage, config, settings, kind)
+    task.load_state_dict(state)
+    if kind == "ours":
+        optimizers = _optimizers(task, settings)
+    else:
+        weights = [p for p in task.parameters() if p.requires_grad]
+        options = {"lr": settings.lr, "betas": (0.9, settings.beta2), "weight_decay": settings.weight_decay}
+        optimizers = [torch.optim.AdamW(weights, **options)]  # type: ignore[arg-type]
+    return Contestant(partial(_step, task, optimizers, settings), torch.bfloat16, partial(_answer, task, settings))
+
+
+def _step(task: Task, optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
+    """As in the loop of `copedit_training.stages.trainer`."""
+    number = _number(settings)
+    _gradients(task, task, number, range(1))
+    nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], settings.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    task.after_step(number)

@@ -1,0 +1,122 @@
+"""`python -m copedit_bench.operators.tables` writes floors, tile sizes and measurements into docs/kernels.md.
+
+They stand there between markers:
+
+`<!-- floor OPERATOR -->`, `<!-- tiles OPERATOR -->` and `<!-- measured OPERATOR -->` begin a table, `<!-- end -->` ends
+it. Tile sizes are read from the kernels' modules. Measured are the runs in bench/results/*/kernels.json that were made
+on a GPU. With --check nothing is written, and the exit code is 1 if the file is not up to date.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from copedit_bench.operators.cases import BATCHES, FLOORS, evaluate, sizes
+from copedit_bench.operators.report import PRESET, short_table, yardsticks
+from copedit_rt.config import PRESETS
+from copedit_rt.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCUMENT = ROOT / "docs/kernels.md"
+RESULTS = ROOT / "bench/results"
+NOTHING = "Not measured yet: no GPU run so far. `bench/gpu.sh` on a machine with a GPU fills this table."
+MARKED = re.compile(r"<!-- (floor|tiles|measured) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+MODULES = {
+    "axis_attention_token": "axis_attention",
+    "partial_ddim_step_": "partial_ddim",
+}  # where not the operator's name
+SINGLE = ("nearest_code", "partial_ddim_step_")  # always float32
+
+
+def runs(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Folder name -> report of every recorded run on a GPU."""
+    found = {path.parent.name: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*/kernels.json"))}
+    return {name: report for name, report in found.items() if report["machine"]["device"] == "cuda"}
+
+
+def floor_table(op: str) -> list[str]:
+    """Formulas, and their values for the brain at the smallest and largest batch."""
+    itemsize, name = (4, "float32") if op in SINGLE else (2, "bfloat16")
+    small, large = (sizes(op, PRESETS[PRESET], batch) for batch in (min(BATCHES), max(BATCHES)))
+    values = [f"{letter}={number}" if number == large[letter] else letter for letter, number in small.items()]
+    lines = [
+        f"| pass | bytes | operations | batch {min(BATCHES)} | batch {max(BATCHES)} |",
+        "|---|---|---|--:|--:|",
+    ]
+    for direction, (moved, computed) in FLOORS[op].items():
+        cells = [
+            f"{evaluate(moved, shape, itemsize) / 1e6:.4g} MB, {evaluate(computed, shape, itemsize) / 1e9:.4g} G"
+            for shape in (small, large)
+        ]
+        lines.append(f"| {direction} | `{moved}` | `{computed}` | {' | '.join(cells)} |")
+    return [*lines, "", f"Values for {PRESET} in {name}: {', '.join(values)}; G is 10⁹ operations."]
+
+
+def tiles_table(op: str) -> list[str]:
+    """The named tile sizes of an operator, by architecture; those of attention also by head dimension."""
+    # Not as an attribute of the package, where the operator has the module's name.
+    module: Any = importlib.import_module(f"kernels.{MODULES.get(op, op)}")
+    if op != "axis_attention_token":
+        fields = next(iter(module.TILES.values()))._fields
+        body = [[f"sm_{architecture}", *map(str, tile)] for architecture, tile in module.TILES.items()]
+        return [f"| | {' | '.join(fields)} |", f"|---|{'--:|' * len(fields)}", *(f"| {' | '.join(r)} |" for r in body)]
+
+    def text(tile: Any) -> str:
+        return f"{tile.BQ} × {tile.BK}, {tile.warps}, {tile.stages}"
+
+    lines = [f"| queries × keys, warps, stages | {' | '.join(f'D = {dim}' for dim in module.HALVES)} |"]
+    lines += [f"|---|{'---|' * len(module.HALVES)}"]
+    for title, table in (
+        ("forward", "FORWARD"),
+        ("backward, dq", "BACKWARD_Q"),
+        ("backward, dk and dv", "BACKWARD_KV"),
+        ("float32 forward", "FORWARD_32"),
+        ("float32 backward, both", "BACKWARD_32"),
+    ):
+        for architecture, dims in getattr(module, table).items():
+            lines.append(f"| {title}, sm_{architecture} | {' | '.join(text(dims[dim]) for dim in module.HALVES)} |")
+    return [*lines, "", "Types of 16 bits where a row does not say float32."]
+
+
+def measured_table(op: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """The short table of every recorded run."""
+    lines: list[str] = []
+    for name, report in found.items():
+        table = short_table(report, op, PRESET)
+        if table:
+            about = report["machine"]
+            title = f"{about['name']}, {report['settings']['dtype']}, torch {about['packages']['torch']}, triton"
+            title += f" {about['packages']['triton']}, commit {str(about['commit'] or about['sources'])[:12]}"
+            lines += [f"{title}; {yardsticks(report)} (all of it: [{name}](../bench/results/{name}/kernels.md)):", ""]
+            lines += [*table, ""]
+    return lines[:-1] or [NOTHING]
+
+
+def filled(text: str, found: dict[str, dict[str, Any]]) -> str:
+    """A document with every marked table written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, op = match.groups()
+        tables = {"floor": floor_table, "tiles": tiles_table, "measured": lambda op: measured_table(op, found)}
+        lines = tables[kind](op)
+        return "\n".join([f"<!-- {kind} {op} -->", "", *lines, "", "<!-- end -->"])
+
+    return MARKED.sub(table, text)
+
+
+def main(arguments: list[str]) -> int:
+    text = DOCUMENT.read_text("utf-8")
+    new = filled(text, runs())
+    if "--check" in arguments:
+        return int(new != text)
+    write_atomically(DOCUMENT, new.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

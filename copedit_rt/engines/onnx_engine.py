@@ -1,0 +1,150 @@
+"""The engine on ONNX Runtime, on the CPU: needs neither torch nor triton. `copedit export onnx` writes its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from copedit_rt import checkpoint, schedule
+from copedit_rt.engines.engine import Encoded
+from copedit_rt.errors import CopeditError
+
+MANIFEST, ENCODER, STEP, DECODER = "onnx.json", "encoder.onnx", "step.onnx", "decoder.onnx"
+FORMAT = 2  # of the manifest, and of the graphs' inputs and outputs
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+class Refused(CopeditError):
+    """ONNX files that must not be used, in a folder whose weights may be sound."""
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the export wrote about itself; every file that it names is as it was written.
+
+    Raises Refused for a file that is damaged, exchanged or missing, and for files of another origin or version;
+    CopeditError for a folder that holds no ONNX files.
+    """
+    path, again = folder / MANIFEST, "export it again with copedit export onnx"
+    graphs = [folder / name for name in (ENCODER, STEP, DECODER)]
+    if not path.is_file():
+        if foreign := [graph for graph in graphs if graph.is_file()]:
+            raise Refused(f"{foreign[0]}: there is no {MANIFEST} beside it, so copedit did not write it; {again}")
+        raise CopeditError(
+            f"{folder} holds no ONNX files; write them with copedit export onnx --model {folder.name} -o FOLDER"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, digests = manifest["format"], dict(manifest["sha256"])
+        precision = manifest["precision"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Refused(f"{path}: damaged, it is not what copedit export onnx writes; {again}") from error
+    if version != FORMAT:
+        raise Refused(f"{path}: of format {version}, this version reads {FORMAT}; {again}")
+    if precision not in PRECISIONS:
+        raise Refused(f"{path}: damaged, there is no precision {precision!r}; {again}")
+    for name in (checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.DENOISER, ENCODER, STEP, DECODER):
+        try:
+            same = digest(folder / name) == digests.get(name)
+        except OSError as error:
+            raise Refused(f"{folder / name}: cannot be read ({error.strerror}); {again}") from error
+        if not same:
+            kind = "damaged or not from this export" if name.endswith(".onnx") else "changed since the export"
+            raise Refused(f"{folder / name}: {kind}, its hash is not that in {MANIFEST}; {again}")
+    return manifest
+
+
+class OnnxEngine:
+    """See `engine.Engine`."""
+
+    name, device = "onnxruntime", "cpu"
+
+    def __init__(self, folder: Path, device: str = "auto", max_memory: int | None = None):
+        """device: auto or cpu. max_memory: None, as these graphs take whole volumes.
+
+        Threads: OMP_NUM_THREADS, or one a core. Raises CopeditError for another device, a max_memory, and where
+        onnxruntime is not installed or the folder holds no ONNX files; Refused for files that must not be used.
+        """
+        if device not in ("auto", "cpu"):
+            raise CopeditError(f"device {device!r}: the engine onnxruntime runs on the CPU; use cpu, or engine torch")
+        if max_memory is not None:
+            raise CopeditError("max_memory: the engine onnxruntime takes whole volumes; leave it out, or use torch")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise CopeditError(f"engine onnxruntime: {error}; pip install onnxruntime") from error
+        manifest = read_manifest(folder)
+        if manifest["precision"] == "bfloat16":
+            raise Refused(f"{folder}: exported in bfloat16, which ONNX Runtime cannot compute on a CPU; export float32")
+        digests, self.precision = manifest["sha256"], manifest["precision"]
+        self.config = checkpoint.read_config(folder)
+        self.weights = {"tokenizer": digests[checkpoint.TOKENIZER], "denoiser": digests[checkpoint.DENOISER]}
+        self.versions = {"onnxruntime": onnxruntime.__version__}
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised as well
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        options.intra_op_num_threads = int(threads) if threads.isdigit() else 0
+        self._sessions: dict[str, Any] = {}
+        for name in (ENCODER, STEP, DECODER):
+            try:
+                self._sessions[name] = onnxruntime.InferenceSession(
+                    folder / name, options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime's have no common base
+                reason = str(error).splitlines()[0]
+                raise Refused(f"{folder / name}: ONNX Runtime {self.versions['onnxruntime']}: {reason}") from error
+        self._takes = {name: {i.name for i in s.get_inputs()} for name, s in self._sessions.items()}
+
+    def _run(self, graph: str, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Outputs of a graph; a network without prompts has no such input."""
+        given = {name: value for name, value in inputs.items() if name in self._takes[graph]}
+        try:
+            return self._sessions[graph].run(None, given)
+        except Exception as error:
+            if "alloc" in str(error).lower():
+                raise MemoryError(str(error)) from error
+            raise
+
+    def encode(self, images: np.ndarray) -> Encoded:
+        outputs = self._run(ENCODER, images=images[None], observed=np.ones((1, len(images)), bool))
+        return Encoded(*(output[0] for output in outputs))
+
+    def sample(
+        self,
+        z: np.ndarray,
+        prompts: np.ndarray,
+        observed: np.ndarray,
+        steps: int,
+        solver: str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        config = self.config.diffusion
+        coefficients = schedule.step_coefficients(config, steps, solver)
+        now, previous = z[None], np.zeros_like(z[None])
+        for i, t in enumerate(schedule.timesteps(config, steps)):
+            now, previous = self._run(
+                STEP,
+                z=now,
+                t=np.array([t]),
+                prompts=prompts[None],
+                observed=observed[None],
+                previous=previous,
+                coefficients=coefficients[i, None],
+            )
+            if progress:
+                progress(i + 1, steps)
+        return now[0]
+
+    def decode(self, z: np.ndarray) -> np.ndarray:
+        return self._run(DECODER, z=z[None])[0][0]

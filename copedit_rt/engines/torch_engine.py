@@ -1,0 +1,124 @@
+"""The engine on torch: Triton kernels on CUDA, their reference on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from copedit_rt.config import ModelConfig
+from copedit_rt.engines.cpu_blocks import pack
+from copedit_rt.engines.engine import Encoded
+from copedit_rt.networks import sampler
+from copedit_rt.networks.denoiser import MDiT3D, UNet
+from copedit_rt.networks.sampler import Plan
+from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder, fold_norms
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+class TorchEngine:
+    """See `engine.Engine`."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: CoPeVAE,
+        denoiser: MDiT3D | UNet,
+        device: torch.device,
+        max_memory: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """max_memory: as in `synthesizer.Synthesizer`.
+
+        dtype: of the autoencoder's and the denoiser's weights and products (None: their own). The codebook, prompt
+        encoders, heads, statistics and the sampler's latents stay in float32, as elements differ by less than bfloat16
+        resolves. The networks given are not changed.
+        """
+        self.config = config
+        self.max_memory = max_memory
+        self._device = device
+        self.device = str(device)
+        self.versions = {"torch": str(torch.__version__)}
+        self.tokenizer = lean_tokenizer(tokenizer, device, dtype)
+        self.denoiser = _copy(denoiser, set(denoiser.parameters()), device, dtype)
+        self._dtype = next(self.denoiser.parameters()).dtype
+        self.precision = str(self._dtype).removeprefix("torch.")
+        if isinstance(self.denoiser, MDiT3D):
+            pack(self.denoiser)
+        self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns
+
+    @torch.no_grad()
+    def encode(self, images: np.ndarray) -> Encoded:
+        vae = self.tokenizer
+        z = vae.encode(self._there(images)[None], self.max_memory).to(vae.latent_mean.dtype)
+        each = vae.prompts_of_each(z)
+        prompts = each.mean(1)
+        count, missing, _ = vae.assess(prompts)
+        alone = vae.assess(each[0])[1]
+        first = (vae.normalise(z)[0], prompts[0], count[0], missing[0], alone)
+        return Encoded(*(_here(x) for x in first))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: np.ndarray,
+        prompts: np.ndarray,
+        observed: np.ndarray,
+        steps: int,
+        solver: str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        start, given, net = self._there(z)[None], self._there(prompts)[None], self.denoiser
+        if isinstance(net, MDiT3D):
+            return _here(self.plan(tuple(observed.tolist()), steps, solver).run(start, given, progress)[0])
+        there = self._there(observed)[None]
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            return net(z.to(self._dtype), t, given, there)
+
+        return _here(sampler.sample(predict, start, there, self.config.diffusion, steps, progress, solver)[0])
+
+    def _plan(self, observed: tuple[bool, ...], steps: int, solver: str) -> Plan:
+        assert isinstance(self.denoiser, MDiT3D)
+        return Plan(self.denoiser, self.config, steps, torch.tensor([observed]), solver)
+
+    @torch.no_grad()
+    def decode(self, z: np.ndarray) -> np.ndarray:
+        return _here(self.tokenizer.images(self._there(z)[None], self.config.task == "cardiac", self.max_memory)[0])
+
+    def _there(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(self._device)
+
+
+def lean_tokenizer(tokenizer: CoPeVAE, device: torch.device, dtype: torch.dtype | None = None) -> CoPeVAE:
+    """A copy for inference: the autoencoder in another type (None: its own), norms folded into convolutions, whose
+    weights are laid out with channels last."""
+    parts = (*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters())
+    made = _copy(tokenizer, set(parts), device, dtype)
+    for encoder in made.prompt_encoders:
+        fold_norms(cast(PromptEncoder, encoder))
+    return made
+
+
+def _copy(net: Net, convert: set[nn.Parameter], device: torch.device, dtype: torch.dtype | None) -> Net:
+    """A copy without gradients on a device, the parameters in `convert` in a type (None: their own); shares what need
+    not be changed."""
+    copies: dict[int, Tensor] = {id(x): x.detach().to(device) for x in net.buffers()}
+    for p in net.parameters():
+        x = p.detach().to(device, dtype if p in convert else None)
+        if x.ndim == 5:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        copies[id(p)] = nn.Parameter(x, requires_grad=False)
+    return copy.deepcopy(net, copies).eval()
+
+
+def _here(x: Tensor) -> np.ndarray:
+    return x.float().cpu().numpy()

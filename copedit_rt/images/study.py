@@ -1,0 +1,257 @@
+"""A study: one subject's images, read and checked, and what was synthesised of it, written. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from copedit_rt.errors import CopeditError
+from copedit_rt.files import unwritable, write_atomically
+from copedit_rt.images.find import StudyFiles, find_studies, output_path
+from copedit_rt.images.grids import slice_axis
+from copedit_rt.images.names import STACK, STYLES, Naming
+from copedit_rt.images.nifti import MARK, Volume, read_outline, read_volume, resample_onto, same_grid, write_nifti
+from copedit_rt.task import Task
+
+
+@dataclass(eq=False)
+class Study:
+    """One subject's images.
+
+    volumes: brain, {modality: volume}, outputs take the grid of the first; cardiac, {"sax": stack}.
+    missing_slices: cardiac, indices along the file's slice axis (`grids.slice_axis`).
+    synthetic: names of the volumes that were synthesised (cardiac: in part).
+    naming: how the files are called; None for a study that was not read. notes: what the user should know.
+    """
+
+    name: str
+    task: Task
+    volumes: dict[str, Volume]
+    missing_slices: tuple[int, ...] = ()
+    synthetic: frozenset[str] = frozenset()
+    naming: Naming | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def read(
+        cls,
+        files: StudyFiles | Mapping[str, Path | str] | Sequence[Path | str] | Path | str,
+        *,
+        missing_slices: Sequence[int] | None = None,
+        resample: bool = False,
+        check_content: bool = True,
+    ) -> Study:
+        """Read and check every file of one study: of `StudyFiles`, a folder, a file, files, or {modality: file}.
+
+        missing_slices: cardiac, indices from 0 along the slice axis, besides the blank ones that are found.
+        resample: put files on other grids onto the first one's, instead of refusing them.
+        check_content: False to look at an image that shows nothing (constant or NaN), instead of refusing it.
+        Raises CopeditError as `find_studies` does, for several studies, and for what is wrong with a file.
+        """
+        files = files if isinstance(files, StudyFiles) else _only_study(files)
+        if files.problem:
+            raise CopeditError(files.problem)
+        volumes = {e: read_volume(path, keep_raw=files.task == "cardiac") for e, path in files.files.items()}
+        study = cls(files.name, files.task, volumes, naming=files.naming)
+        if study.task == "cardiac":
+            _read_stack(study, missing_slices or (), check_content)
+        elif missing_slices:
+            raise CopeditError(f"{study.name} is a brain study; missing slices can be named for cardiac stacks only")
+        else:
+            _read_modalities(study, resample, check_content)
+        study.notes += tuple(
+            f"{v.path} has no orientation (qform and sform codes are 0); taken as {''.join(nib.aff2axcodes(v.affine))}"
+            for v in volumes.values()
+            if not (v.header["qform_code"] or v.header["sform_code"])
+        )
+        return study
+
+    @classmethod
+    def outline(cls, files: StudyFiles) -> Study:
+        """The study with zeros for voxels; CopeditError for what names, headers and file sizes give away."""
+        if files.problem:
+            raise CopeditError(files.problem)
+        volumes = {e: read_outline(path) for e, path in files.files.items()}
+        return cls(files.name, files.task, volumes, naming=files.naming)
+
+    @property
+    def reference(self) -> Volume:
+        return next(iter(self.volumes.values()))
+
+    def with_synthetic(self, images: Mapping[str, NDArray]) -> Study:
+        """A new study with these volumes [X, Y, Z] added, on the reference's grid (cardiac: replacing it)."""
+        volumes = dict(self.volumes)
+        for name, data in images.items():
+            old = volumes.get(name)
+            volumes[name] = replace(
+                self.reference,
+                data=np.asarray(data, np.float32),
+                path=old.path if old else None,
+                sha256=old.sha256 if old else None,
+                raw=old.raw if old else None,
+            )
+        return replace(self, volumes=volumes, synthetic=self.synthetic | set(images))
+
+    def output_path(self, folder: Path, element: str) -> Path:
+        """Where an element's output goes; CopeditError if that is where an input lies."""
+        inputs = [volume.path for volume in self.volumes.values() if volume.path]
+        return output_path(self._naming, folder, element, inputs)
+
+    @property
+    def _naming(self) -> Naming:
+        if self.naming:
+            return self.naming
+        return Naming(f"{self.name}_", STYLES[0]) if self.task == "brain" else Naming(self.name, {STACK: ""})
+
+    def write(
+        self,
+        folder: Path,
+        *,
+        model: str,
+        record: Mapping[str, Any] | None = None,
+        std: Mapping[str, NDArray] | None = None,
+    ) -> list[Path]:
+        """Write what was synthesised as .nii.gz with a .json sidecar (`record`); atomic, images last.
+
+        std: {element: [X, Y, Z]}, written as float32 beside it (`..._sd.nii.gz`). Headers are the reference's
+        but for data type and description. A cardiac stack keeps its type, scaling and every number of its
+        present slices. Existing files are replaced, inputs never. Returns the images' paths.
+        """
+        header, written = self.reference.header, []
+        for element in (name for name in self.volumes if name in self.synthetic):
+            path = self.output_path(folder, element)
+            sidecar = {
+                "synthetic": True,
+                "element": element,
+                "file": path.name,
+                "model": model,
+                **({"synthetic_slices": list(self.missing_slices)} if self.task == "cardiac" else {}),
+                **(record or {}),
+            }
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unwritable(path.parent, error) from error
+            text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
+            write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
+            if std and element in std:
+                sd_header = header.copy()
+                sd_header["cal_min"] = sd_header["cal_max"] = 0  # they are an image's display range
+                spread = np.asarray(std[element], np.float32)
+                sd_path = self._naming.path(folder, element, "_sd")
+                write_nifti(sd_path, spread, sd_header, f"{MARK} {model}, SD map")
+            if self.task == "cardiac" and self.volumes[element].raw is not None:
+                write_nifti(path, self._raw_stack(), header, f"{MARK} {model}", scaled=True)
+            else:
+                write_nifti(path, self.volumes[element].data, header, f"{MARK} {model}")
+            written.append(path)
+        return written
+
+    def _raw_stack(self) -> NDArray:
+        """The file's own numbers with the missing slices put in, rounded where the type is an integer."""
+        volume = self.volumes[STACK]
+        raw = np.array(volume.raw)
+        where: list[Any] = [slice(None)] * 3
+        where[slice_axis(raw.shape, volume.affine)] = list(self.missing_slices)
+        slope, inter = volume.header.get_slope_inter()
+        values = (volume.data[tuple(where)].astype(np.float64) - (inter or 0)) / (slope or 1)
+        if raw.dtype.kind in "iu":
+            limits = np.iinfo(raw.dtype)
+            values = np.rint(values).clip(limits.min, limits.max)
+        raw[tuple(where)] = values
+        return raw
+
+
+def _only_study(files: Mapping[str, Path | str] | Sequence[Path | str] | Path | str) -> StudyFiles:
+    found = find_studies((), files) if isinstance(files, Mapping) else find_studies(files)
+    if len(found) > 1:
+        few = ", ".join(study.name for study in found[:3]) + ", ..." * (len(found) > 3)
+        raise CopeditError(f"{files} holds {len(found)} studies ({few}); give one, or use find_studies")
+    return found[0]
+
+
+def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
+    reference, (first, *others) = study.reference, study.volumes
+    if check_content:
+        for name, volume in study.volumes.items():
+            if bad := volume.data.size - int(np.isfinite(volume.data).sum()):
+                raise CopeditError(f"{volume.path}: {bad} voxels of {name} are NaN or infinite; set them to 0")
+            if volume.data.min() == volume.data.max():
+                raise CopeditError(
+                    f"{volume.path}: every voxel of {name} is {volume.data.flat[0]:g}, so it shows nothing; "
+                    f"leave it out to have it synthesised"
+                )
+    differing = [name for name in others if not same_grid(study.volumes[name], reference)]
+    if differing and not resample:
+        grids = "; ".join(f"{name} ({study.volumes[name].path}): {study.volumes[name].grid}" for name in differing)
+        raise CopeditError(
+            f"{study.name}: the files are on different grids, {first} ({reference.path}): {reference.grid}; "
+            f"{grids}{_offset(reference, study.volumes[differing[0]])}; use --resample to bring all onto the "
+            f"grid of {first}"
+        )
+    for name in differing:
+        volume = study.volumes[name]
+        data = resample_onto(volume, reference)
+        if check_content and not data.any():
+            raise CopeditError(
+                f"{study.name}: {name} ({volume.path}) does not overlap with {first} "
+                f"({reference.path}) in space; check that both are of the same patient and registered"
+            )
+        study.volumes[name] = replace(volume, data=data, affine=reference.affine)
+        study.notes += (f"{name} was resampled from {volume.grid} onto the grid of {first}",)
+
+
+def _offset(a: Volume, b: Volume) -> str:
+    """For grids of one shape and voxel size: how far apart they are."""
+    if a.grid != b.grid:
+        return ""
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+    corners[:, :3] *= np.array(a.data.shape) - 1
+    return f", {np.linalg.norm((corners @ (a.affine - b.affine).T)[:, :3], axis=1).max():.3g} mm apart"
+
+
+def _read_stack(study: Study, missing_slices: Sequence[int], check_content: bool) -> None:
+    volume = study.volumes[STACK]
+    axis = slice_axis(volume.data.shape, volume.affine)
+    count = volume.data.shape[axis]
+    if wrong := [index for index in missing_slices if not 0 <= index < count]:
+        raise CopeditError(
+            f"{volume.path} has no slice {wrong[0]}; it has {count} slices, counted from 0 to {count - 1}"
+        )
+    blank = blank_slices(volume.data, axis)
+    missing = sorted({*map(int, missing_slices), *blank})
+    study.missing_slices = tuple(missing)
+    if blank:
+        study.notes += (f"slices {', '.join(map(str, blank))} are blank and count as missing",)
+    if not check_content:
+        return
+    if len(missing) == count:
+        why = "blank (one value, or NaN)" if len(blank) == count else "blank or named as missing"
+        raise CopeditError(f"{volume.path}: all {count} slices are {why}, so nothing is observed; give another file")
+    slices = np.moveaxis(volume.data, axis, 0)
+    bad = [index for index in range(count) if index not in missing and not np.isfinite(slices[index]).all()]
+    if bad:
+        raise CopeditError(
+            f"{volume.path}: slice {bad[0]} holds NaN or infinite voxels; set them to 0, or the whole "
+            f"slice to NaN if it is missing"
+        )
+
+
+def blank_slices(data: NDArray, axis: int) -> tuple[int, ...]:
+    """Indices of the slices along an axis that hold one value only, or only NaN."""
+    slices = np.moveaxis(data, axis, 0).reshape(data.shape[axis], -1)
+    return tuple(i for i, s in enumerate(slices) if np.isnan(s).all() or s.min() == s.max())
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know by itself."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value)

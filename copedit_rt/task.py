@@ -1,0 +1,5 @@
+"""Brain or heart: the two tasks of the product."""
+
+from typing import Literal
+
+Task = Literal["brain", "cardiac"]

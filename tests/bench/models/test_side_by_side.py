@@ -1,0 +1,188 @@
+"""The benchmarks of whole models on tiny ones: wrong answers are caught, reports complete, plain is the same model."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from copedit_bench import timing
+from copedit_bench.models import contestants, cpu, sampler, side_by_side, train_step
+from copedit_bench.models.side_by_side import TINY, Contestant, Race, distance
+from copedit_rt import cli
+from copedit_rt.errors import CopeditError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hurry():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "ROUNDS", (2, 2))
+        patch.setattr(timing, "SAMPLE", 1e-5)
+        patch.setattr(side_by_side, "CELL", 0.0)
+        yield
+
+
+def constant(value, dtype=torch.float32):
+    return lambda: Contestant(lambda: {"y": torch.tensor([1.0, value])}, dtype)
+
+
+def test_only_right_answers_are_timed():
+    def broken():
+        raise RuntimeError("no such library\nand more")
+
+    entrants = {
+        "eager": constant(1 + 1e-6),
+        "ours": constant(1 + 2e-6),
+        "wrong": constant(1 + 1e-5),
+        "nan": constant(float("nan")),
+        "broken": broken,
+        "other": lambda: Contestant(lambda: {"z": torch.ones(2)}, torch.float32),
+    }
+    one = Race("Test", CPU, {torch.float32}, "of nothing")
+    one.run({"model": "x"}, entrants, {"y": torch.ones(2)}, operations=1e9, items=3)
+    report = json.loads(json.dumps(one.report(), allow_nan=False))
+    status = {check["contestant"]: check["status"] for check in report["checks"]}
+    assert status == {
+        "eager": "ok", "ours": "ok", "wrong": "wrong", "nan": "wrong", "broken": "failed", "other": "wrong",
+    }  # fmt: skip
+    rows = {row["contestant"]: row for row in report["timings"]}
+    assert rows.keys() == {"eager", "ours"}
+    row = rows["ours"]
+    assert 0 < row["low_s"] <= row["median_s"] <= row["high_s"] and row["samples"] == 2
+    assert row["per_second"] == pytest.approx(3 / row["median_s"])
+    assert row["tflop_s"] == pytest.approx(1e-3 / row["median_s"])
+    text = side_by_side.markdown(report)
+    assert "| x | float32 |" in text and "- broken (model x): failed, RuntimeError: no such library" in text
+    side_by_side.verify(report)
+    report["checks"].append({"model": "x", "contestant": "ours", "status": "wrong", "error": 1.0, "tolerance": 0.1})
+    with pytest.raises(CopeditError, match="ours did not give the right answer"):
+        side_by_side.verify(report)
+
+
+def test_distance_is_that_of_the_worst_result():
+    exact = {"a": torch.full((4,), 2.0), "b": torch.ones(2)}
+    assert distance(exact, exact) == 0
+    assert distance({"a": torch.full((4,), 2.2), "b": torch.tensor([1.0, 1.1])}, exact) == pytest.approx(0.1, rel=1e-5)
+    assert distance({"a": exact["a"]}, exact) == float("inf")
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return contestants.random_networks(TINY)
+
+
+def test_plain_eager_and_ours_are_the_same_model_and_not_zero(networks):
+    inputs = contestants.Inputs(TINY, networks[0], 2, CPU)
+    makers = (
+        contestants.Eager(TINY, networks, CPU, torch.float64),
+        contestants.Ours(TINY, networks, CPU, torch.float32),
+    )
+    for work, call, _ in sampler.pieces(TINY, inputs, (3,), 3):
+        exact, found = (call(runner) for runner in makers)
+        assert distance(found, exact) < 1e-4, work
+        assert all(x.std() > 1e-3 for x in exact.values()), work
+    made = makers[0].sample(inputs.z, inputs.prompts, inputs.observed, 3)["z"]
+    assert torch.equal(made[inputs.observed], inputs.z[inputs.observed].double())
+    assert not torch.equal(made[~inputs.observed], inputs.z[~inputs.observed].double())
+
+
+def test_operations_of_a_step_by_hand():
+    c, hidden, t, m, values = 64, 170, 4 * 4 * 2 // 4, 4, 4 * 8
+    t = (8 // 2) * (8 // 2) * (4 // 2)
+    linear = 2 * m * t * (c * 3 * c + c * c + c * 2 * hidden + hidden * c)
+    attention = 4 * m * t * t * c, 4 * t * m * m * c
+    conditioning = 2 * (c * 256 + c * c + 48 * c + 2 * c * c) + 4 * 2 * 6 * c * c
+    ends = 2 * 2 * m * t * c * values
+    assert sampler.operations(TINY) == 4 * linear + 2 * sum(attention) + conditioning + ends
+
+
+@pytest.mark.parametrize("stage", train_step.STAGES)
+def test_a_plain_training_step_has_the_same_loss_and_gradients(stage):
+    """In float32, against ours; and a step moves the weights of both alike."""
+    settings = train_step._settings(stage, TINY, 2, "cpu")
+    state, exact = train_step._truth(stage, TINY, settings)
+    assert exact["gradients"].abs().max() > 0
+    single = train_step.dataclasses.replace(settings, dtype="float32")
+    moved = []
+    for kind in ("ours", "eager"):
+        one = train_step._contestant(stage, TINY, single, kind, state)
+        assert distance(one.answer(), exact) < 1e-4
+        one.call()
+        task = one.call.args[0]
+        moved.append({name: p.detach() - state[name] for name, p in task.named_parameters() if p.requires_grad})
+    for name, change in moved[0].items():
+        assert change.shape == moved[1][name].shape
+    sizes = [torch.cat([x.flatten() for x in part.values()]) for part in moved]
+    assert sizes[0].norm() > 0 and (sizes[0] - sizes[1]).norm() < 0.1 * sizes[0].norm()
+
+
+def test_a_wrong_gradient_is_caught(monkeypatch):
+    """Ours with a scaled attention output in place of the right one."""
+    from copedit_rt.networks import denoiser
+
+    settings = train_step._settings("denoiser", TINY, 2, "cpu")
+    state, exact = train_step._truth("denoiser", TINY, settings)
+    right = denoiser.axis_attention
+    monkeypatch.setattr(denoiser, "axis_attention", lambda *given: 1.2 * right(*given))
+    one = Race("Test", CPU, {torch.bfloat16}, "of nothing")
+    kinds = ("eager", "ours")
+    makers = {k: lambda k=k: train_step._contestant("denoiser", TINY, settings, k, state) for k in kinds}
+    one.run({"stage": "denoiser"}, makers, exact)
+    assert {check["contestant"]: check["status"] for check in one.checks} == {"eager": "ok", "ours": "wrong"}
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "rows"),
+    [("sampler", ("--batch", "2", "--steps", "2"), 4), ("train-step", (), 2)],
+)
+def test_commands(tmp_path, command, options, rows):
+    done = CliRunner().invoke(
+        cli.app, ["bench", command, "-o", str(tmp_path), "--device", "cpu", "--no-compile", *options]
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / f"{command}.json").read_text())
+    assert {check["status"] for check in report["checks"]} == {"ok"}
+    assert [row["contestant"] for row in report["timings"]].count("ours") == rows
+    assert report["settings"]["threads"] == torch.get_num_threads() and "load_before" in report["settings"]
+    assert f"{command}.md" in done.output and "All answers were right." in (tmp_path / f"{command}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sampler", "--preset", "brian"], "preset 'brian' is unknown"),
+        (["train-step", "--preset", "brian"], "preset 'brian' is unknown"),
+        (["train-step", "--stage", "third"], "--stage third: choose tokenizer or denoiser"),
+        (["sampler", "--device", "cuda:99"], "device 'cuda:99' is not there"),
+    ],
+)
+def test_refusals(tmp_path, arguments, message):
+    done = CliRunner().invoke(cli.app, ["bench", *arguments, "-o", str(tmp_path)])
+    assert done.exit_code == 1 and message in done.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_and_imports_of_the_benchmark_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "REPEATS", 1)
+    one = Race("Test", CPU, {torch.float32}, "of nothing")
+    cpu._commands(one, "demo-cardiac", None, tmp_path)
+    cpu._imports(one)
+    (row,) = one.extra["commands"]
+    assert row["engine"] == "torch" and len(row["wall_s"]) == len(row["processor_s"]) == 1
+    assert 0 < row["processor_s"][0]
+    assert len(list((tmp_path / "made").rglob("*.nii.gz"))) == 1
+    assert [len(values) for values in one.extra["imports"].values()] == [1, 1]
+    report = json.loads(json.dumps(one.report()))
+    assert "`copedit synth` of one study of demo-cardiac, torch:" in side_by_side.markdown(report)
+    assert side_by_side.tables(report) == ["Nothing has been timed."]
+    print(report["commands"], report["imports"])
+
+
+def test_perturbed_networks_are_not_zero():
+    net = nn.Linear(4, 4)
+    nn.init.zeros_(net.weight)
+    side_by_side.perturb(net)
+    assert net.weight.abs().min() > 0

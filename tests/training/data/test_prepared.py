@@ -1,0 +1,58 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_rt.config import ModelConfig
+from copedit_training.data.augmentation import Augmentation
+from copedit_training.data.prepared import model_images
+
+BRAIN, HEART = (
+    dataclasses.replace(ModelConfig.preset(name), image=image)
+    for name, image in (("demo-brain", (48, 48, 16)), ("demo-cardiac", (48, 48, 4)))
+)
+SEEDS = np.array([3, 4])
+
+
+@pytest.fixture(scope="module")
+def brains():
+    return torch.from_numpy(np.stack([model_images(BRAIN, seed) for seed in (0, 0)]))
+
+
+def correlation(a, b):
+    return float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
+
+
+def test_all_elements_of_a_brain_are_moved_alike_and_each_by_its_own_brightness(brains):
+    same = brains[:, :1].expand_as(brains)
+    augmented = Augmentation(BRAIN)(same, SEEDS)
+    assert augmented.shape == same.shape and augmented.dtype == torch.float32
+    assert 0 <= augmented.min() and augmented.max() <= 1 and type(augmented) is torch.Tensor
+    for subject in augmented:
+        inside = ((subject > 0.02) & (subject < 0.98)).all(0)
+        values = torch.stack([element[inside] for element in subject])
+        for other in values[1:]:  # related by a scale and a shift, no more
+            slope, offset = np.polyfit(values[0], other, 1)
+            assert np.abs(slope * values[0] + offset - other).max() < 1e-4 and abs(slope - 1) > 1e-4
+            assert 0.8 < slope < 1.25 and abs(offset) < 0.12
+    assert correlation(augmented[0], augmented[1]) < 0.99, "each seed its own"
+    for subject in augmented[:, 0]:
+        assert 0.5 < correlation(subject, same[0, 0]) < 0.99
+
+
+def test_empty_stays_empty_and_equal_seeds_give_equal_bits(brains):
+    augment = Augmentation(BRAIN)
+    first = augment(brains, SEEDS)
+    assert torch.equal(first, augment(brains, SEEDS)) and torch.equal(first[1:], augment(brains[1:], SEEDS[1:]))
+    assert (first == 0).float().mean().item() == pytest.approx((brains == 0).float().mean().item(), abs=0.1)
+    assert not augment(torch.zeros_like(brains), SEEDS).any()
+
+
+def test_the_slabs_of_a_heart_stay_one_stack():
+    heart = torch.from_numpy(model_images(HEART, 1))[None]
+    m, depth = heart.shape[1], heart.shape[-1]
+    column = heart[:, :1, ..., :1].expand(-1, m, -1, -1, -1, depth)  # the same slice everywhere
+    augmented = Augmentation(HEART)(column, SEEDS[:1])[0]
+    assert torch.allclose(augmented, augmented[:1, ..., :1].expand_as(augmented), atol=1e-5)
+    assert correlation(augmented, column[0]) < 0.9999

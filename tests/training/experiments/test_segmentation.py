@@ -1,0 +1,183 @@
+"""Segmentation with synthesised images: Dice, regions, and that the comparison is fair."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_rt.images.nifti import Volume
+from copedit_training.data import layouts, phantom
+from copedit_training.data.prepared import phantom_subject
+from copedit_training.experiments import segmentation as seg
+
+pytest.importorskip("monai", reason="the U-Net needs the extra `train`")
+TINY = seg.Budget(train=3, test=2, steps=2, batch=2, crop=16, seeds=2)
+
+
+def some_cases(count=3, shape=(16, 16, 8), seed=0):
+    """A ball that is bright in the second modality alone, the enhancing tumour inside it."""
+    rng = np.random.default_rng(seed)
+    images, regions = [], []
+    for _ in range(count):
+        centre = np.array([rng.uniform(5, n - 5) if n > 10 else n / 2 for n in shape])
+        grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+        distance = np.sqrt(((grid - centre) ** 2).sum(-1))
+        ball = np.stack([distance < r for r in (5, 4, 3)])
+        image = rng.random((4, *shape)) * 0.2
+        image[1] += 0.8 * ball.mean(0)
+        images.append(image)
+        regions.append(ball)
+    images = np.stack(images).astype(np.float16)
+    return seg.Cases(images, (images + 0.01).astype(np.float16), np.stack(regions))
+
+
+def test_dice_is_monais_and_the_formula():
+    from monai.metrics import DiceMetric
+
+    rng = np.random.default_rng(0)
+    logits, regions = (
+        torch.from_numpy(rng.standard_normal((2, 3, 8, 8, 4))),
+        torch.from_numpy(rng.random((2, 3, 8, 8, 4)) < 0.3),
+    )
+    regions[1, 2] = False
+    found = seg.dice(logits, regions)
+    predicted, wanted = (logits > 0).numpy(), regions.numpy()
+    for i in range(2):
+        for k in range(3):
+            a, b = predicted[i, k], wanted[i, k]
+            if b.any():
+                assert found[i, k] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+            else:
+                assert np.isnan(found[i, k])
+    metric = DiceMetric(include_background=True, reduction="none", ignore_empty=True)
+    metric((logits > 0).float(), regions.float())
+    assert np.array_equal(found, metric.aggregate().numpy(), equal_nan=True)
+
+
+def test_regions_are_nested():
+    labels = np.array([0, 1, 2, 3, 4]).reshape(5, 1, 1)
+    found = seg.regions_of(labels, seg.BRATS)[:, :, 0, 0]
+    assert found.tolist() == [
+        [False, True, True, True, True],
+        [False, True, False, True, True],
+        [False] * 3 + [True] * 2,
+    ]
+    for seed in range(3):
+        regions = seg.regions_of(phantom.brain(seed, (24, 24, 8), (8, 8, 20)).labels, phantom.TUMOUR)
+        assert not (regions[1] & ~regions[0]).any() and not (regions[2] & ~regions[1]).any()
+
+
+def test_simulated_cases_have_tumours_where_they_are_bright(model_folder):
+    config = checkpoint.read_config(model_folder("demo-brain"))
+    config = replace(config, image=(32, 32, 16))
+    ((images, regions),) = seg.phantom_cases(config, seg.TRAINING, 1)
+    assert images.shape == (4, 32, 32, 16) and regions[0].sum() >= seg.SMALLEST
+    brain = images[3] > 0.05
+    assert images[3][regions[0]].mean() > images[3][brain & ~regions[0]].mean(), "FLAIR shows oedema"
+    labels = [phantom_subject(config, seg.TRAINING + i).labels for i in range(3)]
+    assert any(np.array_equal(seg.regions_of(x, phantom.TUMOUR), regions) for x in labels)
+
+
+def write_brats(folder, name, config, seed, labels=True):
+    subject = phantom_subject(config, seed)
+    for element, image in subject.images.items():
+        path = folder / name / f"{name}_{element}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Volume.from_array(image, subject.affine()).save(path)
+    wanted = np.zeros(subject.labels.shape, np.float32)
+    wanted[4:8, 4:8, 2:4] = 2
+    wanted[5:7, 5:7, 2:4] = 4
+    if labels:
+        Volume.from_array(wanted, subject.affine()).save(folder / name / f"{name}_seg.nii.gz")
+    return wanted
+
+
+def test_labels_of_brats_come_onto_the_models_grid(model_folder, tmp_path):
+    config = checkpoint.read_config(model_folder("demo-brain"))
+    wanted = write_brats(tmp_path, "BraTS2021_00001", config, 1)
+    write_brats(tmp_path, "BraTS2021_00002", config, 2, labels=False)
+    found = layouts.find(tmp_path, config)
+    assert len(found.studies) == 2
+    ((images, regions),) = seg.folder_cases(config, found.studies, 5)
+    assert images.shape == (4, *config.image)
+    assert np.array_equal(regions[0], wanted > 0) and np.array_equal(regions[2], wanted == 4)
+    with pytest.raises(CopeditError, match="has its segmentation"):
+        (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz").unlink()
+        seg.load_cases(str(model_folder("demo-brain")), tmp_path / "o", str(tmp_path), TINY, "cpu")
+
+
+def test_what_the_network_is_given():
+    cases = some_cases()
+    rows, missing = np.array([2, 0]), np.array([1, 3])
+    given = {kind: seg.network_input(cases, rows, missing, kind) for kind in seg.INPUTS}
+    assert np.array_equal(given["complete"], cases.images[rows].astype(np.float32))
+    for i, (row, element) in enumerate(zip(rows, missing, strict=True)):
+        assert not given["missing"][i, element].any()
+        assert np.array_equal(given["synthesised"][i, element], cases.synthesised[row, element].astype(np.float32))
+        others = np.arange(4) != element
+        for kind in seg.INPUTS:
+            assert np.array_equal(given[kind][i, others], cases.images[row, others].astype(np.float32))
+
+
+def test_a_network_learns_and_misses_what_is_blank():
+    device, budget = torch.device("cpu"), replace(TINY, steps=40, batch=4, lr=3e-3)
+    scores = {}
+    for kind in ("missing", "complete"):
+        net = seg.train(some_cases(8), kind, budget, 0, device)
+        scores[kind] = seg.test(net, some_cases(3, seed=1), kind, device)
+    assert scores["complete"].shape == (3, 4, 3)
+    assert scores["complete"][..., 0].mean() > 0.7
+    assert scores["missing"][:, 1, 0].mean() < scores["missing"][:, 0, 0].mean(), "only the second modality shows it"
+
+
+def test_the_summary_leaves_out_subjects_without_a_region():
+    scores = {kind: np.full((2, 3, 4, 3), 0.5) for kind in seg.INPUTS}
+    for values in scores.values():
+        values[:, 2, :, 2] = np.nan
+    scores["synthesised"][:, :2] += 0.1
+    scores["synthesised"][:, 2, :, :2] += 0.1
+    table = seg.summarise(scores, ("a", "b", "c", "d"))["dice"]
+    assert table["synthesised"]["enhancing tumour"]["subjects"] == 2
+    assert table["synthesised"]["enhancing tumour"]["mean"] == pytest.approx(0.6)
+    assert table["missing"]["average"]["mean"] == pytest.approx(0.5)
+    assert table["synthesised"]["average"]["difference"]["mean"] == pytest.approx(0.1)
+
+
+def test_a_comparison_is_reported_and_kept(model_folder, tmp_path, monkeypatch):
+    drawn = some_cases(5)
+    source = iter(list(zip(drawn.images.astype(np.float32), drawn.regions, strict=True)))
+    monkeypatch.setattr(seg, "phantom_cases", lambda config, first, count: [next(source) for _ in range(count)])
+    model = str(model_folder("demo-brain"))
+    report = seg.compare(model, tmp_path, device="cpu", budget=TINY)
+    assert report["train"] == 3 and report["test"] == 2 and set(report["dice"]) == set(seg.INPUTS)
+    paths = seg.write_report(report, tmp_path)
+    assert json.loads(paths[0].read_text())["dice"] == json.loads(json.dumps(report["dice"]))
+    assert paths[1].read_text().count("| synthesised |") == 3
+
+    def refuse(*given):
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(seg, "phantom_cases", lambda *given: map(refuse, [0]))
+    monkeypatch.setattr(seg, "train", refuse)
+    assert seg.compare(model, tmp_path, device="cpu", budget=TINY) == report
+    with pytest.raises(AssertionError, match="done again"):
+        seg.compare(model, tmp_path, device="cpu", budget=replace(TINY, steps=3))
+
+
+def test_hearts_are_refused(model_folder, tmp_path):
+    with pytest.raises(CopeditError, match="brain tumours"):
+        seg.compare(str(model_folder("demo-cardiac")), tmp_path, device="cpu", budget=TINY)
+    assert ModelConfig.preset("demo-cardiac").task == "cardiac"
+
+
+def test_budgets():
+    assert seg.budget_of(False, ["steps=7", "lr=0.5"]) == replace(seg.Budget(), steps=7, lr=0.5)
+    assert seg.budget_of(True) == seg.FULL
+    for item in ("depth=3", "steps=few", "train=0"):
+        with pytest.raises(CopeditError, match=f"--set {item}"):
+            seg.budget_of(False, [item])

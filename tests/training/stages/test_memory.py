@@ -1,0 +1,101 @@
+"""What a step needs is what it is expected to need; computing again changes no gradient."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.stages import memory, trainer
+from copedit_training.stages.settings import Settings
+
+CONFIG = ModelConfig(
+    "small",
+    "brain",
+    ("t1", "t2"),
+    (32, 32, 16),
+    TokenizerConfig(
+        channels=(16, 16), strides=((2, 2, 2), (2, 2, 2)), residual_channels=16, codes=64, prompt_channels=(8, 8)
+    ),
+    DenoiserConfig(width=96, heads=3, blocks=4, patch=(2, 2, 2)),
+)
+SETTINGS = Settings(10, 4, 1e-3, dtype="float32", device="cpu")
+
+
+def task_of(stage, settings=SETTINGS):
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).random((8, 2, 1, *CONFIG.image)).astype(np.float16)
+    if stage == "tokenizer":
+        return trainer.TokenizerTask(CONFIG, settings, images)
+    return trainer.DenoiserTask(CONFIG, settings, images, CoPeVAE(CONFIG.tokenizer, 2))
+
+
+def measured(stage, settings=SETTINGS):
+    """Bytes that stay between steps, and those saved for the backward pass, in a real step."""
+    task = task_of(stage, settings)
+    optimizers = trainer._optimizers(task, settings)
+    trainer._gradients(task, task, 0, range(1))
+    for optimizer in optimizers:
+        optimizer.step()
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*task.parameters(), *task.buffers())}
+    kept |= {id(v): v.nbytes for o in optimizers for s in o.state.values() for v in s.values()}
+    gradients = sum(p.grad.nbytes for p in task.parameters() if p.grad is not None)
+    saved = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in kept:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        task(0, 0)
+    return sum(kept.values()), gradients, sum(saved.values())
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_the_estimate_is_that_of_a_real_step(stage):
+    found = memory.estimate(stage, CONFIG, SETTINGS, 8, kernels="reference")
+    _, gradients, saved = measured(stage)
+    assert found["gradients"] == gradients
+    assert found["peak"] - found["weights"] >= saved
+    # Above what is saved: gradients of weights and of activations while the backward pass is under way.
+    assert found["peak"] - found["weights"] <= 1.5 * saved + gradients
+
+
+# Of a residual unit two feature maps are saved without, one with checkpointing; of a block many and one.
+@pytest.mark.parametrize(("stage", "share"), [("tokenizer", 0.75), ("denoiser", 0.5)])
+def test_checkpointing_saves_memory_and_keeps_gradients(stage, share):
+    again = dataclasses.replace(SETTINGS, checkpointing=True)
+    plain, thrifty = task_of(stage), task_of(stage, again)
+    for task in (plain, thrifty):
+        with torch.no_grad():
+            for index, p in enumerate(task.parameters()):  # fresh denoisers return zeros
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
+        trainer._gradients(task, task, 0, range(1))
+    for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
+    assert measured(stage, again)[2] < share * measured(stage)[2]
+    peaks = [memory.estimate(stage, CONFIG, s, 8, kernels="reference")["peak"] for s in (SETTINGS, again)]
+    assert peaks[1] < 0.9 * peaks[0]
+
+
+def test_fused_operators_save_less_than_the_reference():
+    pytest.importorskip("triton")
+    fused, plain = (memory.estimate("denoiser", CONFIG, SETTINGS, 8, k)["peak"] for k in ("triton", "reference"))
+    assert fused < 0.9 * plain
+
+
+def test_the_command_says_the_estimate_and_starts_nothing(tmp_path):
+    from typer.testing import CliRunner
+
+    from copedit_rt.cli import app
+
+    options = ["--preset", "demo-cardiac", "-o", str(tmp_path / "run"), "--estimate", "--set", "batch_size=1"]
+    result = CliRunner().invoke(app, ["train", "tokenizer", *options])
+    assert result.exit_code == 0, result.output
+    peak = float(result.stdout.split("expected peak ")[1].split(" GiB per GPU")[0])
+    assert 0.01 < peak < 2
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,192 @@
+"""Training images on the model grid, and what is drawn from them at every step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_rt.files import unwritable, write_atomically
+from copedit_rt.images.nifti import Volume
+from copedit_rt.images.prepare import prepare
+from copedit_rt.images.study import Study
+from copedit_training.data import phantom
+from copedit_training.data.layouts import DataSet, Skipped, ahead, load, read_all, split
+from copedit_training.data.phantom import Phantom
+
+HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
+VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
+HEART_LENGTH = 96.0  # mm that a simulated short-axis stack covers, base to apex
+
+
+def phantom_subject(config: ModelConfig, seed: int) -> Phantom:
+    """A simulated subject whose grid is the model's own, so that preparing it resamples nothing."""
+    h, w, d = config.image
+    x, y, z = config.preprocessing.field_of_view
+    if config.task == "brain":
+        assert z is not None
+        return phantom.brain(seed, (h, w, d), (x / h, y / w, z / d), config.elements)
+    slices = d * len(config.elements)
+    return phantom.heart(seed, (h, w, slices), (x / h, y / w, (z or HEART_LENGTH) / slices))
+
+
+def model_images(config: ModelConfig, seed: int) -> np.ndarray:
+    """A complete simulated subject through the runtime's preprocessing: float32 [m, 1, H, W, D] in 0..1."""
+    subject = phantom_subject(config, seed)
+    volumes = {name: Volume.from_array(image, subject.affine()) for name, image in subject.images.items()}
+    return prepare(Study(f"phantom-{seed}", config.task, volumes), config, allow_complete=True).images
+
+
+def phantom_images(
+    config: ModelConfig,
+    subjects: int,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+    first: int = 0,
+) -> np.ndarray:
+    """Simulated subjects, seeds from `first` on: float16 [subjects, m, 1, H, W, D], mapped from `cache`.
+
+    float16 steps are at most 2^-11 of an intensity in 0..1, a fortieth of the phantoms' noise.
+    """
+    shape = (subjects, len(config.elements), 1, *config.image)
+    if cache.exists():
+        images = np.load(cache, mmap_mode="c")
+        if images.shape == shape:
+            return images
+    with new_cache(cache, shape) as images:
+        for i, subject in enumerate(ahead(model_images, config, range(first, first + subjects))):
+            images[i] = subject
+            if progress:
+                progress(i + 1, subjects)
+    return np.load(cache, mmap_mode="c")
+
+
+def folder_images(
+    config: ModelConfig,
+    data: DataSet,
+    output: Path,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = print,
+) -> np.ndarray:
+    """The training side of a data set through the runtime's preprocessing: float16 [studies, m, 1, H, W, D].
+
+    Mapped from `images.npy` in the run's folder; `images.json` beside it says which study is where and what was
+    skipped, `split.json` which subjects are held out. Once the first two are there they are used as they are, so a
+    resumed run sees the same images whatever became of the folder. A study that cannot be used is told to `say` once.
+    Raises CopeditError if more than three and more than one in twenty are damaged, and if nothing is left.
+    """
+    cache, index = output / "images.npy", output / "images.json"
+    preparation = {"elements": config.elements, "image": config.image, **dataclasses.asdict(config.preprocessing)}
+    about = json.loads(json.dumps({"folder": str(data.folder.resolve()), "preparation": preparation}))
+    if index.exists() and cache.exists():
+        done = json.loads(index.read_text(encoding="utf-8"))
+        if done["about"] == about:
+            return np.load(cache, mmap_mode="c")[: len(done["studies"])]
+    train = set(split(data.subjects, output / "split.json")["train"])
+    studies = [entry for entry in data.studies if entry.subject in train]
+    say(
+        f"{data.folder}: {len(studies)} studies of {len(train)} subjects to train on; held out: "
+        f"{len(data.subjects) - len(train)} subjects ({output / 'split.json'})"
+    )
+    for kind, count in Counter(item.kind for item in data.skipped).items():
+        first = next(item.reason for item in data.skipped if item.kind == kind)
+        say(f"{count} {kind} studies are left out, such as {first}")
+    rows: list[dict[str, str]] = []
+    skipped: list[Skipped] = []
+    damaged: list[Skipped] = []
+    shape = (max(1, len(studies)), len(config.elements), 1, *config.image)
+    with new_cache(cache, shape) as images:
+        for i, (entry, subject) in enumerate(zip(studies, read_all(config, studies), strict=True), 1):
+            if isinstance(subject, Skipped):
+                say(f"left out: {subject.reason}")
+                (damaged if subject.kind == "damaged" else skipped).append(subject)
+                if len(damaged) > max(3, len(studies) // 20):
+                    raise CopeditError(
+                        f"{data.folder}: {len(damaged)} of the first {i} studies are damaged "
+                        f"({', '.join(item.study for item in damaged)}); repair or remove them, "
+                        f"`copedit train check-data --deep` lists all"
+                    )
+            else:
+                images[len(rows)] = subject
+                rows.append({"study": entry.files.name, "subject": entry.subject})
+            if progress:
+                progress(i, len(studies))
+        if not rows:
+            raise CopeditError(
+                f"{data.folder}: no complete study to train on; `copedit train check-data` says what is wrong with each"
+            )
+    left_out = [dataclasses.asdict(item) for item in (*data.skipped, *skipped, *damaged)]
+    report = {"about": about, "studies": rows, "skipped": left_out}
+    write_atomically(index, (json.dumps(report, indent=1) + "\n").encode())
+    return np.load(cache, mmap_mode="c")[: len(rows)]
+
+
+def held_out_images(config: ModelConfig, data: DataSet | None, output: Path, subjects: int) -> np.ndarray:
+    """The first held-out studies that can be used, at most `subjects`: float16 [n, m, 1, H, W, D].
+
+    data None: phantoms from `VALIDATION` on; otherwise those of `split.json` in the run's folder.
+    """
+    if data is None:
+        found = [model_images(config, VALIDATION + i).astype(np.float16) for i in range(subjects)]
+    else:
+        test = set(split(data.subjects, output / "split.json")["test"])
+        every = (load(config, entry) for entry in data.studies if entry.subject in test)
+        found = list(itertools.islice((images for images in every if not isinstance(images, Skipped)), subjects))
+    return np.stack(found) if found else np.empty(0, np.float16)
+
+
+def study_names(output: Path) -> list[str]:
+    """The study of each row of a run's images, as `folder_images` noted them; none for phantoms."""
+    index = output / "images.json"
+    return [row["study"] for row in json.loads(index.read_text(encoding="utf-8"))["studies"]] if index.exists() else []
+
+
+@contextlib.contextmanager
+def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """A float16 map to be filled, complete under its name or not there at all."""
+    size = 2 * int(np.prod(shape))
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp.npy")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache.parent).free
+        if size > free:  # writing to a map on a full disk would kill the process
+            raise CopeditError(
+                f"{cache} takes {size / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free there; "
+                f"choose another output folder with -o"
+            )
+        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+        yield images
+        images.flush()
+        os.replace(temporary, cache)
+    except OSError as error:
+        raise unwritable(cache, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw_observed(rng: np.random.Generator, batch: int, elements: int, consecutive: bool) -> Tensor:
+    """Observed masks [batch, elements] (bool) by the dual-random strategy (Section 3.2).
+
+    First how many are missing, uniform in 1..m-1, then which: any subset (brain), or a run of slabs (cardiac).
+    """
+    observed = np.ones((batch, elements), dtype=bool)
+    for row in observed:
+        count = rng.integers(1, elements)
+        if consecutive:
+            start = rng.integers(0, elements - count + 1)
+            row[start : start + count] = False
+        else:
+            row[rng.permutation(elements)[:count]] = False
+    return torch.from_numpy(observed)

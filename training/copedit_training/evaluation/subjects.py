@@ -1,0 +1,135 @@
+"""Whom a model is evaluated on: complete subjects, simulated or of a data set, that no training has seen."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copedit_rt.errors import CopeditError
+from copedit_rt.images.nifti import Volume
+from copedit_rt.images.prepare import Prepared, prepare
+from copedit_rt.images.study import Study
+from copedit_training.data import layouts
+from copedit_training.data.layouts import Skipped
+from copedit_training.data.prepared import HELD_OUT, phantom_subject
+
+if TYPE_CHECKING:
+    from copedit_rt.config import ModelConfig
+    from copedit_training.data.phantom import Phantom
+
+
+def phantom_truth(config: ModelConfig, phantom: Phantom, name: str) -> Study:
+    """A phantom as a complete study."""
+    volumes = {element: Volume.from_array(image, phantom.affine()) for element, image in phantom.images.items()}
+    return Study(name, config.task, volumes)
+
+
+class Cohort(ABC):
+    """Complete studies, read one at a time.
+
+    studies: how many there are before any is opened. skipped: those that turned out to be unusable, as they are met.
+    """
+
+    def __init__(self, config: ModelConfig, studies: int):
+        self.config, self.studies = config, studies
+        self.skipped: list[Skipped] = []
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[str, Study, Prepared]]:
+        """Whose it is, the study in its own grid, and on the model's."""
+
+    @abstractmethod
+    def training(self, subjects: int) -> Iterator[Study]:
+        """At most so many complete studies of others, to fit a baseline on."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What the report says of it; JSON-able."""
+
+
+class Phantoms(Cohort):
+    """Simulated subjects; raises CopeditError for seeds that training may have seen."""
+
+    def __init__(self, config: ModelConfig, subjects: int = 16, first_seed: int = HELD_OUT):
+        if first_seed < HELD_OUT:
+            raise CopeditError(f"seed {first_seed} may have been trained on; held-out phantoms start at {HELD_OUT}")
+        super().__init__(config, subjects)
+        self.first_seed = first_seed
+
+    def __iter__(self) -> Iterator[tuple[str, Study, Prepared]]:
+        for seed in range(self.first_seed, self.first_seed + self.studies):
+            name = f"phantom{seed}"
+            truth = phantom_truth(self.config, phantom_subject(self.config, seed), name)
+            yield name, truth, prepare(truth, self.config, allow_complete=True)
+
+    def training(self, subjects: int) -> Iterator[Study]:
+        return (
+            phantom_truth(self.config, phantom_subject(self.config, seed), f"phantom{seed}") for seed in range(subjects)
+        )
+
+    def about(self) -> dict[str, Any]:
+        return {"data": "phantom", "first_seed": self.first_seed}
+
+
+class Folder(Cohort):
+    """The complete studies of a data set in a published layout; the others are in `skipped`, with the reason.
+
+    side: "test" for the subjects that training holds out, "all" for every one (of a model that was trained on others),
+    or the split.json of a training run. subjects: at most so many persons (None: all).
+    Raises CopeditError as `layouts.find` does, and where nobody is left.
+    """
+
+    def __init__(self, config: ModelConfig, folder: Path, subjects: int | None = None, side: str = "test"):
+        data = layouts.find(folder, config)
+        file = None if side in ("test", "all") else Path(side)
+        if file and not file.is_file():
+            raise CopeditError(f"--split {side}: no such file; give test, all, or the split.json of a training run")
+        sides = layouts.split(data.subjects, file, write=False)
+        self.folder, self.side = folder, side
+        self.people = data.subjects if side == "all" else sides["test"]
+        chosen = set(self.people[:subjects])
+        self._entries = [entry for entry in data.studies if entry.subject in chosen]
+        self._others = [] if side == "all" else [e for e in data.studies if e.subject in set(sides["train"])]
+        if not self._entries:
+            raise CopeditError(
+                f"{folder}: no complete study to evaluate {config.name} on; `copedit train check-data` says what is "
+                f"wrong with each, and --split all takes those that training would use"
+            )
+        super().__init__(config, len(self._entries))
+        self.skipped = list(data.skipped)
+
+    def __iter__(self) -> Iterator[tuple[str, Study, Prepared]]:
+        for entry in self._entries:
+            try:
+                truth = _read(entry)
+                prepared = prepare(truth, self.config, allow_complete=True)
+            except CopeditError as error:
+                self.skipped.append(Skipped(entry.files.name, "damaged", str(error)))
+                continue
+            if blank := truth.missing_slices:
+                reason = f"{entry.files.name}: blank slices {', '.join(map(str, blank))}"
+                self.skipped.append(Skipped(entry.files.name, "incomplete", reason))
+                continue
+            yield entry.subject, truth, prepared
+
+    def training(self, subjects: int) -> Iterator[Study]:
+        for entry in self._others[:subjects]:
+            try:
+                yield _read(entry)
+            except CopeditError as error:
+                self.skipped.append(Skipped(entry.files.name, "damaged", str(error)))
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "data": str(self.folder),
+            "split": self.side,
+            "people_held_out": len(self.people),
+            "skipped": [asdict(item) for item in self.skipped],
+        }
+
+
+def _read(entry: layouts.Entry) -> Study:
+    return Study.read(entry.files, resample=True)

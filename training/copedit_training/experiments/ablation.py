@@ -1,0 +1,510 @@
+"""Ablations (Tables 4, 7, 8 and 16): what the prompts, their injection and the backbone are worth.
+
+Every variant is trained by stage II's own code on the latents of one frozen tokenizer: the same subjects, crops,
+missing patterns, timesteps and noise in the same order, and the same first weights wherever two have the same layer.
+Two runs that differ in nothing but the seed differ, too; so every variant is trained with several seeds, and what is
+said about a difference is said beside its standard error and the difference under each seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from rich.console import Console
+from torch import Tensor, nn
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
+from copedit_rt.networks.denoiser import MDiT3D, UNet
+from copedit_rt.networks.sampler import sample
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.schedule import noise
+from copedit_training.data import layouts
+from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_images, phantom_images
+from copedit_training.evaluation.evaluate import missing_patterns
+from copedit_training.evaluation.metrics import measure
+from copedit_training.evaluation.report import table, write
+from copedit_training.stages.settings import Settings, load_settings
+from copedit_training.stages.trainer import DenoiserTask, claim, fit
+
+Ablation = Literal["prompts", "injection", "backbone"]
+
+# Enough for differences of a tenth of a dB, and little enough for two CPU cores. Without `--full`, these and `NETWORK`
+# replace the preset's own.
+REDUCED = (
+    "steps=200",
+    "whole_steps=0",
+    "crop=24",
+    "batch_size=12",
+    "warmup=20",
+    "subjects=256",
+    "ema=0.97",
+    "compile=false",
+    "checkpoint_every=50",
+    "keep=1",
+)
+NETWORK = {"width": 96, "heads": 3, "blocks": 4}
+NUMBERS = {"width": 1, "heads": 1, "blocks": 1, "patch": 3}  # what of the network can be set, and in how many numbers
+REDUCED_RUNS, FULL_RUNS = 2, 3  # seeds per variant
+TEST_SUBJECTS = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table. changes: what it has in place of the reference's, fields of `DenoiserConfig`; a width is a
+    multiple of the reference's."""
+
+    name: str
+    label: str
+    changes: Mapping[str, Any]
+
+
+# The first row of each is the reference, the paper's choice.
+VARIANTS: dict[Ablation, tuple[Variant, ...]] = {
+    "prompts": (
+        Variant("full", "all prompts (CoPeDiT)", {}),
+        Variant("no-count", "without p^d (how many)", {"prompts": "no-count"}),
+        Variant("no-position", "without p^p (which)", {"prompts": "no-position"}),
+        Variant("no-contrast", "without p^s (what)", {"prompts": "no-contrast"}),
+        Variant("none", "without prompts", {"prompts": "none"}),
+        Variant("mask", "mask codes", {"prompts": "mask"}),
+    ),
+    "injection": (
+        Variant("full", "across (modal / spatial)", {}),
+        Variant("within", "within (spatial / planar)", {"injection": "within"}),
+        Variant("both", "both", {"injection": "both"}),
+    ),
+    "backbone": (
+        Variant("full", "MDiT3D", {}),
+        Variant("dit3d", "DiT-3D", {"backbone": "dit3d"}),
+        Variant("dit3d-wide", "DiT-3D, twice as wide", {"backbone": "dit3d", "width": 2}),
+        Variant("dit", "DiT", {"backbone": "dit"}),
+        Variant("unet", "UNet", {"backbone": "unet"}),
+    ),
+}
+METRICS = ("psnr", "ssim", "mse")
+
+
+def variant_config(config: ModelConfig, variant: Variant) -> ModelConfig:
+    """The reference's configuration with a variant's changes; heads keep their dimension."""
+    changes = dict(variant.changes)
+    if wider := changes.pop("width", 0):
+        changes |= {"width": config.denoiser.width * wider, "heads": config.denoiser.heads * wider}
+    return replace(config, denoiser=replace(config.denoiser, **changes))
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+class Experiment:
+    """What all variants of a folder share: data, latents, tokenizer, settings, held-out subjects."""
+
+    def __init__(
+        self,
+        folder: Path,
+        preset: str,
+        overrides: Sequence[str] = (),
+        *,
+        data: str = "phantom",
+        full: bool = False,
+        runs: int | None = None,
+        test_subjects: int = TEST_SUBJECTS,
+        config: ModelConfig | None = None,
+    ) -> None:
+        """config replaces the preset's model. Raises CopeditError for settings that do not exist, a tokenizer of
+        another model and a folder that holds other settings."""
+        own = [x for x in overrides if x.partition("=")[0] in NUMBERS]
+        rest = [x for x in overrides if x not in own]
+        network: dict[str, Any] = {} if full else dict(NETWORK)
+        for item in own:
+            key, _, text = item.partition("=")
+            parts, wanted = text.split(","), NUMBERS[key]
+            if len(parts) != wanted or not all(x.isdecimal() and int(x) for x in parts):
+                raise CopeditError(f"--set {item}: expected {wanted} positive number{'s, as in 4,4,1' * (wanted > 1)}")
+            numbers = tuple(map(int, parts))
+            network[key] = numbers if wanted > 1 else numbers[0]
+        base = config or ModelConfig.preset(preset)
+        self.config = replace(base, denoiser=replace(base.denoiser, **network))
+        # The decoder stays the same for all: what differs is the denoiser.
+        self.settings = load_settings("denoiser", preset, (*(() if full else REDUCED), *rest, "image_weight=0"))
+        self.folder, self.data, self.test_subjects = folder, data, test_subjects
+        self.seeds = [self.settings.seed + i for i in range(runs or (FULL_RUNS if full else REDUCED_RUNS))]
+        self.source = self.settings.tokenizer or preset
+        trained, self.tokenizer, digest = checkpoint.load_tokenizer(checkpoint.locate(self.source))
+        if (trained.tokenizer, trained.elements, trained.image) != (base.tokenizer, base.elements, base.image):
+            raise CopeditError(
+                f"{self.source}: its tokenizer is not the one of preset {preset}; name another with "
+                f"--set tokenizer=FOLDER"
+            )
+        described = {
+            "stage": "ablation",
+            "settings": dataclasses.asdict(self.settings),
+            "model": self.config.to_dict(),
+            "tokenizer": digest,
+            "data": data if data == "phantom" else str(Path(data).resolve()),
+            "test_subjects": test_subjects,
+        }
+        claim(folder, described, resume=True)
+        self.described = described
+        self.console = Console(stderr=True)
+        self.images, self.held_out = self._images()
+        self._first: dict[int, dict[str, Tensor]] = {}
+
+    def _images(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.data == "phantom":
+            images = phantom_images(self.config, self.settings.subjects, self.folder / "phantom.npy")
+            cache = self.folder / "held-out.npy"
+            return images, phantom_images(self.config, self.test_subjects, cache, first=HELD_OUT)
+        found = layouts.find(Path(self.data), self.config)
+        images = folder_images(self.config, found, self.folder, say=self.console.print)
+        held_out = held_out_images(self.config, found, self.folder, self.test_subjects)
+        if not len(held_out):
+            raise CopeditError(f"{self.data}: none of the held-out subjects can be used; an ablation needs some")
+        return images, held_out
+
+    def task(self, variant: Variant, seed: int) -> DenoiserTask:
+        """Stage II of a variant, before its first step."""
+        config = variant_config(self.config, variant)
+        whiten = 0.0 if config.denoiser.backbone == "unet" else self.settings.whiten
+        settings = replace(self.settings, seed=seed, whiten=whiten)
+        torch.manual_seed(seed)
+        task = DenoiserTask(config, settings, self.images, self.tokenizer, self.folder / "latents.npy")
+        if variant.changes:
+            share_weights(task.denoiser, self._reference(seed))
+            task.average.load_state_dict(task.denoiser.state_dict())
+        return task
+
+    def _reference(self, seed: int) -> dict[str, Tensor]:
+        """First weights of the reference under a seed."""
+        if seed not in self._first:
+            reference = self.task(Variant("full", "", {}), seed).denoiser
+            self._first[seed] = {name: p.detach().clone() for name, p in reference.named_parameters()}
+        return self._first[seed]
+
+    def run(self, variant: Variant, seed: int) -> dict[str, Any]:
+        """Train and score a variant under a seed; a finished one is read from its folder, a begun one goes on."""
+        folder = self.folder / f"{variant.name}-seed{seed}"
+        path = folder / "scores.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        task = self.task(variant, seed)
+        described = {"stage": "denoiser", "settings": dataclasses.asdict(task.settings), "model": task.config.to_dict()}
+        claim(folder, described, resume=True)
+        fit(f"{variant.name}, seed {seed}", folder, task, resume=True, held_out=None, console=self.console)
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        start = time.perf_counter()
+        scores = {
+            "parameters": sum(p.numel() for p in task.denoiser.parameters()),
+            "gflop": gflop(task),
+            "seconds_per_step": float(np.median([x["seconds"] for x in log])),
+            "training_mse": float(np.mean([x["mse"] for x in log[-max(1, len(log) // 10) :]])),
+            "subjects": [
+                score(task.average, self.tokenizer, task.config, task.settings, images, i)
+                for i, images in enumerate(self.held_out)
+            ],
+        }
+        scores["seconds_of_scoring"] = time.perf_counter() - start
+        write_atomically(path, (json.dumps(scores, indent=1) + "\n").encode())
+        return scores
+
+
+def share_weights(net: nn.Module, first: Mapping[str, Tensor]) -> None:
+    """Give a network the weights of another wherever both have one of the same name and shape."""
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if name in first and first[name].shape == weight.shape:
+                weight.copy_(first[name])
+
+
+@torch.no_grad()
+def gflop(task: DenoiserTask) -> float:
+    """10^9 floating-point operations of linear layers and convolutions in a forward pass of one training sample."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    c, size = task.config, tuple(task.latents.shape[-3:])
+    if task.settings.crop:
+        size = (*(n * p for n, p in zip(task.size, c.denoiser.patch, strict=False)), size[-1])
+    m = len(c.elements)
+    z = torch.zeros(1, m, c.tokenizer.latent_channels, *size, device=task.device)
+    prompts = torch.zeros(1, 3, c.tokenizer.prompt_dim, device=task.device)
+    observed, zero = torch.ones(1, m, dtype=torch.bool, device=task.device), torch.zeros(1, 2, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        task.denoiser(z, zero[0, :1].to(task.device), prompts, observed, zero.to(task.device))
+    counted = counter.get_flop_counts()["Global"]
+    return sum(n for name, n in counted.items() if str(name).split(".")[-1] in ("addmm", "mm", "convolution")) / 1e9
+
+
+# --------------------------------------------------------------------------------------------------------- scoring
+
+
+def patterns_of(config: ModelConfig, subject: int) -> list[tuple[int, ...]]:
+    """One missing pattern per count for a subject, as rows; over the subjects all of them take turns."""
+    every = missing_patterns(config).values()
+    return [tuple(config.elements.index(e) for e in ps[subject % len(ps)]) for ps in every]
+
+
+def in_tiles(net: MDiT3D | UNet, settings: Settings, config: ModelConfig) -> Callable[..., Tensor]:
+    """The network as it was trained: on whole latents, or where it has only seen crops on tiles of their size."""
+    size = settings.crop if settings.crop and not settings.whole_steps else 0
+    if not size:
+        return net
+    (a, b, _), (p, q, _) = config.tokenizer.compression, config.denoiser.patch
+    h, w = size // a, size // b  # in latents
+    if config.latent[0] % h or config.latent[1] % w:
+        return net
+
+    def predict(z: Tensor, t: Tensor, prompts: Tensor, observed: Tensor) -> Tensor:
+        rows, columns = z.shape[-3] // h, z.shape[-2] // w
+        tiles = rearrange(z, "b m c (i h) (j w) d -> (b i j) m c h w d", h=h, w=w)
+        corner = torch.cartesian_prod(torch.arange(rows) * (h // p), torch.arange(columns) * (w // q))
+        corner = corner.repeat(len(z), 1).to(z.device)
+        t, prompts, observed = (x.repeat_interleave(rows * columns, 0) for x in (t, prompts, observed))
+        out = net(tiles, t, prompts, observed, corner)
+        return rearrange(out, "(b i j) m c h w d -> b m c (i h) (j w) d", i=rows, j=columns)
+
+    return predict
+
+
+@torch.no_grad()
+def score(
+    net: MDiT3D | UNet, vae: CoPeVAE, config: ModelConfig, settings: Settings, images: np.ndarray, subject: int
+) -> dict[str, dict[str, float]]:
+    """Missing count -> PSNR (dB), SSIM, and squared error of normalised latents ("mse"), means over what is missing.
+
+    PSNR and SSIM of a brain are those of the voxels where any of its images shows something: the crops of a reduced
+    budget are drawn where something happens, so such networks have hardly seen the background, three quarters of a
+    volume.
+
+    images: [m, 1, H, W, D] in 0..1, on the model's grid. The sampler's defaults; noise depends on the subject alone.
+    """
+    device = next(net.parameters()).device
+    patterns, m = patterns_of(config, subject), len(config.elements)
+    shown = np.any(images[:, 0] > 0, axis=0) if config.task == "brain" else np.ones(images.shape[2:], dtype=bool)
+    observed = torch.ones(len(patterns), m, dtype=torch.bool)
+    for row, missing in zip(observed, patterns, strict=True):
+        row[list(missing)] = False
+    observed = observed.to(device)
+    net.eval()
+    predict = in_tiles(net, settings, config)
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        x = torch.from_numpy(images.astype(np.float32))[None].to(device)
+        z = vae.encode(x).float().expand(len(patterns), -1, -1, -1, -1, -1)
+        prompts, z = vae.prompts(z, observed).float(), vae.normalise(z)
+        eps = np.stack([noise(0, f"ablation-{subject}", e, tuple(z.shape[2:])) for e in config.elements])
+        begin = torch.where(observed[:, :, None, None, None, None], z, torch.from_numpy(eps).to(device))
+        latents = sample(
+            lambda x, t: predict(x, t, prompts, observed).float(),
+            begin,
+            observed,
+            config.diffusion,
+            config.diffusion.steps,
+        )
+        found = {}
+        for row, missing in enumerate(patterns):
+            chosen = slice(None) if config.task == "cardiac" else list(missing)  # slabs are decoded together
+            made = vae.images(latents[row : row + 1, chosen], joint=config.task == "cardiac").float()[0]
+            if config.task == "cardiac":
+                made = made[list(missing)]
+            each = [
+                measure(a[0], images[i, 0].astype(np.float32), mask=shown)
+                for a, i in zip(made.clamp(0, 1).cpu().numpy(), missing, strict=True)
+            ]
+            found[str(len(missing))] = {
+                "psnr": float(np.mean([one["psnr_inside"] for one in each])),
+                "ssim": float(np.mean([one["ssim_inside"] for one in each])),
+                "mse": (latents[row] - z[row])[list(missing)].square().mean().item(),
+            }
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def means(runs: Sequence[Mapping[str, Any]], metric: str, count: str | None) -> np.ndarray:
+    """[seeds, subjects]: a metric of a variant's runs, at one missing count or (None) averaged over all."""
+
+    def value(subject: Mapping[str, Mapping[str, float]]) -> float:
+        wanted = subject.values() if count is None else [subject[count]]
+        return float(np.mean([row[metric] for row in wanted]))
+
+    return np.array([[value(subject) for subject in run["subjects"]] for run in runs])
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Difference a - b of [seeds, subjects] on the same subjects: mean, standard error over subjects (after averaging
+    over seeds), and the mean under each seed.
+
+    "resolved" is whether the mean is more than two standard errors from zero and all seeds (at least two) agree.
+    """
+    difference = a - b
+    each, per_subject = difference.mean(1), difference.mean(0)
+    mean, n = float(per_subject.mean()), len(per_subject)
+    error = float(per_subject.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    agree = len(each) > 1 and bool((np.sign(each) == np.sign(mean)).all())
+    return {
+        "mean": mean,
+        "standard_error": None if math.isnan(error) else error,
+        "per_seed": each.tolist(),
+        "resolved": bool(agree and n > 1 and abs(mean) > 2 * error),
+    }
+
+
+def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> dict[str, Any]:
+    """Per variant and missing count ("all": averaged) the mean and deviation over subjects of each metric (after
+    averaging over seeds), and the paired difference to the reference."""
+    counts = [*runs[reference][0]["subjects"][0], None]
+    table: dict[str, Any] = {}
+    for name, own in runs.items():
+        rows: dict[str, Any] = {}
+        for count in counts:
+            cell: dict[str, Any] = {}
+            for metric in METRICS:
+                values = means(own, metric, count)
+                cell[metric] = {"mean": float(values.mean()), "sd": float(values.mean(0).std())}
+                if name != reference:
+                    cell[metric]["difference"] = paired(values, means(runs[reference], metric, count))
+            rows[count or "all"] = cell
+        table[name] = rows
+    return table
+
+
+def by_element(config: ModelConfig, runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """PSNR (dB) of each element where it alone is missing, a mean over subjects and seeds."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for i, subject in enumerate(run["subjects"]):
+            ((row,), *_) = patterns_of(config, i)
+            found.setdefault(config.elements[row], []).append(subject["1"]["psnr"])
+    return {element: float(np.mean(found[element])) for element in config.elements if element in found}
+
+
+@torch.no_grad()
+def visible(task: DenoiserTask, samples: int = 256) -> float:
+    """Share of elements of which it shows in what the denoiser is given at the last timestep whether they are missing.
+
+    A rule without any learning: neighbours in the plane correlate in a latent and do not in noise, so an element whose
+    correlation is below one half is called missing. This is what prompts and mask codes have to add to.
+    """
+    rng = np.random.default_rng(0)
+    z = task.latents[torch.from_numpy(rng.integers(0, len(task.latents), samples))].float()
+    missing = torch.from_numpy(rng.random(z.shape[:2]) < 0.5)
+    eps = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32))
+    z = torch.where(missing[:, :, None, None, None, None], eps, z.cpu())
+    a, b = z[..., 1:, :, :].flatten(2), z[..., :-1, :, :].flatten(2)
+    correlation = ((a - a.mean(2, True)) * (b - b.mean(2, True))).mean(2) / (a.std(2) * b.std(2))
+    return ((correlation < 0.5) == missing).float().mean().item()
+
+
+def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Train what is not there yet, and report; JSON-able. only: names of variants (the reference is always there)."""
+    wanted = [v for v in VARIANTS[kind] if not only or v.name in only or not v.changes]
+    if unknown := set(only) - {v.name for v in VARIANTS[kind]}:
+        known = ", ".join(v.name for v in VARIANTS[kind])
+        raise CopeditError(f"variant {min(unknown)!r} is unknown; choose among {known}")
+    runs: dict[str, list[dict[str, Any]]] = {v.name: [] for v in wanted}
+    for seed in experiment.seeds:  # a whole table under the first seed comes before any of the second
+        for variant in wanted:
+            runs[variant.name].append(experiment.run(variant, seed))
+    costs = ("parameters", "gflop", "seconds_per_step", "training_mse")
+    report: dict[str, Any] = {
+        "ablation": kind,
+        "seeds": experiment.seeds,
+        "variants": {
+            v.name: {"label": v.label, "by_element": by_element(experiment.config, runs[v.name])}
+            | {k: float(np.mean([r[k] for r in runs[v.name]])) for k in costs}
+            for v in wanted
+        },
+        "table": summarise(runs, wanted[0].name),
+        **experiment.described,
+    }
+    if kind == "prompts":
+        report["visible"] = visible(experiment.task(wanted[0], experiment.seeds[0]))
+    return report
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as the paper's table and a table of differences."""
+    settings, network = report["settings"], report["model"]["denoiser"]
+    variants, scores = report["variants"], report["table"]
+    counts = [c for c in next(iter(scores.values())) if c != "all"]
+    reference = next(iter(scores))
+    where = "simulated" if report["data"] == "phantom" else report["data"]
+    brain = report["model"]["task"] == "brain"
+    lines = [
+        f"# Ablation: {report['ablation']}",
+        "",
+        f"{report['model']['name']}, {where}: {settings['steps']} steps of {settings['batch_size']} "
+        + (f"crops of {settings['crop']} voxels" if settings["crop"] else "subjects")
+        + f", width {network['width']}, {network['blocks']} blocks, "
+        f"patch {' x '.join(map(str, network['patch']))}, {settings['subjects']} training subjects, "
+        f"{report['test_subjects']} held-out subjects, seeds {', '.join(map(str, report['seeds']))}. Mean ± standard "
+        "deviation over subjects" + (", PSNR and SSIM inside the brain." if brain else "."),
+        "",
+    ]
+    body = []
+    for name, rows in scores.items():
+        cells = [
+            f"{rows[c][metric]['mean']:.{digits}f} ± {rows[c][metric]['sd']:.{digits}f}"
+            for c in counts
+            for metric, digits in (("psnr", 2), ("ssim", 3))
+        ]
+        body.append([variants[name]["label"], *cells, f"{rows['all']['mse']['mean']:.4f}"])
+    heads = [f"{c} missing: {what}" for c in counts for what in ("PSNR (dB)", "SSIM")]
+    lines += [
+        *table(["", *heads, "all: latent MSE"], body, 1),
+        "",
+        f"Differences to {variants[reference]['label']!r} on the same subjects, all missing counts: mean ± standard "
+        "error over subjects, and under each seed. Resolved: more than two standard errors from zero, seeds agree.",
+        "",
+    ]
+    body = []
+    for name, rows in scores.items():
+        if name == reference:
+            continue
+        cells = []
+        for metric, digits in (("psnr", 3), ("mse", 4)):
+            d = rows["all"][metric]["difference"]
+            error = "" if d["standard_error"] is None else f" ± {d['standard_error']:.{digits}f}"
+            each = ", ".join(f"{x:+.{digits}f}" for x in d["per_seed"])
+            cells += [f"{d['mean']:+.{digits}f}{error}", each, "yes" if d["resolved"] else "no"]
+        body.append([variants[name]["label"], *cells])
+    seeds = ("under each seed", "resolved")
+    lines += [*table(["", "PSNR (dB)", *seeds, "latent MSE", *seeds], body, 1), ""]
+    elements = variants[reference]["by_element"]
+    body = [[v["label"], *(f"{v['by_element'][e]:.2f}" for e in elements)] for v in variants.values()]
+    lines += [*table(["1 missing: PSNR (dB) of", *elements], body, 1), ""]
+    body = [
+        [
+            v["label"],
+            f"{v['parameters'] / 1e6:.2f}",
+            f"{v['gflop']:.3f}",
+            f"{v['seconds_per_step']:.2f}",
+            f"{v['training_mse']:.4f}",
+        ]
+        for v in variants.values()
+    ]
+    lines += table(["", "parameters (M)", "GFLOP a sample", "s a step", "training MSE at the end"], body, 1)
+    if "visible" in report:
+        lines += [
+            "",
+            f"Whether an element is missing shows in {report['visible']:.1%} of cases in what the denoiser is given at "
+            "the last timestep, without any prompt: noise does not correlate from voxel to voxel.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """ablation-KIND.json and .md in a folder."""
+    return write(report, markdown(report), folder, f"ablation-{report['ablation']}")
