@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from copedit_rt import checkpoint, cli
 from copedit_rt.config import ModelConfig
 from copedit_rt.images.nifti import Volume, read_volume
+from copedit_rt.images.study import Study
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.synthesizer import Synthesizer
