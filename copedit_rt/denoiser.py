@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from copedit_rt.config import DenoiserConfig, ModelConfig, Triple
+from copedit_rt.tokenizer import float32_on_cpu
 from kernels import ada_norm, axis_attention, gated_residual_ada_norm, swiglu
 
 EPS = 1e-4
@@ -296,6 +297,10 @@ class UNet(nn.Module):
         self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, corner: Tensor | None = None
     ) -> Tensor:
         """As `MDiT3D.forward`; convolutions know no positions, so where a crop begins (corner) changes nothing."""
+        with float32_on_cpu(z):  # MONAI's convolutions are not ours
+            return self._predict(z, t, prompts, observed)
+
+    def _predict(self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor) -> Tensor:
         context = None
         if self.mask is not None:
             context = self.mask((~observed).to(z.dtype))[:, None]

@@ -40,8 +40,8 @@ class TorchEngine:
 
         dtype: of the autoencoder's and the denoiser's weights and products (None: their own). The codebook, prompt
         encoders, heads, statistics and the sampler's latents stay in float32, as elements differ by less than bfloat16
-        resolves. float8: of the products in the denoiser's blocks, the rest is bfloat16. The networks given are not
-        changed.
+        resolves. float8: of the products in the denoiser's blocks, the rest is bfloat16. A U-Net stays in float32 on a
+        CPU, see `tokenizer.unsafe_type`. The networks given are not changed.
         """
         self.config = config
         self.max_memory = max_memory
@@ -50,6 +50,8 @@ class TorchEngine:
         self.versions = {"torch": str(torch.__version__)}
         base = torch.bfloat16 if dtype == float8.KIND else dtype
         self.tokenizer = lean_tokenizer(tokenizer, device, base)
+        if isinstance(denoiser, UNet) and device.type == "cpu" and base == torch.bfloat16:
+            base = torch.float32
         self.denoiser = _copy(denoiser, set(denoiser.parameters()), device, base)
         self._dtype = next(self.denoiser.parameters()).dtype
         self.precision = str(self._dtype).removeprefix("torch.")
