@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from processors import Faulty, Sound
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -734,6 +735,20 @@ def test_doctor(monkeypatch):
         state = report["extras"][extra]
         assert bool(state["missing"]) == (state["install"] is not None)
     assert "copedit" in run("doctor").stdout
+
+
+@pytest.mark.parametrize("processor", [Sound, Faulty])
+def test_doctor_compares_bfloat16_with_float32(processor):
+    with processor():
+        report = json.loads(run("doctor", "--json").stdout)
+        shown = run("doctor").stdout
+    found, sound = report["bfloat16"], processor is Sound
+    assert found["right"] == sound and (found["errors"]["product 128x128"] < 2**-8)
+    wrong = [name for name, error in found["errors"].items() if error is None or error > 2**-8]
+    said = [x for x in report["problems"] if "--dtype float32" in x and "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16" in x]
+    assert len(said) == (not sound) and all(name in said[0] for name in wrong)
+    assert len(wrong) == (0 if sound else 10), "five with one result along an axis, in both layouts"
+    assert ("right here" in shown) == sound and ("wrong here" in shown) != sound
 
 
 def test_doctor_never_fails(monkeypatch):
