@@ -62,15 +62,15 @@ def phantom_images(
     """
     shape = (subjects, len(config.elements), 1, *config.image)
     if cache.exists():
-        images = np.load(cache, mmap_mode="c")
-        if images.shape == shape:
+        images = mapped(cache)
+        if images.shape == shape and images.dtype == np.float16:
             return images
     with new_cache(cache, shape) as images:
         for i, subject in enumerate(ahead(model_images, config, range(first, first + subjects))):
             images[i] = subject
             if progress:
                 progress(i + 1, subjects)
-    return np.load(cache, mmap_mode="c")
+    return mapped(cache)
 
 
 def folder_images(
@@ -93,7 +93,7 @@ def folder_images(
     if index.exists() and cache.exists():
         done = json.loads(index.read_text(encoding="utf-8"))
         if done["about"] == about:
-            return np.load(cache, mmap_mode="c")[: len(done["studies"])]
+            return mapped(cache)[: len(done["studies"])]
     train = set(split(data.subjects, output / "split.json")["train"])
     studies = [entry for entry in data.studies if entry.subject in train]
     say(
@@ -130,7 +130,7 @@ def folder_images(
     left_out = [dataclasses.asdict(item) for item in (*data.skipped, *skipped, *damaged)]
     report = {"about": about, "studies": rows, "skipped": left_out}
     write_atomically(index, (json.dumps(report, indent=1) + "\n").encode())
-    return np.load(cache, mmap_mode="c")[: len(rows)]
+    return mapped(cache)[: len(rows)]
 
 
 def held_out_images(config: ModelConfig, data: DataSet | None, output: Path, subjects: int) -> np.ndarray:
@@ -151,6 +151,14 @@ def study_names(output: Path) -> list[str]:
     """The study of each row of a run's images, as `folder_images` noted them; none for phantoms."""
     index = output / "images.json"
     return [row["study"] for row in json.loads(index.read_text(encoding="utf-8"))["studies"]] if index.exists() else []
+
+
+def mapped(cache: Path) -> np.ndarray:
+    """A map of a file of numpy's, whose changes stay in memory. Raises CopeditError for anything else."""
+    try:
+        return np.load(cache, mmap_mode="c")
+    except (OSError, ValueError, EOFError) as error:
+        raise CopeditError(f"{cache}: not what a run keeps there ({error}); delete it and start again") from error
 
 
 @contextlib.contextmanager
