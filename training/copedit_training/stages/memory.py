@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from copedit_kernels import dispatch
+from copedit_kernels import launch
 from copedit_rt.config import ModelConfig
 from copedit_rt.networks.denoiser import Block
 from copedit_rt.networks.tokenizer import CoPeVAE, ResidualUnit
@@ -59,7 +59,7 @@ def estimate(
     step = math.ceil(step / settings.pretext_every) * settings.pretext_every
     images = np.zeros((1, len(config.elements), 1, *config.image), np.float16)
     if kernels == "auto":
-        kernels = "triton" if dispatch.triton is not None else "reference"
+        kernels = "triton" if launch.triton is not None else "reference"
     with _kernels(kernels), FakeTensorMode(allow_non_fake_inputs=True), _unmoved(), _Alive() as alive:
         if stage == "tokenizer":
             task: Any = TokenizerTask(config, settings, images)
