@@ -38,6 +38,8 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	@echo "==> mypy"
 	$(BIN)/mypy
+	@echo "==> import-linter"
+	$(BIN)/lint-imports
 
 # Interrupted, it goes on where it was: every stage resumes from its last checkpoint.
 weights: $(VENV)/installed

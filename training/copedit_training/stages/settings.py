@@ -12,7 +12,7 @@ from typing import Any, Literal
 from copedit_rt.errors import CopeditError
 
 Stage = Literal["tokenizer", "denoiser"]
-_PRESETS = Path(__file__).parent / "presets"
+_PRESETS = Path(__file__).parents[1] / "presets"
 
 
 @dataclass(frozen=True)
