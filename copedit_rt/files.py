@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def check_writable(folder: Path) -> None:
+    """CopeditError if files could not be written below a folder; leaves no trace."""
+    ancestor = folder.absolute()
+    if re.search(r"\.nii(\.gz)?$", folder.name, re.I):
+        raise CopeditError(f"{folder} has the name of an image; -o takes a folder, whose files are named as the inputs")
+    try:
+        while not ancestor.exists() and ancestor != ancestor.parent:
+            ancestor = ancestor.parent
+        if not ancestor.is_dir():
+            raise NotADirectoryError(20, "not a folder")
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise CopeditError(f"cannot write to {folder} ({ancestor}: {reason}); choose another folder with -o") from error
 
 
 def unwritable(path: Path, error: OSError) -> CopeditError:

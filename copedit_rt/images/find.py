@@ -60,6 +60,13 @@ class Found(list[StudyFiles]):
         super().__init__(studies)
         self.skipped = list(skipped)
 
+    def reasons(self) -> dict[str, list[str]]:
+        """The files that were passed over for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.skipped:
+            reasons.setdefault(reason, []).append(str(path))
+        return reasons
+
 
 def find_studies(
     inputs: Sequence[Path | str] | Path | str = (),
