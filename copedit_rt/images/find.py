@@ -137,11 +137,13 @@ class _Search:
         """All images below the roots, but for those that are no observed images by name or mark."""
         several = sum(root.is_dir() for root in self.roots) > 1
         for root in self.roots:
-            if root.is_dir():
+            if _is_folder(root):
                 for path in _walk(root, self.skipped):
                     self.top.setdefault(path, Path(root.resolve().name) if several else Path())
             elif not root.exists():
                 raise CopeditError(f"{root} does not exist; give a NIfTI file or a folder of them")
+            elif not root.is_file():
+                raise CopeditError(f"{root} is neither a file nor a folder; give a NIfTI file or a folder of them")
             elif not is_nifti(root):
                 raise CopeditError(
                     f"{root} is not a NIfTI file (.nii or .nii.gz); convert it, DICOM for example with dcm2niix"
@@ -334,7 +336,8 @@ def _distinct(found: Sequence[tuple[Path, StudyFiles]]) -> list[StudyFiles]:
     while above and len(set(names)) < len(names) and any(p != p.parent for p in above):
         count = Counter(names)
         above = [p.parent for p in above]
-        names = [f"{p.name}_{name}" if count[name] > 1 and p.name else name for p, name in zip(above, names, strict=True)]
+        pairs = zip(above, names, strict=True)
+        names = [f"{p.name}_{name}" if count[name] > 1 and p.name else name for p, name in pairs]
     studies = []
     for (_, study), name in zip(found, names, strict=True):
         if outputs[_place(study)] > 1:
@@ -346,6 +349,13 @@ def _distinct(found: Sequence[tuple[Path, StudyFiles]]) -> list[StudyFiles]:
 
 def _place(study: StudyFiles) -> tuple[Path, str]:
     return study.naming.subfolder, study.naming.head
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long, for one
+        raise CopeditError(f"cannot read {str(path)[:200]}: {error.strerror or error}") from error
 
 
 def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:

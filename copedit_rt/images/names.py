@@ -199,7 +199,7 @@ def is_nifti(path: Path) -> bool:
 
 
 def is_heart(stem: str) -> bool:
-    """Whether a name is one of ACDC, MSCMR, UKBB, M&Ms, Sunnybrook or MESA, or says that it is a heart or short axis."""
+    """Whether a name is one of ACDC, MSCMR, UKBB, M&Ms, Sunnybrook or MESA, or says heart, cardiac, sax, short-axis."""
     return bool(_HEARTS.search(stem))
 
 

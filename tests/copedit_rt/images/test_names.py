@@ -1,6 +1,7 @@
 """What names say, and that nothing is guessed: neither a modality, nor a heart, nor that something is missing."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,17 @@ def test_equal_visits_of_two_subjects_have_two_names(tmp_path):
     touch(tmp_path, *(f"{s}/{v}/t1.nii.gz" for s in ("A", "B") for v in ("v1", "v2")), "C/v3/t1.nii.gz")
     names = [study.name for study in find_studies(tmp_path)]
     assert names == ["A_v1", "A_v2", "B_v1", "B_v2", "v3"]
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "s_t1.nii.gz")
+    with pytest.raises(CopeditError, match="neither a file nor a folder"):
+        find_studies(tmp_path / "s_t1.nii.gz")
+    with pytest.raises(CopeditError, match="no regular file"):
+        find_studies(tmp_path)
+    with pytest.raises(CopeditError, match=r"cannot read .*xxx: File name too long"):
+        find_studies(tmp_path / ("x" * 300))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "IM0001.dcm").write_bytes(b"DICM")
+    with pytest.raises(CopeditError, match="convert DICOM for example with dcm2niix"):
+        find_studies(tmp_path / "d")
