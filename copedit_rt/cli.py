@@ -325,7 +325,7 @@ def _further() -> Iterator[typer.Typer]:
         yield from (point.load() for point in points)
     else:
         packages = {file.parent.name for folder in sys.path for file in Path(folder).glob("copedit_*/cli.py")}
-        for package in sorted(packages - {__package__}, reverse=True):
+        for package in sorted(packages - {__package__}):
             yield importlib.import_module(f"{package}.cli").app
 
 

@@ -264,7 +264,7 @@ def test_as_a_process(tmp_path):
 
 def test_other_packages_add_their_commands(monkeypatch):
     """By the entry points of an installation, or by their place beside this one."""
-    points = [EntryPoint(name, f"copedit_{name}.cli:app", cli.COMMANDS) for name in ("training", "bench")]
+    points = [EntryPoint(name, f"copedit_{name}.cli:app", cli.COMMANDS) for name in ("bench", "training")]
     found = {}
     for there in (points, []):
         monkeypatch.setattr(cli, "entry_points", lambda group, there=there: there)
