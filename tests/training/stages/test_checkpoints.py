@@ -72,7 +72,7 @@ def test_a_log_is_cut_to_the_checkpoint(tmp_path):
 def test_what_dead_processes_left_is_swept_and_of_the_living_kept(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    names = [".images.npy.{}.tmp.npy", ".run.json.{}.part"]
+    names = [".images.npy.{}.tmp.npy", ".images.json.{}.part"]
     for pid in (gone.pid, os.getpid()):
         for name in names:
             (tmp_path / name.format(pid)).write_bytes(b"x")

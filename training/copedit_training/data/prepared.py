@@ -156,7 +156,7 @@ def study_names(output: Path) -> list[str]:
 def mapped(cache: Path) -> np.ndarray:
     """A map of a file of numpy's, whose changes stay in memory. Raises CopeditError for anything else."""
     try:
-        return np.load(cache, mmap_mode="c")
+        return np.lib.format.open_memmap(cache, mode="c")
     except (OSError, ValueError, EOFError) as error:
         raise CopeditError(f"{cache}: not what a run keeps there ({error}); delete it and start again") from error
 
