@@ -184,6 +184,19 @@ def memory(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
 
 
+def cotangents_of(op: str, inputs: Mapping[str, Any], layout: Layout | None = None) -> list[Tensor]:
+    """Random ones, of the shapes that the reference gives."""
+    if not OPERATORS[op].learn:
+        return []
+    with torch.no_grad():
+        out = OPERATORS[op].reference(*inputs.values())
+    outputs = out if isinstance(out, tuple) else (out,)
+    return [
+        place(normal(*y.shape, seed=7 + i, dtype=y.dtype, device=str(y.device)), layout or Layout.plain(y.ndim))
+        for i, y in enumerate(outputs)
+    ]
+
+
 def compare(op: str, inputs: Mapping[str, Any], cotangent: Layout | None = None, ours: str = "ours") -> None:
     """Holds ours, outputs and gradients, to the rule; indices must be the reference's, and no input may change but
     those that the operator writes to, nor what lies around them.
@@ -194,15 +207,7 @@ def compare(op: str, inputs: Mapping[str, Any], cotangent: Layout | None = None,
     row = OPERATORS[op]
     low_inputs = changed(inputs, lambda x: x.clone(memory_format=torch.contiguous_format))
     exact_inputs = changed(inputs, lambda x: x.to(torch.float64 if x.is_floating_point() else x.dtype, copy=True))
-    with torch.no_grad():
-        out = row.reference(*changed(low_inputs, Tensor.clone).values())
-    outputs = out if isinstance(out, tuple) else (out,)
-    shapes = [(y, cotangent or Layout.plain(y.ndim)) for y in outputs]
-    cotangents = [
-        place(normal(*y.shape, seed=7 + i, device=str(y.device)).to(y.dtype), layout)
-        for i, (y, layout) in enumerate(shapes)
-        if y.is_floating_point()
-    ]
+    cotangents = cotangents_of(op, inputs, cotangent)
     plain = [c.contiguous() for c in cotangents]
     exact = results(row.reference, op, exact_inputs, plain)
     low = results(row.reference, op, low_inputs, plain)
@@ -220,3 +225,12 @@ def compare(op: str, inputs: Mapping[str, Any], cotangent: Layout | None = None,
         if name in row.mutated:
             before[name].as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
         assert torch.equal(before[name].nan_to_num(), memory(x).nan_to_num()), f"{name}: written, not equal any more"
+
+
+def once(op: str, sizes: Mapping[str, int], dtype: torch.dtype, device: str = "cpu", **variant: Any) -> list[Tensor]:
+    """Outputs and gradients of one call."""
+    row = OPERATORS[op]
+    inputs = inputs_of(op, sizes, row.dtype or dtype, device=device, **variant)
+    cotangents = cotangents_of(op, inputs)
+    with using("triton"):
+        return list(results(row.contestants["ours"].call, op, inputs, cotangents).values())

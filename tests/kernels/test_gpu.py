@@ -8,33 +8,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checks import HAS_TRITON, Layout, compare, inputs_of, normal, strided, using
-from torch import Tensor
+from checks import HAS_TRITON, Layout, compare, inputs_of, normal, once, strided
 
 import copedit_kernels as ops
-from copedit_bench.operators.cases import DIMS, OPERATORS, Fill
+from copedit_bench.operators.cases import DIMS, OPERATORS
 from copedit_kernels import reference
 from copedit_rt.config import PRESETS
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def once(op: str, sizes: dict[str, int], dtype: torch.dtype, device: str = "cuda", **variant: Any) -> list[Tensor]:
-    """Outputs and gradients."""
-    row = OPERATORS[op]
-    inputs = inputs_of(op, sizes, row.dtype or dtype, device=device, **variant)
-    with using("triton"):
-        out = getattr(ops, row.function)(*inputs.values())
-        outputs = out if isinstance(out, tuple) else (out,)
-        leaves = [inputs[name] for name in row.learn if inputs[name] is not None]
-        fill = Fill(dtype, device)
-        return [*outputs, *(torch.autograd.grad(outputs, leaves, [fill(*y.shape) for y in outputs]) if leaves else ())]
 
 
 # Precision
@@ -102,7 +88,7 @@ def test_a_captured_loop_counts_its_steps(monkeypatch: pytest.MonkeyPatch) -> No
 def test_twenty_runs_give_the_same_bits(op: str, dtype: torch.dtype) -> None:
     row = OPERATORS[op]
     for variant in row.variants:
-        first, *others = (once(op, row.sizes(PRESETS["brain-brats"], 2), dtype, **variant) for _ in range(20))
+        first, *others = (once(op, row.sizes(PRESETS["brain-brats"], 2), dtype, "cuda", **variant) for _ in range(20))
         for other in others:
             assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -124,7 +110,7 @@ def test_no_compilation_for_another_batch_size() -> None:
     def compiled(batch: int) -> int:
         for op, row in OPERATORS.items():
             for variant in row.variants:
-                once(op, row.sizes(PRESETS["brain-brats"], batch) | {"T": 64}, torch.float16, **variant)
+                once(op, row.sizes(PRESETS["brain-brats"], batch) | {"T": 64}, torch.float16, "cuda", **variant)
         return sum(len(cache[0]) for kernel in jitted.values() for cache in kernel.device_caches.values())
 
     before = compiled(4)
@@ -143,9 +129,9 @@ def test_no_access_out_of_bounds(op: str) -> None:
     if tool is None:
         pytest.skip("needs compute-sanitizer, of the CUDA toolkit, on PATH")
     folders = [HERE.parents[1] / folder for folder in ("", "kernels", "training", "bench", "tests/kernels")]
-    code = f"import sys; sys.path[:0] = {list(map(str, folders))}; import torch, test_gpu\n"
-    code += f"for variant in test_gpu.OPERATORS[{op!r}].variants:\n"
-    code += f"    test_gpu.once({op!r}, test_gpu.OPERATORS[{op!r}].small, torch.float16, **variant)\n"
+    code = f"import sys; sys.path[:0] = {list(map(str, folders))}; import torch, checks\n"
+    code += f"for variant in checks.OPERATORS[{op!r}].variants:\n"
+    code += f"    checks.once({op!r}, checks.OPERATORS[{op!r}].small, torch.float16, 'cuda', **variant)\n"
     code += "torch.cuda.synchronize()\n"
     # Without torch's caching allocator every tensor is an allocation of its own, whose ends the tool knows.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from checks import Layout, Recorder, compare, inputs_of, interpreted, layouts, normal, strided, using
+from checks import Layout, Recorder, compare, inputs_of, interpreted, layouts, normal, once, strided, using
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import copedit_kernels as ops
-from copedit_bench.operators.cases import OPERATORS, Fill
+from copedit_bench.operators.cases import OPERATORS
 from copedit_kernels import norm, reference
 from copedit_rt.config import PRESETS
 
@@ -133,17 +133,8 @@ def test_at_the_widths_of_the_models(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_the_same_bits_again(op: str) -> None:
-    row = OPERATORS[op]
-
-    def once() -> list[Tensor]:
-        inputs = inputs_of(op, row.small, torch.float16)
-        out = getattr(ops, row.function)(*inputs.values())
-        outputs = out if isinstance(out, tuple) else (out,)
-        leaves = [inputs[name] for name in row.learn if inputs[name] is not None]
-        fill = Fill(torch.float16)
-        return [*outputs, *(torch.autograd.grad(outputs, leaves, [fill(*y.shape) for y in outputs]) if leaves else ())]
-
-    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+    first, second = (once(op, OPERATORS[op].small, torch.float16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # Single operators
