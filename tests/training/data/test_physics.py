@@ -1,4 +1,4 @@
-"""Signal equations against closed forms and simulations of the magnetisation, contrasts against what is known of them."""
+"""Signal equations against closed forms and followed magnetisation; contrasts against what is known of them."""
 
 from dataclasses import replace
 

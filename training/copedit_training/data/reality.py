@@ -55,11 +55,12 @@ def measures(images: Images) -> dict[str, float]:
         out |= {f"{name} {q} %": float(x) for q, x in zip(QUANTILES, np.percentile(v, QUANTILES), strict=True)}
     for a, b in itertools.combinations(values, 2):
         out[f"correlation {a} {b}"] = float(np.corrcoef(values[a], values[b])[0, 1])
-    return out | _classes(values)
+    deep = ndimage.binary_erosion(brain, iterations=2)  # off the edge, which is neither of the classes
+    return out | _classes({name: v[deep] for name, v in volumes.items()})
 
 
 def _classes(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means and shares of three classes: the fluid is brightest in T2 against T1, the white brightest in T1 of the rest.
+    """Means and shares of three classes: the fluid is the brightest in T2 less T1, the white then the brightest in T1.
 
     Without T1 and T2 there are no such names, and no measures."""
     if "t1" not in values or "t2" not in values:
@@ -78,7 +79,8 @@ def _classes(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     for label, i in zip(CLASSES, (fluid, grey, white), strict=True):
         out[f"share of {label}"] = float(np.mean(found.labels_ == i))
         out |= {f"{name} in {label}": float(centres[i, names.index(name)]) for name in names}
-    return out | {f"{name} grey / white": float(c[grey] / max(c[white], 1e-3)) for name, c in zip(names, centres.T)}
+    ratio = centres[grey] / np.maximum(centres[white], 1e-3)
+    return out | {f"{name} grey / white": float(r) for name, r in zip(names, ratio, strict=True)}
 
 
 def compare(studies: Sequence[Images], simulated: Iterable[Images]) -> list[Row]:
@@ -97,7 +99,7 @@ def compare(studies: Sequence[Images], simulated: Iterable[Images]) -> list[Row]
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Rows as text, one measure a line: the simulated 5, 50, 95 %, then value and rank of each real study in `names`."""
+    """Rows as text, one measure a line: the simulated 5, 50, 95 %, then value and rank of each study of `names`."""
     lines = [f"{'measure':24}{'simulated 5/50/95 %':>24}  " + "".join(f"{name:>20}" for name in names)]
     for row in rows:
         span = " / ".join(f"{v:.2f}" for v in row.simulated)
