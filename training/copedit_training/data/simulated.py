@@ -1,0 +1,209 @@
+"""Simulated studies of brains: an anatomy of a folder of label maps, seen by a scanner that is drawn anew each time.
+
+    simulator = Simulator(Path("labels"), shape=(96, 112, 48), spacing=(2.0, 2.0, 4.0))
+    study = simulator.study(7)
+
+The numbers that are drawn come from numpy's generator, whatever the device, so that a seed is the same patient and the
+same protocol everywhere; only the noise comes from the device's own generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from copedit_rt.errors import CopeditError
+from copedit_training.data import physics
+from copedit_training.data.anatomy import (
+    INDEX,
+    Disease,
+    Draw,
+    HeadMap,
+    axes_of,
+    draw,
+    load_map,
+    noise_block,
+    read_folder,
+    read_map,
+    save_map,
+    smooth_field,
+)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One simulated study. images: name -> float32 [X, Y, Z] >= 0, RAS order, scanner units, on the simulator's device;
+    labels: uint8 [X, Y, Z]; about: what was drawn, for reports."""
+
+    images: dict[str, Tensor]
+    labels: Tensor
+    spacing: tuple[float, float, float]
+    stripped: bool
+    about: dict[str, object]
+
+    def affine(self) -> np.ndarray:
+        """Voxel index to RAS millimetres, float64 [4, 4], the origin in the centre of the volume."""
+        out = np.diag([*self.spacing, 1.0])
+        out[:3, 3] = [-0.5 * (n - 1) * s for n, s in zip(self.labels.shape, self.spacing, strict=True)]
+        return out
+
+
+class Simulator:
+    """Draws studies from the label maps of a folder.
+
+    Parameters
+    ----------
+    folder: see `anatomy.read_folder`.
+    elements: names out of `physics.CONTRASTS`.
+    shape, spacing: the wanted grid and mm of its voxels.
+    stripped: the share of studies without a skull, exactly 0 outside the brain.
+    disease: how often there are plaques and tumours.
+    device: where volumes are kept and computed.
+    cache: a folder for prepared maps (about 30 MB each), which take seconds each to prepare; none if None.
+    maps: which of the folder's maps to use, all if None, so that some can be held out.
+
+    Raises
+    ------
+    CopeditError: an unknown element, or a folder that holds no label maps or broken ones.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        elements: Sequence[str] = ("t1", "t1ce", "t2", "flair"),
+        shape: Sequence[int] = (96, 112, 48),
+        spacing: Sequence[float] = (2.0, 2.0, 4.0),
+        stripped: float = 0.65,
+        disease: Disease = Disease(),
+        device: str | torch.device = "cpu",
+        cache: Path | None = None,
+        maps: Sequence[int] | None = None,
+    ):
+        unknown = [name for name in elements if name not in physics.CONTRASTS]
+        if unknown:
+            raise CopeditError(f"{unknown[0]} cannot be simulated; choose from {', '.join(physics.CONTRASTS)}")
+        x, y, z = (float(s) for s in spacing)
+        self.elements, self.shape, self.spacing = tuple(elements), tuple(int(n) for n in shape), (x, y, z)
+        self.stripped, self.disease, self.cache = stripped, disease, cache
+        self.device = torch.device(device)
+        anatomies = read_folder(Path(folder))
+        self.files = anatomies.maps if maps is None else tuple(anatomies.maps[i] for i in maps)
+        self.lesions = [(mask.to(self.device), voxel) for mask, voxel in anatomies.lesions]
+        self.tubes = torch.from_numpy(noise_block()).to(self.device)
+        self._heads: dict[int, HeadMap] = {}
+
+    def head(self, index: int) -> HeadMap:
+        """A prepared map, read when it is first wanted."""
+        if index not in self._heads:
+            self._heads[index] = self._load(self.files[index]).to(self.device)
+        return self._heads[index]
+
+    def _load(self, path: Path) -> HeadMap:
+        if self.cache is None:
+            return read_map(path)
+        stored = self.cache / f"{path.name.split('.')[0]}-{path.stat().st_size}.npz"
+        if not stored.exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            temporary = stored.with_suffix(".tmp.npz")
+            save_map(read_map(path), temporary)
+            temporary.replace(stored)
+        return load_map(stored)
+
+    @torch.no_grad()
+    def study(self, seed: int) -> Simulated:
+        """The study of a seed."""
+        rng = np.random.default_rng(seed)
+        which = int(rng.integers(len(self.files)))
+        stripped = bool(rng.random() < self.stripped)
+        anatomy = draw(
+            self.head(which), self.lesions, self.tubes, rng, self.shape, self.spacing, stripped, self.disease
+        )
+        tissues = physics.draw_tissues(rng, anatomy.age)
+        protocols = self._protocols(rng, tissues)
+        clean, box = self._clean(anatomy, protocols, rng)
+        images = {}
+        mask = _volume(anatomy.mask, anatomy)[box] if stripped else None
+        gain = float(np.exp(rng.uniform(np.log(100), np.log(2000))))
+        for (name, (_, sequence)), volume in zip(protocols.items(), clean, strict=True):
+            images[name] = self._image(name, sequence, volume, mask, box, gain, rng)
+        about = {"map": self.files[which].name, "age": anatomy.age, "field": tissues.field}
+        about |= {name: sequence for name, (_, sequence) in protocols.items()}
+        return Simulated(images, anatomy.labels(), self.spacing, stripped, about)
+
+    def _protocols(
+        self, rng: np.random.Generator, tissues: physics.Tissues
+    ) -> dict[str, tuple[physics.Tissues, physics.Protocol]]:
+        """Tissues and a sequence per element; T1 with gadolinium is mostly the same sequence as without."""
+        enhanced = physics.with_gadolinium(tissues, rng)
+        out = {}
+        for name in self.elements:
+            own = enhanced if name == "t1ce" else tissues
+            sequence = physics.draw_sequence(name, rng, tissues)
+            if name == "t1ce" and "t1" in out and rng.random() < 0.6:
+                sequence = out["t1"][1]
+            out[name] = (own, sequence)
+        return out
+
+    def _clean(
+        self, anatomy: Draw, protocols: dict[str, tuple[physics.Tissues, physics.Protocol]], rng: np.random.Generator
+    ) -> tuple[Tensor, tuple[slice, ...]]:
+        """Signed signals over white matter's, float32 [elements, x, y, z], in the box that is not empty."""
+        rows = []
+        for tissues, sequence in protocols.values():
+            table = physics.signal_with_texture(tissues, sequence)
+            rows.append(table / max(abs(table[0, INDEX["white"]]), 1e-6))
+        table = torch.from_numpy(np.concatenate(rows).astype(np.float32)).to(self.device)
+        values = (anatomy.fractions @ table.T).view(-1, len(rows), 1 + len(physics.FIELDS))
+        out = values[..., 0].clone()
+        axes = axes_of(self.shape, self.spacing)
+        for i, length in enumerate(physics.FIELDS):
+            field = smooth_field(rng, axes, length, 1, self.device).reshape(-1)[anatomy.voxels]
+            out += values[..., 1 + i] * field.clamp(-2.5, 2.5)[:, None]
+        box = _box(anatomy) if anatomy.stripped else (slice(None),) * 3
+        return torch.stack([_volume(column, anatomy)[box] for column in out.T]), box
+
+    def _image(
+        self,
+        name: str,
+        sequence: physics.Protocol,
+        clean: Tensor,
+        mask: Tensor | None,
+        box: tuple[slice, ...],
+        gain: float,
+        rng: np.random.Generator,
+    ) -> Tensor:
+        scan = physics.draw_scan(rng, name, mask is not None)
+        own = gain * float(np.exp(rng.normal(0, 0.5)))
+        image = own * physics.acquire(clean, scan, self.spacing, 1.0, sequence.magnitude, rng)
+        if mask is None:
+            return image
+        out = torch.zeros(self.shape, device=image.device)
+        out[box] = image * mask
+        return out
+
+
+def _volume(values: Tensor, anatomy: Draw) -> Tensor:
+    out = torch.zeros(int(np.prod(anatomy.shape)), device=values.device)
+    out[anatomy.voxels] = values
+    return out.view(*anatomy.shape)
+
+
+def _box(anatomy: Draw) -> tuple[slice, ...]:
+    """The smallest box around the voxels that are kept, with two voxels more on each side."""
+    kept = anatomy.voxels[anatomy.mask > 0]
+    if not len(kept):
+        return (slice(None),) * 3
+    _, ny, nz = anatomy.shape
+    index = (
+        torch.div(kept, ny * nz, rounding_mode="floor"),
+        torch.div(kept, nz, rounding_mode="floor") % ny,
+        kept % nz,
+    )
+    return tuple(
+        slice(max(0, int(i.min()) - 2), min(n, int(i.max()) + 3)) for i, n in zip(index, anatomy.shape, strict=True)
+    )
