@@ -74,6 +74,8 @@ class DenoiserConfig:
 
     prompts: which of the prompts condition the network; "mask" replaces them by a one-hot mask code.
     injection: the blocks that receive them. Only "mdit3d" has both kinds; the other backbones take them everywhere.
+    prior: a fill of what is missing (`prior.Prior`) is encoded, given to the network as a second latent of each missing
+    element, and corrected by it; off, as in the paper, the network starts from noise alone.
     """
 
     width: int = 768
@@ -83,6 +85,7 @@ class DenoiserConfig:
     backbone: Backbone = "mdit3d"
     prompts: Prompts = "full"
     injection: Injection = "across"
+    prior: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 8:

@@ -23,6 +23,7 @@ from copedit_rt.images.names import STACK
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
+from copedit_rt.prior import Prior
 
 if TYPE_CHECKING:
 
@@ -67,6 +68,7 @@ class Synthesizer:
         weights: Any = None,
         max_memory: int | None = None,
         dtype: str = "auto",
+        prior: Prior | None = None,
     ):
         """On torch; `load` knows the other engines. The networks that are given are not changed.
 
@@ -81,10 +83,10 @@ class Synthesizer:
 
         where = choose_device(device)
         engine = TorchEngine(config, tokenizer, denoiser, where, max_memory, choose_dtype(dtype, where))
-        self._use(config, engine, weights)
+        self._use(config, engine, weights, prior)
 
-    def _use(self, config: ModelConfig, engine: Engine, weights: Any) -> None:
-        self.config, self.engine, self.weights = config, engine, weights
+    def _use(self, config: ModelConfig, engine: Engine, weights: Any, prior: Prior | None) -> None:
+        self.config, self.engine, self.weights, self.prior = config, engine, weights, prior
         with _TURNS_LOCK:
             self._turn = _TURNS.setdefault("cuda:0" if engine.device == "cuda" else engine.device, threading.RLock())
 
@@ -137,11 +139,12 @@ class Synthesizer:
                 if dtype not in ("auto", built.precision):
                     raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
                 self = cls.__new__(cls)
-                self._use(built.config, built, built.weights)
+                self._use(built.config, built, built.weights, checkpoint.load_prior(folder, built.config))
                 return self
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
-        return cls(config, tokenizer, denoiser, device, {"tokenizer": first, "denoiser": second}, max_memory, dtype)
+        prior, digests = checkpoint.load_prior(folder, config), {"tokenizer": first, "denoiser": second}
+        return cls(config, tokenizer, denoiser, device, digests, max_memory, dtype, prior)
 
     def perceive(self, study: Study) -> Perception:
         """What the prompt heads say about a study; nothing needs to be missing.
@@ -185,10 +188,11 @@ class Synthesizer:
         spread: dict[str, np.ndarray] = {}
         with self._turn:
             encoded = self._encode(prepared)
+            prior = self._prior(prepared, encoded)
             for sample in range(samples):
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
                 start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
-                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report)
+                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, prior)
                 images = prepared.restore(self.decode(z, prepared.observed))
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
@@ -223,6 +227,16 @@ class Synthesizer:
 
     def _encode(self, prepared: Prepared) -> Encoded:
         return self.engine.encode(prepared.images[prepared.observed])
+
+    def _prior(self, prepared: Prepared, encoded: Encoded) -> np.ndarray | None:
+        """Latents [m, 8, h, w, d] of the fill of what is missing, and of what is observed its own."""
+        if self.prior is None:
+            return None
+        z = np.empty((len(prepared.observed), *encoded.latents.shape[1:]), np.float32)
+        z[prepared.observed] = encoded.latents
+        fill = self.prior.fill(prepared.images, prepared.observed)
+        z[~prepared.observed] = self.engine.encode(fill).latents
+        return z
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements

@@ -128,10 +128,12 @@ class OnnxEngine:
         steps: int,
         solver: str,
         progress: Callable[[int, int], None] | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         config = self.config.diffusion
         coefficients = schedule.step_coefficients(config, steps, solver)
         now, previous = z[None], np.zeros_like(z[None])
+        begun = {} if prior is None else {"prior": prior[None]}
         for i, t in enumerate(schedule.timesteps(config, steps)):
             now, previous = self._run(
                 STEP,
@@ -141,6 +143,7 @@ class OnnxEngine:
                 observed=observed[None],
                 previous=previous,
                 coefficients=coefficients[i, None],
+                **begun,
             )
             if progress:
                 progress(i + 1, steps)
