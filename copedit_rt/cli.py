@@ -489,7 +489,7 @@ def _train(
     from copedit_training.stages import trainer
 
     if estimate:
-        typer.echo(trainer.expected(stage, preset, data, override or ()))
+        typer.echo(trainer.expected(stage, preset, override or ()))
         return
     _check_writable(output)
     folder = trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume)

@@ -40,7 +40,7 @@ from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation import evaluate
 from copedit_training.evaluation.report import table
 from copedit_training.evaluation.subjects import Phantoms
-from copedit_training.stages.settings import Settings, Stage, load_settings
+from copedit_training.stages.settings import Stage, load_settings
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 DEMO = tuple(name for name in PRESETS if name.startswith("demo-"))
@@ -223,25 +223,29 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     }
 
 
-def training_step(stage: Stage, config: ModelConfig, settings: Settings, repeats: int = REPEATS) -> dict[str, Any]:
+def training_step(config: ModelConfig, settings: Any, repeats: int = REPEATS) -> dict[str, Any]:
     """Seconds of an optimizer step (median; a tokenizer's steps with and without pretext tasks by their share), of an
     epoch of the settings' subjects, and the peak of memory."""
-    from copedit_training.stages.trainer import DenoiserTask, Task, TokenizerTask, _gradients, _optimizers
+    from copedit_training.stages.denoiser_task import DenoiserTask
+    from copedit_training.stages.settings import TokenizerSettings
+    from copedit_training.stages.step import gradients, optimizers_of
+    from copedit_training.stages.task import Task
+    from copedit_training.stages.tokenizer_task import TokenizerTask
 
     drawn = settings.batch_size * settings.accumulate
     shape = (min(settings.batch_size, 4), len(config.elements), 1, *config.image)
     images = np.random.default_rng(0).random(shape, dtype=np.float32).astype(np.float16)
     memory = Memory(choose_device(settings.device))
-    task: Task
-    if stage == "tokenizer":
+    task: Task[Any, Any]
+    if isinstance(settings, TokenizerSettings):
         task = TokenizerTask(config, settings, images)
     else:
         task = DenoiserTask(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements)))
-    optimizers = _optimizers(task, settings)
+    optimizers = optimizers_of(task)
 
     def step(number: int) -> float:
         start = time.perf_counter()
-        _gradients(task, task, number, range(settings.accumulate))
+        gradients(task, task.module, (task.draw(number, part) for part in range(settings.accumulate)))
         for optimizer in optimizers:
             optimizer.step()
         task.after_step(number)
@@ -249,8 +253,9 @@ def training_step(stage: Stage, config: ModelConfig, settings: Settings, repeats
             torch.cuda.synchronize(task.device)
         return time.perf_counter() - start
 
-    every = settings.pretext_every if stage == "tokenizer" else 1
-    first = max(0, settings.quantise_from, settings.adversarial_from) if stage == "tokenizer" else 0
+    every, first = 1, 0
+    if isinstance(settings, TokenizerSettings):
+        every, first = settings.pretext_every, max(0, settings.quantise_from, settings.adversarial_from)
     first = math.ceil(first / every) * every
     tasked = repeated(lambda: step(first), repeats)  # the first makes the optimizers' state
     plain = repeated(lambda: step(first + 1), repeats) if every > 1 else tasked
@@ -281,10 +286,10 @@ def run(
             config = with_backbone(ModelConfig.preset(name), backbone)
             jobs.append((name, backbone, partial(apart, inference, config, device, repeats)))
         for stage in get_args(Stage):
-            settings = load_settings(stage, name, [f"device={device}", "compile=false"])
-            jobs.append(
-                (name, stage, partial(apart, training_step, stage, ModelConfig.preset(name), settings, repeats))
+            settings = load_settings(
+                stage, name, [f"device={device}", *(["compile=false"] if stage == "denoiser" else [])]
             )
+            jobs.append((name, stage, partial(apart, training_step, ModelConfig.preset(name), settings, repeats)))
     rows = []
     for done, (name, what, job) in enumerate(jobs):
         if progress:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, write_plainly
 from copedit_bench.models.sampler import no_tf32
@@ -22,8 +22,11 @@ from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.stages.settings import Settings, Stage, load_settings
-from copedit_training.stages.trainer import DenoiserTask, Task, TokenizerTask, _gradients, _optimizers
+from copedit_training.stages.denoiser_task import DenoiserTask
+from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, TokenizerSettings, load_settings
+from copedit_training.stages.step import clip, gradients, optimizers_of
+from copedit_training.stages.task import Task
+from copedit_training.stages.tokenizer_task import TokenizerTask
 
 STAGES: tuple[Stage, ...] = ("tokenizer", "denoiser")
 # Subjects a step on one GPU: the paper's batches (Tables 14 and 15), of the brain's tokenizer a micro-batch.
@@ -45,7 +48,7 @@ class _Denoising(DenoiserTask):
         shape = (self.views * len(images), len(config.elements))
         latents = (*shape, config.tokenizer.latent_channels, *config.latent)
         found = (torch.randn(size, generator=generator) for size in (latents, (*shape, 3, config.tokenizer.prompt_dim)))
-        z, prompts = (x.to(self.device) for x in found)
+        z, prompts = found
         return z.half(), prompts
 
 
@@ -86,14 +89,15 @@ def run(
 def _settings(stage: Stage, config: ModelConfig, batch: int, device: str) -> Settings:
     """Those of the preset, with the adversary where MONAI is installed and without the perceptual term, which needs
     weights from elsewhere."""
-    tiny = Settings(steps=10, batch_size=batch, lr=1e-4, adversarial_from=-1)
-    settings = tiny if config is TINY else load_settings(stage, config.name)
-    if importlib.util.find_spec("monai") is None:
-        settings = dataclasses.replace(settings, adversarial_from=-1)
-    return dataclasses.replace(settings, batch_size=batch, accumulate=1, device=device, perceptual="", compile=False)
+    kind = TokenizerSettings if stage == "tokenizer" else DenoiserSettings
+    settings: Any = kind(10, batch, 1e-4) if config is TINY else load_settings(stage, config.name)
+    own: dict[str, Any] = {"perceptual": ""} if stage == "tokenizer" else {"compile": False}
+    if stage == "tokenizer" and importlib.util.find_spec("monai") is None:
+        own["adversarial_from"] = -1
+    return dataclasses.replace(settings, batch_size=batch, accumulate=1, device=device, **own)
 
 
-def _task(stage: Stage, config: ModelConfig, settings: Settings, kind: str) -> Task:
+def _task(stage: Stage, config: ModelConfig, settings: Any, kind: str) -> Task[Any, Any]:
     shape = (settings.batch_size, len(config.elements), 1, *config.image)
     images = np.random.default_rng(SEED).random(shape, np.float32)
     torch.manual_seed(SEED)
@@ -111,13 +115,15 @@ def _task(stage: Stage, config: ModelConfig, settings: Settings, kind: str) -> T
         assert isinstance(found.denoiser, MDiT3D)
         write_plainly(found.denoiser)
     if kind == "compile":
-        found.predict = [torch.compile(found.denoiser, dynamic=False)]
+        found.predict = torch.compile(found.denoiser, dynamic=False)
     return found
 
 
 def _number(settings: Settings) -> int:
     """Of a step in which all terms of the loss take part."""
-    return max(0, settings.quantise_from, settings.adversarial_from)
+    if isinstance(settings, TokenizerSettings):
+        return max(0, settings.quantise_from, settings.adversarial_from)
+    return 0
 
 
 def _truth(stage: Stage, config: ModelConfig, settings: Settings) -> tuple[dict[str, Tensor], Answer]:
@@ -126,20 +132,18 @@ def _truth(stage: Stage, config: ModelConfig, settings: Settings) -> tuple[dict[
     perturb(task.denoiser if isinstance(task, DenoiserTask) else task.tokenizer)  # type: ignore[arg-type]
     with no_tf32():
         _answer(task, settings)  # codes and prompt encoders start from the first data that they see
-        state = {name: x.detach().cpu().clone() for name, x in task.state_dict().items()}
+        state = {name: x.detach().cpu().clone() for name, x in task.module.state_dict().items()}
         return state, _answer(task, settings)
 
 
-def _answer(task: Task, settings: Settings) -> Answer:
+def _answer(task: Task[Any, Any], settings: Settings) -> Answer:
     """Loss and gradients of a few subjects."""
     whole = task.settings
     task.settings = dataclasses.replace(whole, batch_size=min(CHECKED, whole.batch_size))
-    terms, _ = _gradients(task, task, _number(settings), range(1))
-    gradients = [p.grad.float().flatten() for p in task.parameters() if p.grad is not None]
-    found = {"loss": torch.tensor(terms["loss"]), "gradients": torch.cat(gradients).cpu()}
-    task.zero_grad(set_to_none=True)
-    if getattr(task, "quantised", None):
-        task.quantised = []  # type: ignore[assignment]
+    terms, _ = gradients(task, task.module, [task.draw(_number(settings), 0)])
+    every = [p.grad.float().flatten() for p in task.module.parameters() if p.grad is not None]
+    found = {"loss": torch.tensor(terms["loss"]), "gradients": torch.cat(every).cpu()}
+    task.module.zero_grad(set_to_none=True)
     task.settings = whole
     return found
 
@@ -148,21 +152,21 @@ def _contestant(
     stage: Stage, config: ModelConfig, settings: Settings, kind: str, state: dict[str, Tensor]
 ) -> Contestant:
     task = _task(stage, config, settings, kind)
-    task.load_state_dict(state)
+    task.module.load_state_dict(state)
     if kind == "ours":
-        optimizers = _optimizers(task, settings)
+        optimizers = optimizers_of(task)
     else:
-        weights = [p for p in task.parameters() if p.requires_grad]
+        weights = [p for p in task.module.parameters() if p.requires_grad]
         options = {"lr": settings.lr, "betas": (0.9, settings.beta2), "weight_decay": settings.weight_decay}
         optimizers = [torch.optim.AdamW(weights, **options)]  # type: ignore[arg-type]
     return Contestant(partial(_step, task, optimizers, settings), torch.bfloat16, partial(_answer, task, settings))
 
 
-def _step(task: Task, optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
+def _step(task: Task[Any, Any], optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
     """As in the loop of `copedit_training.stages.trainer`."""
     number = _number(settings)
-    _gradients(task, task, number, range(1))
-    nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], settings.clip)
+    gradients(task, task.module, [task.draw(number, 0)])
+    clip(task)
     for optimizer in optimizers:
         optimizer.step()
     task.after_step(number)

@@ -16,12 +16,13 @@ from copedit_bench.models import cost
 from copedit_rt import config as configs
 from copedit_rt.cli import app
 from copedit_rt.config import ModelConfig
-from copedit_training.stages.settings import Settings
+from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 
 pytest.importorskip("monai", reason="the UNet among the backbones needs the extra `train`")
 
 TINY = replace(UNEVEN, elements=("t1", "t2", "pd"), image=(16, 16, 16), diffusion=configs.DiffusionConfig(steps=3))
-SETTINGS = Settings(steps=10, batch_size=2, lr=1e-3, subjects=8, dtype="float32", pretext_every=3, readout_steps=0)
+COMMON = {"steps": 10, "batch_size": 2, "lr": 1e-3, "subjects": 8, "dtype": "float32", "device": "cpu"}
+SETTINGS = {"tokenizer": TokenizerSettings(**COMMON, pretext_every=3), "denoiser": DenoiserSettings(**COMMON)}
 
 
 def step_by_hand(config, backbone):
@@ -123,7 +124,7 @@ def test_measured_and_written(monkeypatch, tmp_path):
     monkeypatch.setitem(configs.PRESETS, "tiny", TINY)
     monkeypatch.setattr(cost, "PRESETS", {"tiny": TINY})
     monkeypatch.setattr(cost, "DEMO", ())
-    monkeypatch.setattr(cost, "load_settings", lambda stage, name, overrides: replace(SETTINGS, device="cpu"))
+    monkeypatch.setattr(cost, "load_settings", lambda stage, name, overrides: SETTINGS[stage])
     monkeypatch.setattr(cost, "apart", lambda work, *arguments: work(*arguments))
     result = CliRunner().invoke(app, ["bench", "cost", "-o", str(tmp_path), "--measure", "tiny", "--device", "cpu"])
     assert result.exit_code == 0, result.output
@@ -148,7 +149,7 @@ def test_what_does_not_fit_is_said(monkeypatch):
 
     monkeypatch.setitem(configs.PRESETS, "tiny", TINY)
     monkeypatch.setattr(cost, "PRESETS", {"tiny": TINY})
-    monkeypatch.setattr(cost, "load_settings", lambda *_: SETTINGS)
+    monkeypatch.setattr(cost, "load_settings", lambda stage, *_: SETTINGS[stage])
     monkeypatch.setattr(cost, "apart", out_of_memory)
     report = cost.run(["tiny"], "cpu")
     assert {row["failed"] for row in report["measured"]} == {"CUDA out of memory. Tried to allocate 9 GiB"}

@@ -36,8 +36,10 @@ from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_ima
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import measure
 from copedit_training.evaluation.report import table, write
-from copedit_training.stages.settings import Settings, load_settings
-from copedit_training.stages.trainer import DenoiserTask, claim, fit
+from copedit_training.stages.checkpoints import claim
+from copedit_training.stages.denoiser_task import DenoiserTask
+from copedit_training.stages.settings import DenoiserSettings, load_settings
+from copedit_training.stages.trainer import fit
 
 Ablation = Literal["prompts", "injection", "backbone"]
 
@@ -255,7 +257,7 @@ def patterns_of(config: ModelConfig, subject: int) -> list[tuple[int, ...]]:
     return [tuple(config.elements.index(e) for e in ps[subject % len(ps)]) for ps in every]
 
 
-def in_tiles(net: MDiT3D | UNet, settings: Settings, config: ModelConfig) -> Callable[..., Tensor]:
+def in_tiles(net: MDiT3D | UNet, settings: DenoiserSettings, config: ModelConfig) -> Callable[..., Tensor]:
     """The network as it was trained: on whole latents, or where it has only seen crops on tiles of their size."""
     size = settings.crop if settings.crop and not settings.whole_steps else 0
     if not size:
@@ -279,7 +281,7 @@ def in_tiles(net: MDiT3D | UNet, settings: Settings, config: ModelConfig) -> Cal
 
 @torch.no_grad()
 def score(
-    net: MDiT3D | UNet, vae: CoPeVAE, config: ModelConfig, settings: Settings, images: np.ndarray, subject: int
+    net: MDiT3D | UNet, vae: CoPeVAE, config: ModelConfig, settings: DenoiserSettings, images: np.ndarray, subject: int
 ) -> dict[str, dict[str, float]]:
     """Missing count -> PSNR (dB), SSIM, and squared error of normalised latents ("mse"), means over what is missing.
 

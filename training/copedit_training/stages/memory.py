@@ -1,14 +1,13 @@
-"""What training needs of a GPU's memory, and how to need less."""
+"""What training needs of a GPU's memory."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import weakref
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,67 +16,57 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from copedit_kernels import dispatch
 from copedit_rt.config import ModelConfig
-from copedit_rt.networks.denoiser import Block
-from copedit_rt.networks.tokenizer import CoPeVAE, ResidualUnit
-from copedit_training.stages.settings import Settings, Stage
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.stages.denoiser_task import DenoiserTask
+from copedit_training.stages.settings import DenoiserSettings, Settings, TokenizerSettings
+from copedit_training.stages.step import gradients, optimizers_of
+from copedit_training.stages.task import Task
+from copedit_training.stages.tokenizer_task import TokenizerTask
 
 
-def checkpoint_activations(module: nn.Module) -> None:
-    """Of each block of a transformer and each residual unit of a tokenizer keep the input alone and compute the rest
-    again in the backward pass (Chen et al. 2016); gradients are the same."""
-    for part in module.modules():
-        name = {Block: "modulated", ResidualUnit: "forward"}.get(type(part))
-        if name:
-            again = partial(checkpoint, getattr(part, name), use_reentrant=False, preserve_rng_state=False)
-            setattr(part, name, again)
-
-
-def estimate(
-    stage: Stage, config: ModelConfig, settings: Settings, subjects: int, kernels: str = "auto"
-) -> dict[str, int]:
+def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> dict[str, int]:
     """Bytes that one process needs for a training step, computed without data and without a GPU.
 
     A real step, with its backward pass and optimizers, is run on tensors that have shapes only, and the bytes of those
     alive at once are counted. "peak" is the most there are, "weights" what stays between steps (weights, average,
-    optimizers' state, of stage II the latents of all `subjects`), "gradients" those of the weights, which several
-    processes hold once more. Not counted: the CUDA context, what libraries such as cuDNN use besides, fragmentation.
+    optimizers' state), "gradients" those of the weights, which several processes hold once more. Not counted: the CUDA
+    context, what libraries such as cuDNN use besides, fragmentation.
 
     kernels: as COPEDIT_KERNELS; "auto" takes Triton's, which save less than the reference, where there is Triton.
     """
-    from copedit_training.stages.trainer import DenoiserTask, TokenizerTask, _gradients, _optimizers
-
-    settings = dataclasses.replace(settings, device="cpu", compile=False, whiten=0.0, perceptual="")
-    settings = dataclasses.replace(settings, augment=False)  # done before the step begins, an image at a time
-    if stage == "denoiser" and settings.crop:  # whole images of as many tokens
-        share = settings.crop**2 / math.prod(config.image[:2])
-        settings = dataclasses.replace(settings, crop=0, batch_size=max(1, round(settings.batch_size * share)))
-    step = max(0, settings.quantise_from, settings.adversarial_from)
-    step = math.ceil(step / settings.pretext_every) * settings.pretext_every
+    settings = replace(settings, device="cpu", augment=False)  # augmented images are drawn on the host
     images = np.zeros((1, len(config.elements), 1, *config.image), np.float16)
     if kernels == "auto":
         kernels = "triton" if dispatch.triton is not None else "reference"
     with _kernels(kernels), FakeTensorMode(allow_non_fake_inputs=True), _unmoved(), _Alive() as alive:
-        if stage == "tokenizer":
-            task: Any = TokenizerTask(config, settings, images)
-        else:
-            task = DenoiserTask(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements)))
-        optimizers = _optimizers(task, settings)
+        task, step = _task(config, settings, images)
+        optimizers = optimizers_of(task)
         for _ in range(2):  # the first makes the optimizers' state
-            task.zero_grad(set_to_none=True)
+            task.module.zero_grad(set_to_none=True)
             between = alive.now
             alive.peak = 0
-            _gradients(task, task, step, range(settings.accumulate))
+            gradients(task, task.module, (task.draw(step, part) for part in range(settings.accumulate)))
             for optimizer in optimizers:
                 optimizer.step()
-        gradients = sum(p.grad.nbytes for p in task.parameters() if p.grad is not None)
-        latents = 0
-        if stage == "denoiser":
-            latents = (task.latents.nbytes + task.prompts.nbytes) * (subjects - 1)
-    return {"peak": alive.peak + latents, "weights": between + latents, "gradients": gradients}
+        held = sum(p.grad.nbytes for p in task.module.parameters() if p.grad is not None)
+    return {"peak": alive.peak, "weights": between, "gradients": held}
+
+
+def _task(config: ModelConfig, settings: Settings, images: np.ndarray) -> tuple[Task[Any, Any], int]:
+    """The task of a stage, and a step in which all terms of its loss take part."""
+    if isinstance(settings, TokenizerSettings):
+        first = max(0, settings.quantise_from, settings.adversarial_from)
+        step = math.ceil(first / settings.pretext_every) * settings.pretext_every
+        return TokenizerTask(config, replace(settings, perceptual=""), images), step
+    assert isinstance(settings, DenoiserSettings)
+    if settings.crop:  # whole images of as many tokens
+        share = settings.crop**2 / math.prod(config.image[:2])
+        settings = replace(settings, crop=0, batch_size=max(1, round(settings.batch_size * share)))
+    settings = replace(settings, compile=False, whiten=0.0)
+    return DenoiserTask(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements))), 0
 
 
 def render(found: dict[str, int], settings: Settings) -> str:
@@ -88,7 +77,7 @@ def render(found: dict[str, int], settings: Settings) -> str:
         f"{'on' if settings.checkpointing else 'off'}; {gib['weights']} of it stay between steps\n"
         f"several processes need {gib['gradients']} more, to add up gradients\n"
         f"not counted: the CUDA context, workspaces of cuDNN and cuBLAS, fragmentation"
-        f"{', the perceptual term' if settings.perceptual else ''}"
+        f"{', the perceptual term' if getattr(settings, 'perceptual', '') else ''}"
     )
 
 

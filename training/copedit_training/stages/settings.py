@@ -1,4 +1,4 @@
-"""What a training run is told: one TOML per preset, any field of it set on the command line."""
+"""What a training run is told: one TOML per preset, any field of a stage set on the command line."""
 
 from __future__ import annotations
 
@@ -7,53 +7,53 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from copedit_rt.errors import CopeditError
 
 Stage = Literal["tokenizer", "denoiser"]
-_PRESETS = Path(__file__).parent / "presets"
+_PRESETS = Path(__file__).parents[1] / "presets"
+_MOST = 10_000_000  # steps, or subjects
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "subjects", "pretext_every", "checkpoint_every"), (1, _MOST)),
+    **dict.fromkeys(("batch_size", "accumulate", "draws", "prompt_batch", "keep", "validate_subjects"), (1, 65_536)),
+    **dict.fromkeys(("warmup", "prompt_steps", "quantise_from", "readout_steps", "whole_steps"), (0, _MOST)),
+    "validate_every": (0, _MOST),
+    "adversarial_from": (-1, _MOST),
+    "seed": (0, 2**63 - 1),
+    "crop": (0, 4096),
+    "lr": (1e-12, 10),
+    **dict.fromkeys(("prompt_lr", "muon_lr"), (0, 10)),
+    "clip": (1e-6, 1e6),
+    **dict.fromkeys(("beta2", "ema"), (0, 0.999_999)),
+    **dict.fromkeys(("weight_decay", "whiten", "last_timestep", "observed_weight", "image_weight"), (0, 1)),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("float32", "bfloat16"),
+    "optimizer": ("adam", "muon"),
+    "export": ("float32", "float16"),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of one stage.
+    """Hyperparameters of either stage.
 
     steps, batch_size (subjects), lr (peak of a linear warm-up and cosine decay), warmup (steps), seed.
     accumulate: micro-batches of batch_size subjects in a step, shared by the processes of torchrun.
     subjects: simulated subjects to train on. dtype: autocast type, "float32" or "bfloat16".
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
-    crop: train on random crops of so many voxels in the plane, 0 for whole images. In the tokenizer the pretext tasks
-    always read whole images, every `pretext_every` steps, with their weight raised accordingly. In the denoiser a batch
-    of crops holds more subjects, patterns and timesteps for its tokens; the last `whole_steps` steps are on whole
-    images, as many at a time as have the tokens of a batch of crops.
+    crop: train on random crops of so many voxels in the plane, 0 for whole images; the stages say how.
     augment: `data.Augmentation` of every image; brains are mirrored with or without it. In the denoiser it costs the
     encoding of each batch, as latents are then not computed once and kept.
-    draws (tokenizer): missing patterns drawn per subject for the pretext tasks.
-    quantise_from (tokenizer): the first step with quantisation. Before it stage I is a plain autoencoder, so that the
-    codebook starts from latents that already mean something.
-    prompt_steps (tokenizer): so many of the steps, at the end and with a schedule of their own (peak `prompt_lr`, 0 for
-    lr), train the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
-    readout_steps (tokenizer): after them, steps of the linear layers and heads alone on pooled features.
-    adversarial_from (tokenizer): the first step with the adversarial term, -1 for none. perceptual (tokenizer): file
-    with the weights of its network (`losses.Perceptual`), empty for no such term.
-    checkpointing: less memory for more time, see `memory.checkpoint_activations`.
-    optimizer (denoiser): "adam", or "muon" (Jordan et al. 2024) for all matrices but those of the conditioning and Adam
-    for the rest. muon_lr: its peak, 0 for lr.
-    whiten (denoiser): above 0, the input layer starts as a rotation of the principal components of a token's values,
-    each scaled by its variance to the power -whiten; 0.5 makes all equally large.
-    observed_weight (denoiser): of an observed element in the loss; 1 is equation 5. What is observed is never replaced,
-    and a narrow network that need not copy it has room for what is missing.
-    image_weight (denoiser): above 0, the logarithm of the decoded images' mean squared error joins the loss with this
-    weight, and the decoder learns along: what is synthesised is smoother than what the encoder gives.
-    last_timestep (denoiser): share of the samples that are drawn at the last timestep, where sampling begins; above 0,
-    that timestep is pure noise in training, too.
-    compile (denoiser): train through torch.compile; needs a C++ compiler on a CPU.
-    ema: decay of the averaged weights (denoiser). tokenizer: model folder of stage I (denoiser).
-    export: type of the finished denoiser's weights on disk, "float32" or "float16".
+    checkpointing: less memory for more time, see `task.checkpoint_activations`.
     checkpoint_every, keep: how often, and how many checkpoints stay.
     validate_every: steps between measurements on the first `validate_subjects` held-out subjects, 0 for none.
+
+    Raises CopeditError for a value out of its range.
     """
+
+    stage: ClassVar[Stage]
 
     steps: int
     batch_size: int
@@ -68,6 +68,39 @@ class Settings:
     weight_decay: float = 0.0
     crop: int = 0
     augment: bool = False
+    checkpointing: bool = False
+    device: str = "auto"
+    checkpoint_every: int = 250
+    keep: int = 2
+    validate_every: int = 0
+    validate_subjects: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            low, high = _RANGES.get(name, (value, value))
+            if not low <= value <= high:  # neither is NaN
+                raise CopeditError(f"{name} = {value}: must be from {low} to {high}")
+            if value not in (choices := _CHOICES.get(name, (value,))):
+                raise CopeditError(f"{name} = {value!r}: must be {' or '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings(Settings):
+    """Hyperparameters of stage I, beside those of either.
+
+    crop: the pretext tasks read whole images all the same, every `pretext_every` steps, with their weight raised
+    accordingly. draws: missing patterns drawn per subject for them.
+    quantise_from: the first step with quantisation. Before it stage I is a plain autoencoder, so that the codebook
+    starts from latents that already mean something.
+    prompt_steps: so many of the steps, at the end and with a schedule of their own (peak `prompt_lr`, 0 for lr), train
+    the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
+    readout_steps: after them, steps of the linear layers and heads alone on pooled features.
+    adversarial_from: the first step with the adversarial term, -1 for none. perceptual: file with the weights of its
+    network (`losses.Perceptual`), empty for no such term.
+    """
+
+    stage: ClassVar[Stage] = "tokenizer"
+
     pretext_every: int = 1
     draws: int = 1
     quantise_from: int = 0
@@ -77,63 +110,81 @@ class Settings:
     readout_steps: int = 0
     adversarial_from: int = -1
     perceptual: str = ""
-    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompt_steps < self.steps:
+            raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be below steps = {self.steps}; set both")
+
+
+@dataclass(frozen=True)
+class DenoiserSettings(Settings):
+    """Hyperparameters of stage II, beside those of either.
+
+    crop: a batch of crops holds more subjects, patterns and timesteps for its tokens; the last `whole_steps` steps are
+    on whole images, as many at a time as have the tokens of a batch of crops.
+    whiten: above 0, the input layer starts as a rotation of the principal components of a token's values, each scaled
+    by its variance to the power -whiten; 0.5 makes all equally large.
+    last_timestep: share of the samples that are drawn at the last timestep, where sampling begins; above 0, that
+    timestep is pure noise in training, too.
+    observed_weight: of an observed element in the loss; 1 is equation 5. What is observed is never replaced, and a
+    narrow network that need not copy it has room for what is missing.
+    image_weight: above 0, the logarithm of the decoded images' mean squared error joins the loss with this weight, and
+    the decoder learns along: what is synthesised is smoother than what the encoder gives.
+    optimizer: "adam", or "muon" (Jordan et al. 2024) for all matrices but those of the conditioning and Adam for the
+    rest. muon_lr: its peak, 0 for lr.
+    compile: train through torch.compile; needs a C++ compiler on a CPU.
+    ema: decay of the averaged weights. tokenizer: model folder of stage I.
+    export: type of the finished denoiser's weights on disk, "float32" or "float16".
+    """
+
+    stage: ClassVar[Stage] = "denoiser"
+
     whole_steps: int = 0
     whiten: float = 0.0
     last_timestep: float = 0.0
     observed_weight: float = 1.0
     image_weight: float = 0.0
-    device: str = "auto"
     optimizer: str = "adam"
     muon_lr: float = 0.0
     compile: bool = False
     ema: float = 0.9999
     tokenizer: str = ""
     export: str = "float32"
-    checkpoint_every: int = 250
-    keep: int = 2
-    validate_every: int = 0
-    validate_subjects: int = 4
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "subjects", "pretext_every", "draws", "prompt_batch")
-        for name in (*counts, "checkpoint_every", "keep", "validate_subjects"):
-            if getattr(self, name) < 1:
-                raise CopeditError(f"{name} = {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.prompt_steps < self.steps:
-            raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be at least 0 and below steps = {self.steps}")
-        if self.whole_steps < 0:
-            raise CopeditError(f"whole_steps = {self.whole_steps}: must be at least 0")
-        for name in ("whiten", "last_timestep", "observed_weight", "image_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CopeditError(f"{name} = {getattr(self, name)}: must be from 0 to 1")
-        if self.optimizer not in ("adam", "muon"):
-            raise CopeditError(f"optimizer = {self.optimizer!r}: must be adam or muon")
-        if self.export not in ("float32", "float16"):
-            raise CopeditError(f"export = {self.export!r}: must be float32 or float16")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise CopeditError(f"dtype = {self.dtype!r}: must be float32 or bfloat16")
 
 
-def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a preset with `key=value` overrides. Raises CopeditError for an unknown preset, key or value."""
+_KINDS: dict[Stage, type[Settings]] = {"tokenizer": TokenizerSettings, "denoiser": DenoiserSettings}
+
+
+def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> Any:
+    """`TokenizerSettings` or `DenoiserSettings` of a preset with `key=value` overrides.
+
+    Raises CopeditError for an unknown preset, key or value, and for a key of the other stage.
+    """
     path = _PRESETS / f"{preset}.toml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.toml")))
         raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
     values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
+    return _KINDS[stage](**values | dict(_parsed(stage, item) for item in overrides))
+
+
+def _parsed(stage: Stage, item: str) -> tuple[str, Any]:
+    """Key and value of `key=value`."""
     readers: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": _switch}
-    kinds = {f.name: readers[str(f.type)] for f in dataclasses.fields(Settings)}
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        if not sign or key not in kinds:
-            raise CopeditError(f"--set {item}: expected key=value with a key among {', '.join(kinds)}")
-        try:
-            values[key] = kinds[key](text)
-        except (ValueError, KeyError) as error:
-            kind = kinds[key].__name__.removeprefix("_")
-            raise CopeditError(f"--set {item}: {text!r} is not a valid {kind}") from error
-    return Settings(**values)
+    kinds = {other: {f.name: str(f.type) for f in dataclasses.fields(kind)} for other, kind in _KINDS.items()}
+    key, sign, text = item.partition("=")
+    if not sign or not any(key in keys for keys in kinds.values()):
+        raise CopeditError(f"--set {item}: expected key=value with a key among {', '.join(kinds[stage])}")
+    if key not in kinds[stage]:
+        raise CopeditError(
+            f"--set {item}: {key} is a setting of the other stage; the {stage} has {', '.join(kinds[stage])}"
+        )
+    kind = kinds[stage][key]
+    try:
+        return key, readers[kind](text)
+    except (ValueError, KeyError) as error:
+        raise CopeditError(f"--set {item}: {text!r} is not a valid {'switch' if kind == 'bool' else kind}") from error
 
 
 def _switch(text: str) -> bool:

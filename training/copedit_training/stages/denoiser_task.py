@@ -1,0 +1,343 @@
+"""Stage II: the diffusion transformer, on the latents of a trained tokenizer (Section 3.3)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_rt.networks.denoiser import MDiT3D, build_denoiser
+from copedit_rt.networks.sampler import add_noise, sample
+from copedit_rt.networks.tokenizer import CoPeVAE, Decoder
+from copedit_rt.schedule import alpha_bar
+from copedit_training.data.prepared import draw_observed, new_cache
+from copedit_training.stages.settings import DenoiserSettings
+from copedit_training.stages.task import (
+    Batch,
+    Task,
+    Terms,
+    check_crop,
+    checkpoint_activations,
+    compare,
+    picture,
+    randomness,
+)
+
+WHITEN_FLOOR = 5e-4  # of the total variance; smaller components are not raised further
+CROP_RIM = 6  # voxels at the edge of a crop that its image term leaves out, as the decoder knows nothing beyond
+
+
+@dataclass(frozen=True)
+class Noised(Batch):
+    """A micro-batch of stage II.
+
+    latents: normalised, of whole images or crops [B, m, c, h, w, d]; prompts: of each element alone [B, m, 3, P]; both
+    None where images are augmented and so encoded in the step. corner: where crops begin [B, 2] in tokens (None:
+    whole). images: [B, m, 1, H, W, D] of the same place, where they are augmented or joined by the image term (None:
+    neither). observed: [B, m]. timesteps: [B]. noise: like latents. chance: [B, m], of the missing modalities that
+    with the largest is the image term's (None: no such term).
+    """
+
+    latents: Tensor | None
+    prompts: Tensor | None
+    corner: Tensor | None
+    images: Tensor | None
+    observed: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    chance: Tensor | None
+
+
+class DenoiserTask(Task[DenoiserSettings, Noised]):
+    """Mean squared error of the predicted clean latents of all elements (equation 5), or with less weight on
+    the observed ones, or with the decoded image's beside it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: DenoiserSettings,
+        images: np.ndarray,
+        tokenizer: CoPeVAE,
+        cache: Path | None = None,
+    ):
+        """cache: file for the latents of all images, their prompts beside it, read where an earlier run left it."""
+        super().__init__(config, settings)
+        self.denoiser = build_denoiser(config).to(self.device)
+        self.average = build_denoiser(config).requires_grad_(False).to(self.device)
+        self.average.load_state_dict(self.denoiser.state_dict())
+        self.module.denoiser, self.module.average = self.denoiser, self.average
+        if settings.checkpointing:
+            checkpoint_activations(self.denoiser)
+        # Frozen: latents and the prompts of single elements are computed once, and checkpoints do not hold it.
+        self.tokenizer = tokenizer.to(self.device).requires_grad_(False)
+        self.images = images
+        if settings.augment:
+            if settings.crop or settings.image_weight:
+                raise CopeditError(
+                    "augment: in stage II it goes neither with crop nor with image_weight; set them to 0"
+                )
+            images, cache = images[:16], None  # enough to whiten with
+        self.views = 1 if self.cardiac else 2  # a row is a subject, or a subject and whether it is mirrored
+        self.latents, self.prompts = self._encode(images, cache)
+        if settings.image_weight:
+            self._prepare_decoder()
+        if settings.crop:
+            self._prepare_crops()
+        if settings.whiten:
+            self._whiten()
+            self.average.load_state_dict(self.denoiser.state_dict())
+        self.levels = torch.from_numpy(alpha_bar(config.diffusion)).float().to(self.device)
+        if settings.last_timestep:
+            # Sampling begins with nothing but noise. What shines through at alpha-bar 0.015 is lost then, and a network
+            # that was taught to look for it takes its absence for a dark image (Lin et al. 2024).
+            self.levels[-1] = 0.0
+        self.predict: Callable[..., Tensor] = self.denoiser
+        if settings.compile:
+            self.predict = torch.compile(self.denoiser, dynamic=False)
+
+    def _prepare_decoder(self) -> None:
+        """The tokenizer's decoder becomes an average, for validation and export, of one that learns."""
+        if 0 < self.settings.crop <= 2 * CROP_RIM:
+            raise CopeditError(f"crop = {self.settings.crop}: image_weight needs more than {2 * CROP_RIM} voxels")
+        self.average_decoder = self.tokenizer.decoder
+        self.decoder = Decoder(self.config.tokenizer).to(self.device)
+        self.decoder.load_state_dict(self.average_decoder.state_dict())
+        self.module.average_decoder, self.module.decoder = self.average_decoder, self.decoder
+
+    @torch.no_grad()
+    def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
+        """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images.
+
+        Both on the host; the latents are mapped from `cache`, as those of many subjects may not fit into memory.
+        """
+        if cache is None:
+            pairs = list(self._views(images))
+            return torch.cat([z.half().cpu() for z, _ in pairs]), torch.cat([prompts.cpu() for _, prompts in pairs])
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.tokenizer.state_dict().values()))
+        key = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        beside = cache.with_name("prompts.safetensors")  # written last: with it all is there
+        found = checkpoint.read_tensors(beside)[0] if cache.exists() and beside.exists() else {}
+        if not found or not torch.equal(found["tokenizer"], key):
+            beside.unlink(missing_ok=True)
+            each = []
+            rows, m = self.views * len(images), len(self.config.elements)
+            with new_cache(cache, (rows, m, self.config.tokenizer.latent_channels, *self.config.latent)) as kept:
+                for i, (z, prompts) in enumerate(self._views(images)):
+                    kept[i] = z[0].half().cpu().numpy()
+                    each.append(prompts.cpu())
+            found = {"prompts": torch.cat(each), "tokenizer": key}
+            checkpoint.write_tensors(beside, found)
+        return torch.from_numpy(np.load(cache, mmap_mode="c")), found["prompts"]
+
+    def _views(self, images: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        for subject in images:
+            x = torch.from_numpy(subject[None]).to(self.device).float()
+            for view in (x, x.flip(3))[: self.views]:
+                yield self._encoded(view)
+
+    @torch.no_grad()
+    def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents of images [B, m, 1, H, W, D] and the prompts [B, m, 3, P] of each element alone."""
+        with self.autocast():
+            z = self.tokenizer.encode(images).float()
+            return self.tokenizer.normalise(z), self.tokenizer.prompts_of_each(z)
+
+    def _net(self) -> MDiT3D:
+        if not isinstance(self.denoiser, MDiT3D):
+            raise CopeditError(f"whiten is for transformers; leave it at 0 for {self.config.name}")
+        return self.denoiser
+
+    @torch.no_grad()
+    def _prepare_crops(self) -> None:
+        """How likely each crop of each subject is to be drawn: in proportion to what happens in it.
+
+        Half of a skull-stripped brain's grid is background, which is learned at once. Every backbone is given the same
+        crops.
+        """
+        (h, w, _), (p, q, r) = self.config.tokenizer.compression, self.config.denoiser.patch
+        check_crop(self.settings.crop, (h * p, w * q, 1), self.config.image)
+        self.size = (self.settings.crop // (h * p), self.settings.crop // (w * q))
+        if self.config.denoiser.backbone == "unet" and (self.settings.crop // h % 4 or self.settings.crop // w % 4):
+            raise CopeditError(
+                f"crop = {self.settings.crop}: a UNet halves latents twice; divide by {4 * h} and {4 * w}"
+            )
+        activity = []
+        for z in self.latents.split(16):
+            values = rearrange(z.float(), "b m c (h p) (w q) (d r) -> b m h w d (p q r) c", p=p, q=q, r=r)
+            variance = values.var(-2, correction=0).mean(-1).mean((1, 4)) + 1e-6
+            activity.append(nn.functional.avg_pool2d(variance[:, None], self.size, stride=1)[:, 0])
+        crops = torch.cat(activity).double()
+        self.columns = crops.shape[2]
+        self.chances = (crops / crops.sum((1, 2), keepdim=True)).flatten(1).numpy()
+
+    @torch.no_grad()
+    def _whiten(self) -> None:
+        """Scale the principal components of a token's values in the input layer, see `Settings.whiten`.
+
+        The first component of a token of a simulated brain has 10,000 times the variance of the last; the detail in
+        the small ones is learned late, or not at all, where it enters as small as it is.
+        """
+        net, whiten = self._net(), self.settings.whiten
+        some = torch.from_numpy(np.random.default_rng(self.settings.seed).permutation(len(self.latents))[:32])
+        tokens = net.patchify(self.latents[some].float().to(self.device)).flatten(0, 2)
+        variance, components = torch.linalg.eigh(tokens.mT @ tokens / len(tokens))
+        kept = min(net.config.width, len(variance))
+        variance, components = variance[-kept:], components[:, -kept:]
+        scale = variance.clamp_min(WHITEN_FLOOR * variance.sum()) ** -whiten
+        scale *= (net.config.width / (scale.square() * variance).sum()).sqrt()
+        rotation, _ = torch.linalg.qr(torch.randn(net.config.width, kept, device=self.device))
+        net.embed.weight.copy_(rotation @ (components * scale).mT)
+
+    def _crop(self, chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Latents of one random crop of each chosen subject, and where it begins, [B, 2] in tokens."""
+        drawn = [rng.choice(self.chances.shape[1], p=self.chances[i]) for i in chosen]
+        corner = torch.tensor([divmod(int(k), self.columns) for k in drawn])
+        (p, q, _), (h, w) = self.config.denoiser.patch, self.size
+        crops = [
+            self.latents[i, ..., p * x : p * (x + h), q * y : q * (y + w), :]
+            for i, (x, y) in zip(chosen, corner.tolist(), strict=True)
+        ]
+        return torch.stack(crops).float(), corner
+
+    def draw(self, step: int, part: int) -> Noised:
+        settings, batch = self.settings, self.settings.batch_size
+        rng, generator = randomness(settings.seed, step, part)
+        cropped = settings.crop > 0 and step < settings.steps - settings.whole_steps
+        if settings.crop and not cropped:
+            (h, w, _), (p, q, _) = self.config.latent, self.config.denoiser.patch
+            batch = max(1, batch * math.prod(self.size) // (h // p * w // q))
+        every = len(self.images) * self.views
+        rows = rng.choice(every, batch, replace=every < batch)
+        latents = prompts = corner = images = chance = None
+        if self.augmentation or settings.image_weight:
+            images = self.load(rows // self.views, rows % self.views == 1)
+        shape: tuple[int, ...] = (
+            batch,
+            len(self.config.elements),
+            self.config.tokenizer.latent_channels,
+            *self.config.latent,
+        )
+        if self.augmentation and images is not None:
+            images = self.augmentation(images, rng.integers(2**32, size=batch))
+        else:
+            latents, corner = self._crop(rows, rng) if cropped else (self.latents[torch.from_numpy(rows)].float(), None)
+            prompts, shape = self.prompts[torch.from_numpy(rows)], latents.shape
+        observed = draw_observed(rng, batch, shape[1], self.cardiac)
+        t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
+        if settings.last_timestep:
+            t[torch.from_numpy(rng.random(batch) < settings.last_timestep)] = len(self.levels) - 1
+        noise = torch.randn(shape, generator=generator)
+        if settings.image_weight and images is not None:
+            chance = torch.from_numpy(rng.random(tuple(observed.shape)))
+            images = images if corner is None else self._cut(images, corner)
+        return Noised(step, part, rows // self.views, latents, prompts, corner, images, observed, t, noise, chance)
+
+    def _cut(self, images: Tensor, corner: Tensor) -> Tensor:
+        """Of images [B, m, 1, H, W, D] the crops that begin at corner [B, 2] (in tokens)."""
+        (a, b, _), (p, q, _), size = self.config.tokenizer.compression, self.config.denoiser.patch, self.settings.crop
+        starts = [(a * p * int(i), b * q * int(j)) for i, j in corner]
+        return torch.stack([x[..., i : i + size, j : j + size, :] for x, (i, j) in zip(images, starts, strict=True)])
+
+    def loss(self, batch: Noised) -> tuple[Tensor, Terms]:
+        settings, observed, z0, prompts = self.settings, batch.observed, batch.latents, batch.prompts
+        if z0 is None or prompts is None:
+            assert batch.images is not None
+            z0, prompts = self._encoded(batch.images)
+        weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
+        prompts = (prompts * weight).sum(1)
+        zt = add_noise(z0, batch.noise, self.levels[batch.timesteps], observed)
+        with self.autocast():
+            where = () if batch.corner is None else (batch.corner,)
+            x0 = self.predict(zt, batch.timesteps, prompts, observed, *where)
+        error = (x0.float() - z0).square().mean((2, 3, 4, 5))
+        importance = torch.where(observed, settings.observed_weight, 1.0)
+        loss = (error * importance).sum() / importance.sum()
+        terms = {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
+        if settings.image_weight:
+            image_error = self._image_error(x0.float(), z0, batch)
+            loss = loss + settings.image_weight * image_error.mean().log()
+            terms["image_mse"] = image_error.mean().item()
+        return loss, terms
+
+    def _image_error(self, x0: Tensor, z0: Tensor, batch: Noised) -> Tensor:
+        """Mean squared error [N] of decoded images against the training images: of all missing slabs, which are decoded
+        with the others, or of one missing modality a subject. x0, z0: predicted and true latents."""
+        images, observed, vae = batch.images, batch.observed, self.tokenizer
+        assert images is not None and batch.chance is not None
+        if self.cardiac:
+            z = torch.where(observed[:, :, None, None, None, None], z0, x0)
+        else:
+            element = batch.chance.masked_fill(observed, -1.0).argmax(1)
+            one = torch.arange(len(x0), device=self.device), element
+            z, images = x0[one][:, None], images[one][:, None]
+        z = vae.denormalise(z)
+        if vae.config.quantise:  # straight through, as in stage I
+            z = z + (vae.quantise(z.detach())[0] - z).detach()
+        with self.autocast():
+            output = self.decoder(self.volumes(z)).float()
+        output = torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
+        if batch.corner is not None:
+            images, output = (x[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :] for x in (images, output))
+        error = (output - images).square().mean((2, 3, 4, 5))
+        return error[~observed] if self.cardiac else error[:, 0]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> Terms:
+        # A short ramp, so that the average forgets the random start.
+        decay = min(self.settings.ema, (1 + step) / (10 + step))
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.average, self.denoiser)]
+        if self.settings.image_weight:
+            pairs.append((self.average_decoder, self.decoder))
+        for average, trained in pairs:
+            get_ema_multi_avg_fn(decay)(list(average.parameters()), list(trained.parameters()), 0)
+        return {}
+
+    @torch.no_grad()
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        """Per number of missing elements, one pattern a subject, always the same: also the squared error of the
+        normalised latents; averaged weights, the sampler's defaults."""
+        vae, m = self.tokenizer, len(self.config.elements)
+        found: dict[str, list[float]] = {}
+        for i, subject in reversed(list(enumerate(images))):
+            rng, generator = randomness(self.settings.seed, i, 0)
+            with self.autocast():
+                z = vae.encode(torch.from_numpy(subject[None]).to(self.device).float()).float()
+            order, start = rng.permutation(m), int(rng.integers(0, m))
+            for count in range(1, m):
+                missing = np.sort(order[:count]) if not self.cardiac else min(start, m - count) + np.arange(count)
+                observed = torch.ones(1, m, dtype=torch.bool)
+                observed[:, missing] = False
+                observed = observed.to(self.device)
+                noise = torch.randn(z.shape, generator=generator).to(self.device)
+                begin = torch.where(observed[:, :, None, None, None, None], vae.normalise(z), noise)
+                with self.autocast():
+                    prompts = vae.prompts(z, observed)
+
+                    def predict(x: Tensor, t: Tensor, p: Tensor = prompts, o: Tensor = observed) -> Tensor:
+                        return self.average(x, t, p, o).float()
+
+                    latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
+                    (result,) = vae.images(latents, joint=self.cardiac).float()
+                error = (latents - vae.normalise(z))[0, missing].square().mean().item()
+                noise_ratio, similarity = compare(result[missing], subject[missing])
+                found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)
+                found.setdefault(f"val_ssim_{count}", []).append(similarity)
+                found.setdefault(f"val_mse_{count}", []).append(error)
+        terms = {name: float(np.mean(values)) for name, values in found.items()}
+        return terms, picture((images[0], result.cpu().numpy()))
+
+    def export(self, folder: Path) -> None:
+        checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+        half = torch.float16 if self.settings.export == "float16" else None
+        checkpoint.save(folder, self.config, denoiser=self.average, dtype=half)

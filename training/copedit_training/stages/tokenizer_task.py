@@ -1,0 +1,292 @@
+"""Stage I: an autoencoder with a codebook, and the prompt encoders beside it (Section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder
+from copedit_training.data.prepared import draw_observed
+from copedit_training.stages import distributed
+from copedit_training.stages.losses import (
+    PRETEXT,
+    Adversary,
+    EMACodebook,
+    Perceptual,
+    pretext_losses,
+    scale_prompts,
+    weigh,
+)
+from copedit_training.stages.settings import TokenizerSettings
+from copedit_training.stages.task import (
+    Batch,
+    Task,
+    Terms,
+    check_crop,
+    checkpoint_activations,
+    compare,
+    picture,
+    randomness,
+)
+
+READOUT_LR = 3e-3
+
+
+@dataclass(frozen=True)
+class Views(Batch):
+    """A micro-batch of stage I: whole images [B, m, 1, H, W, D], mirrored or augmented; where the crop begins (None:
+    whole); the missing patterns [draws, B, m] of the pretext tasks (None: not in this step)."""
+
+    images: Tensor
+    corner: tuple[int, int] | None
+    observed: Tensor | None
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the micro-batches of a step see of each other: latents of all whole images [N, m, c, h, w, d], without
+    gradients; this process's own latents by part, with theirs; the missing patterns [draws, N, m]; which of the parts
+    is this process's first."""
+
+    latents: Tensor
+    own: dict[int, Tensor]
+    observed: Tensor
+    first: int
+
+
+class TokenizerTask(Task[TokenizerSettings, Views]):
+    """L1 + vector quantisation + pretext tasks (equation 4).
+
+    What the micro-batches of a step share: the codes, which move once after it towards the vectors of all; and the
+    pretext tasks, which see the latents of all, so that negatives and the statistics of batch normalisation are those
+    of the whole batch. Latents are small enough for that; those of other micro-batches are constants, and as the mean
+    of the parts' gradients is taken, a micro-batch's own weigh as many times as there are parts.
+    """
+
+    def __init__(self, config: ModelConfig, settings: TokenizerSettings, images: np.ndarray):
+        super().__init__(config, settings)
+        self.images = images
+        crop = settings.crop
+        check_crop(crop, config.tokenizer.compression, config.image)
+        self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
+            memory_format=torch.channels_last_3d  # type: ignore[call-overload]
+        )
+        self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
+        (h, w, d), m = config.image, len(config.elements)
+        self.adversary: Adversary | None = None
+        if settings.adversarial_from >= 0:
+            self.adversary = Adversary((crop or h, crop or w, d * m if self.cardiac else d))
+        self.module.tokenizer, self.module.codebook, self.module.adversary = (
+            self.tokenizer,
+            self.codebook,
+            self.adversary,
+        )
+        self.module.register_buffer("scaled", torch.tensor(False))
+        self.perceptual = Perceptual(Path(settings.perceptual), self.device) if settings.perceptual else None
+        if settings.checkpointing:
+            checkpoint_activations(self.tokenizer)
+        self.shared: Shared | None = None
+        self.quantised: list[tuple[Tensor, Tensor, torch.Generator]] = []  # vectors, indices, of this step
+        self.module.to(self.device)
+
+    @property
+    def sparse(self) -> bool:
+        settings = self.settings
+        return settings.pretext_every > 1 or settings.prompt_steps > 0 or settings.adversarial_from > 0
+
+    def prompts_alone(self, step: int) -> bool:
+        return step >= self.settings.steps - self.settings.prompt_steps
+
+    def draw(self, step: int, part: int) -> Views:
+        settings, alone = self.settings, self.prompts_alone(step)
+        rng, generator = randomness(settings.seed, step, part)
+        batch = settings.prompt_batch if alone else settings.batch_size
+        rows = np.sort(rng.choice(len(self.images), batch, replace=len(self.images) < batch))
+        # Left and right are interchangeable in a brain, not in a chest.
+        mirrored = np.zeros(batch, dtype=bool) if self.cardiac else rng.random(batch) < 0.5
+        corner = None
+        if settings.crop and not alone:
+            x, y = (int(rng.integers(0, n - settings.crop + 1)) for n in self.config.image[:2])
+            corner = x, y
+        observed = self.patterns(rng, batch) if alone or step % settings.pretext_every == 0 else None
+        seeds, images = rng.integers(2**32, size=batch), self.load(rows, mirrored)
+        if self.augmentation:
+            images = self.augmentation(images, seeds)
+        return Views(step, part, rows, images, corner, observed, generator)
+
+    def patterns(self, rng: np.random.Generator, batch: int) -> Tensor:
+        """Missing patterns [draws, B, m] (bool, True: observed)."""
+        shape, m = (self.settings.draws, batch), len(self.config.elements)
+        return draw_observed(rng, shape[0] * shape[1], m, self.cardiac).unflatten(0, shape)
+
+    def begin(self, batches: Iterable[Views]) -> Iterable[Views]:
+        """Encodes each micro-batch of a step with pretext tasks, once: one's loss needs the latents of all. What the
+        backward passes need of the encoder is kept till then."""
+        self.shared, self.quantised = None, []
+        if self.settings.accumulate == 1:
+            return batches
+        batches = list(batches)
+        if batches[0].observed is not None:
+            own = {batch.part: self.encode(batch) for batch in batches}
+            patterns = torch.cat([batch.observed for batch in batches if batch.observed is not None], dim=1)
+            observed = distributed.gather(patterns.transpose(0, 1).byte()).transpose(0, 1).bool()
+            self.shared = Shared(distributed.gather(torch.cat(list(own.values()))), own, observed, batches[0].part)
+        return batches
+
+    def encode(self, batch: Views) -> Tensor:
+        """Latents of the whole images; without gradients in steps that train the prompts alone."""
+        with self.autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.prompts_alone(batch.step)):
+            return self.tokenizer.encode(batch.images)
+
+    def pretext(self, batch: Views, z: Tensor) -> dict[str, Tensor]:
+        """The pretext terms of the whole batch; z: latents of this micro-batch's whole images."""
+        observed, first = batch.observed, True
+        if self.shared:
+            every, size, parts = self.shared.latents, len(z), self.settings.accumulate
+            own = z.detach() + parts * (z - z.detach())
+            z = torch.cat((every[: batch.part * size], own, every[(batch.part + 1) * size :]))
+            observed, first = self.shared.observed, batch.part == self.shared.first
+        norms = [x for x in self.tokenizer.prompt_encoders.modules() if isinstance(x, nn.BatchNorm3d)]
+        for norm in norms:  # all micro-batches see the same statistics, which are noted once
+            norm.track_running_stats = first
+        features = self.tokenizer.features_of_each(z)
+        for norm in norms:
+            norm.track_running_stats = True
+        if not self.module.scaled:
+            scale_prompts(self.tokenizer, features.detach().flatten(0, 1))
+            distributed.broadcast(*(p.data for p in self.tokenizer.prompt_encoders.parameters()))
+            self.module.scaled.fill_(True)
+        assert observed is not None
+        return self.judge(features, observed)
+
+    def judge(self, features: Tensor, observed: Tensor) -> dict[str, Tensor]:
+        """The pretext terms of pooled features [B, m, 3, b] under missing patterns [draws, B, m]."""
+        each = self.tokenizer.prompts_of_features(features)
+        return pretext_losses(self.tokenizer, each, observed)
+
+    def loss(self, batch: Views) -> tuple[Tensor, Terms]:
+        with self.autocast():
+            whole = None
+            if batch.observed is not None or not batch.corner:
+                whole = self.shared.own.pop(batch.part) if self.shared else self.encode(batch)
+            terms = self.pretext(batch, whole) if whole is not None and batch.observed is not None else {}
+            if self.prompts_alone(batch.step):
+                return weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
+            images = batch.images
+            if batch.corner:
+                (x, y), size = batch.corner, self.settings.crop
+                images = images[:, :, :, x : x + size, y : y + size]
+            z = self.tokenizer.encode(images) if batch.corner else whole
+            assert z is not None
+            wide = z.float()
+            if batch.step >= self.settings.quantise_from:
+                wide, terms["commitment"] = self.quantise(wide, batch.generator)
+            output = self.tokenizer.decode(wide, joint=self.cardiac)
+            volumes = self.volumes(output), self.volumes(images)
+            if self.perceptual:
+                terms["perceptual"] = self.perceptual(*volumes)
+            if self.adversary and batch.step >= self.settings.adversarial_from:
+                terms |= self.adversary(*volumes)
+        error = output.float() - images
+        terms["l1"] = error.abs().mean()
+        state = {"psnr": -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))}
+        loss = weigh(terms, PRETEXT * self.settings.pretext_every)
+        return loss, {name: term.item() for name, term in terms.items()} | state
+
+    def quantise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The codes of latents [B, m, c, h, w, d], straight through: the decoder sees the codes, the encoder the
+        decoder's gradient; and the commitment term. Before the first quantisation codes are taken from the latents."""
+        vectors = z.detach().movedim(2, -1).reshape(-1, z.shape[2])
+        if not self.codebook.started:
+            self.codebook.start(vectors, self.tokenizer.codebook, generator)
+            self._share_codes()
+        codes, index = self.tokenizer.quantise(z.detach())
+        self.quantised.append((vectors, index.flatten(), generator))
+        return z + (codes - z).detach(), (z - codes).square().mean()
+
+    def after_step(self, step: int) -> Terms:
+        if not self.quantised:
+            return {}
+        vectors, indices, generators = zip(*self.quantised, strict=True)
+        every = distributed.gather(torch.cat(vectors)), distributed.gather(torch.cat(indices))
+        self.quantised = []
+        perplexity = self.codebook.update(*every, self.tokenizer.codebook, generators[0])
+        self._share_codes()
+        return {"perplexity": perplexity, "codes_used": (self.codebook.count > 1).float().mean().item()}
+
+    def _share_codes(self) -> None:
+        distributed.broadcast(self.tokenizer.codebook.data, *self.codebook.buffers())
+
+    @torch.no_grad()
+    def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        found = []
+        for subject in reversed(images):
+            with self.autocast():
+                z = self.tokenizer.encode(torch.from_numpy(subject[None]).to(self.device).float())
+                codes, _ = self.tokenizer.quantise(z.float())
+                (result,) = self.tokenizer.decode(codes if self.codebook.started else z, joint=self.cardiac).float()
+            found.append(compare(result, subject))
+        names = ("val_psnr", "val_ssim")
+        terms = dict(zip(names, map(float, np.mean(found, axis=0)), strict=True))
+        return terms, picture((images[0], result.cpu().numpy()))
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """Measure the latents' mean and deviation per channel on the training images, then write the folder."""
+        self.tokenizer.eval()
+        batches = (torch.from_numpy(x[None]).to(self.device).float() for x in self.images[:64])
+        z = torch.cat([self.tokenizer.encode(x) for x in batches])
+        flat = z.movedim(2, -1).flatten(0, -2)
+        self.tokenizer.latent_mean.copy_(flat.mean(0))
+        self.tokenizer.latent_std.copy_(flat.std(0).clamp_min(1e-6))
+        if self.settings.readout_steps:
+            self.read_out()
+        self.tokenizer.train()
+        checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+
+    def read_out(self) -> None:
+        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects."""
+        vae, features = self.tokenizer, []
+        for subject in self.images:
+            x = torch.from_numpy(subject[None]).to(self.device).float()
+            for view in (x,) if self.cardiac else (x, x.flip(3)):
+                with self.autocast():
+                    features.append(vae.features_of_each(vae.encode(view)).float())
+        self.fit_heads(torch.cat(features))
+
+    @torch.enable_grad()
+    def fit_heads(self, features: Tensor) -> None:
+        """The part of `read_out` that trains, on features [N, m, 3, b].
+
+        They are computed once, so that thousands of steps take seconds, and brought to mean 0 and deviation 1, which
+        the first layer takes over at the end. AdamW, cosine decay, batches of 32.
+        """
+        vae, settings = self.tokenizer, self.settings
+        layers = [e.mlp for e in vae.prompt_encoders if isinstance(e, PromptEncoder)]
+        mean, deviation = features.mean((0, 1)), features.std((0, 1)).clamp_min(1e-9)
+        every = (features - mean) / deviation
+        scale_prompts(vae, every.flatten(0, 1))
+        weights = [p for module in (*layers, vae.heads) for p in module.parameters()]
+        optimizer = torch.optim.AdamW(weights, READOUT_LR, weight_decay=0.01)
+        for step in range(settings.readout_steps):
+            rng = np.random.default_rng((settings.seed, settings.steps + step))
+            for group in optimizer.param_groups:
+                group["lr"] = READOUT_LR * 0.5 * (1 + math.cos(math.pi * step / settings.readout_steps))
+            chosen = torch.from_numpy(rng.choice(len(every), min(32, len(every)), replace=False)).to(self.device)
+            loss = weigh(self.judge(every[chosen], self.patterns(rng, len(chosen)).to(self.device)), 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            for mlp, center, scale in zip(layers, mean, deviation, strict=True):
+                mlp[0].weight /= scale
+                mlp[0].bias -= mlp[0].weight @ center
