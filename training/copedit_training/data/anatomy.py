@@ -177,17 +177,18 @@ def _crop(labels: np.ndarray, inside: np.ndarray, zooms: np.ndarray) -> np.ndarr
     labels = labels[:, :, max(0, lowest) :]
     used = ndimage.find_objects((labels > 0).astype(np.int8))[0]
     margin = np.ceil(4 / zooms).astype(int)
-    return np.pad(labels[used], [(m, m) for m in margin])
+    even = [(m, m + (cut.stop - cut.start) % 2) for m, cut in zip(margin, used, strict=True)]
+    return np.pad(labels[used], even)
 
 
 def _prepare(labels: np.ndarray, zooms: np.ndarray) -> HeadMap:
     tissue = _tissues(labels, zooms)
     inside = np.isin(tissue, [INDEX[name] for name in BRAIN])
     distance = _signed_distance(inside, zooms)
-    hull = _signed_distance(_filled(inside, zooms), zooms)
+    hull = _hull_distance(inside, zooms)
     fluid = ndimage.gaussian_filter((tissue == INDEX["sulcus"]).astype(np.float32), 0.8 / zooms)
     chambers = np.isin(tissue, (INDEX["ventricle"], INDEX["plexus"]))
-    ventricle = ndimage.distance_transform_edt(~chambers, zooms).astype(np.float32)
+    ventricle = _distance(chambers, zooms)
     extent = [np.flatnonzero(inside.any(axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))]
     head = np.array(labels.shape) / 2
     white = np.argwhere(np.isin(tissue, (INDEX["white"], INDEX["lesion"])))
@@ -215,12 +216,12 @@ def _tissues(labels: np.ndarray, zooms: np.ndarray) -> np.ndarray:
         table[list(numbers)] = i
     tissue = table[np.clip(labels, 0, 1023)]
     soft = labels == 507
-    near_skin = ndimage.distance_transform_edt(labels != 511, zooms) < 6  # subcutaneous
+    near_skin = _distance(labels == 511, zooms) < 6  # subcutaneous
     top = np.flatnonzero(np.isin(labels, (8, 47)).any((0, 1)))
     high = np.arange(labels.shape[2]) > (top[-1] if top.size else labels.shape[2] // 2)
     tissue[soft & (near_skin | high)] = INDEX["fat"]  # above the cerebellum soft tissue is scalp
     fluid = tissue == INDEX["sulcus"]
-    skull = ndimage.distance_transform_edt(~np.isin(tissue, (INDEX["bone"], INDEX["marrow"])), zooms) < 1.5
+    skull = _distance(np.isin(tissue, (INDEX["bone"], INDEX["marrow"])), zooms) < 1.0
     tissue[fluid & skull] = INDEX["dura"]
     tissue[fluid & _falx(labels, zooms)] = INDEX["dura"]
     return tissue
@@ -228,22 +229,35 @@ def _tissues(labels: np.ndarray, zooms: np.ndarray) -> np.ndarray:
 
 def _falx(labels: np.ndarray, zooms: np.ndarray) -> np.ndarray:
     """Fluid as far from one hemisphere as from the other, above the ventricles."""
-    left, right = (ndimage.distance_transform_edt(~np.isin(labels, side), zooms) for side in ((2, 3), (41, 42)))
+    left, right = (_distance(np.isin(labels, side), zooms) for side in ((2, 3), (41, 42)))
     third = np.flatnonzero(np.isin(labels, (14, 4, 43)).any((0, 1)))
     high = np.arange(labels.shape[2]) > (np.median(third) if third.size else labels.shape[2] // 2)
     return (np.abs(left - right) < 0.8) & (left + right < 12) & high
 
 
-def _filled(inside: np.ndarray, zooms: np.ndarray) -> np.ndarray:
-    """The brain closed by 8 mm: its sulci filled."""
-    wide = ndimage.distance_transform_edt(~inside, zooms) < 8
-    return ndimage.distance_transform_edt(wide, zooms) > 8
+def _distance(inside: np.ndarray, zooms: np.ndarray) -> np.ndarray:
+    """Mm to a structure, 0 in it, float32: measured at half the resolution, an eighth of the time."""
+    half = torch.nn.functional.max_pool3d(torch.from_numpy(inside.astype(np.float32))[None], 2)[0].numpy()
+    return _doubled(ndimage.distance_transform_edt(half == 0, 2 * zooms))
+
+
+def _doubled(values: np.ndarray) -> np.ndarray:
+    coarse = torch.from_numpy(values.astype(np.float32))[None, None]
+    return torch.nn.functional.interpolate(coarse, scale_factor=2, mode="trilinear")[0, 0].numpy()
+
+
+def _hull_distance(inside: np.ndarray, zooms: np.ndarray) -> np.ndarray:
+    """Signed distance in mm to the brain closed by 8 mm, its sulci filled."""
+    half = torch.nn.functional.avg_pool3d(torch.from_numpy(inside.astype(np.float32))[None], 2)[0].numpy() >= 0.5
+    wide = ndimage.distance_transform_edt(~half, 2 * zooms) < 8
+    return _doubled(_signed_distance(ndimage.distance_transform_edt(wide, 2 * zooms) > 8, 2 * zooms))
 
 
 def _signed_distance(inside: np.ndarray, zooms: np.ndarray) -> np.ndarray:
     """Signed distance in mm, negative inside, zero half a voxel off the last voxel."""
     outer = ndimage.distance_transform_edt(~inside, zooms)
-    return np.where(inside, 0.5 - ndimage.distance_transform_edt(inside, zooms), outer - 0.5).astype(np.float32)
+    half = 0.5 * float(np.mean(zooms))
+    return np.where(inside, half - ndimage.distance_transform_edt(inside, zooms), outer - half).astype(np.float32)
 
 
 def _pack(distance: np.ndarray) -> np.ndarray:
@@ -263,7 +277,7 @@ def _near(tissue: np.ndarray, zooms: np.ndarray) -> np.ndarray:
 
 def _push(ventricle: np.ndarray, chambers: np.ndarray, zooms: np.ndarray) -> np.ndarray:
     """Towards the ventricles, of length 1 at their wall, fading with 15 mm outside and to nothing in their middle."""
-    inner = ndimage.distance_transform_edt(chambers, zooms).astype(np.float32)
+    inner = _distance(~chambers, zooms)
     signed = ndimage.gaussian_filter(ventricle - inner, 2.0 / zooms)
     step = _stride(zooms)
     cut = tuple(slice(None, None, s) for s in step)
