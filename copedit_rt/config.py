@@ -252,6 +252,16 @@ PRESETS: dict[str, ModelConfig] = {
             Preprocessing(field_of_view=(192.0, 192.0, 160.0)),
         ),
         ModelConfig(
+            "brain-2mm",
+            "brain",
+            _BRATS,
+            (96, 112, 64),
+            _DEMO_TOKENIZER,
+            DenoiserConfig(width=192, heads=3, blocks=8, patch=(4, 4, 4), prior=True),
+            DiffusionConfig(steps=1),
+            Preprocessing(field_of_view=(192.0, 224.0, 192.0)),
+        ),
+        ModelConfig(
             "demo-cardiac",
             "cardiac",
             _SLABS,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
 
 PRIOR = "prior.safetensors"
 WINDOWS = (3, 7)  # voxels; of the local means
@@ -84,6 +85,12 @@ class Prior:
             raise CopeditError(f"{path}: is not of a model with {elements} elements; copy the model again")
         return prior
 
+    def save(self, folder: Path) -> None:
+        """Into a model folder."""
+        from safetensors.numpy import save
+
+        write_atomically(folder / PRIOR, save({name: np.ascontiguousarray(x) for name, x in self.weights.items()}))
+
     def __call__(self, rows: Array) -> Array:
         """Images' values [N, m] in 0..1 of rows of `features`."""
         x = (rows - self.weights["mean"]) * self.weights["scale"]
@@ -93,13 +100,15 @@ class Prior:
                 np.maximum(x, 0, out=x)
         return np.clip(x, 0, 1, out=x)
 
-    def fill(self, images: Array, observed: NDArray[np.bool_]) -> Array:
+    def fill(self, images: Array, observed: NDArray[np.bool_], quantiles: Array | None = None) -> Array:
         """Images of the missing elements [missing, 1, H, W, D]; 0 where no observed image shows anything.
 
-        images [m, 1, H, W, D] in 0..1, observed [m]; images of missing elements are not read.
+        images [m, 1, H, W, D] in 0..1, observed [m]; images of missing elements are not read. quantiles
+        [m, quantiles]: of the whole images where these are crops.
         """
         given = np.where(observed[:, None, None, None], images[:, 0], np.float32(0))
-        local, quantiles = views(given)
+        local, whole = views(given)
+        quantiles = whole if quantiles is None else quantiles
         where = np.flatnonzero((given > 0).any(0))
         local = local.reshape(*local.shape[:2], -1)
         out = np.zeros((int((~observed).sum()), given[0].size), np.float32)

@@ -118,7 +118,8 @@ def _run(
                 f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
             )
         with distributed.first():
-            task = DenoiserTask(config, settings, images, tokenizer, output / "latents.npy")
+            prior = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
+            task = DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", prior)
 
     held_out = None
     if settings.validate_every:
