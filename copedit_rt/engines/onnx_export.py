@@ -168,6 +168,8 @@ def export_onnx(model: str | Path, output: Path, precision: str = "float32") -> 
     with new_folder(output) as part:
         config, tokenizer, denoiser = _load(checkpoint.locate(model))
         _narrow(tokenizer, denoiser, getattr(torch, precision))
+        if prior := checkpoint.load_prior(checkpoint.locate(model), config):
+            prior.save(part)
         _write(part, config, tokenizer, denoiser, precision)
     return {
         "model": config.name,
@@ -246,7 +248,7 @@ def _write(folder: Path, config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT
         _split_upsampling(tokenizer)  # whose weights, in another order, are in the graph
     for name, (module, inputs, outputs, dynamic) in graphs(config, tokenizer, denoiser).items():
         write_atomically(folder / name, _graph(module, inputs, outputs, dynamic, folder, stored))
-    files = (checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.DENOISER, ENCODER, STEP, DECODER)
+    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
     manifest = {
         "format": FORMAT,
         "copedit": copedit_rt.__version__,

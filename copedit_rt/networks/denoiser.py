@@ -214,7 +214,8 @@ class MDiT3D(nn.Module):
 
         z: [B, m, 8, h, w, d] normalised latents, noise at timestep t in the missing elements. t: [B] in 0..499.
         prompts: [B, 3, P] (None only for prompts = none or mask). observed: [B, m] bool, read only by the "mask"
-        ablation: the full model is told nothing about what is missing but what the prompts say. corner, prior: see `predict`.
+        ablation: the full model is told nothing about what is missing but what the prompts say. corner, prior: see
+        `predict`.
         """
         return self.predict(z, self.modulate(t, prompts, observed), corner=corner, prior=prior)
 
@@ -251,8 +252,8 @@ class MDiT3D(nn.Module):
 
         rows [N]: predict only these elements (see `pick`), [N, 8, h, w, d]; "mdit3d" then leaves out what nothing else
         reads, from the last block's attention on. corner [B, 2]: z holds crops of whole latents in the plane that begin
-        at these tokens (training). prior [B, m, 8, h, w, d], for a network that takes one: latents of the fill of what is
-        missing, and of what is observed its own; what the network computes is added to it.
+        at these tokens (training). prior [B, m, 8, h, w, d], for a network that takes one: latents of the fill of what
+        is missing, and of what is observed its own; what the network computes is added to it.
         """
         *parts, final = modulation
         position, table = (self.position, self.rope) if corner is None else self.positions(z.shape, corner)

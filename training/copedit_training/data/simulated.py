@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from copedit_rt.errors import CopeditError
 from copedit_training.data import physics
 from copedit_training.data.anatomy import (
     INDEX,
@@ -30,9 +33,6 @@ from copedit_training.data.anatomy import (
     save_map,
     smooth_field,
 )
-from torch import Tensor
-
-from copedit_rt.errors import CopeditError
 
 
 @dataclass(frozen=True)

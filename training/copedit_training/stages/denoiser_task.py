@@ -47,7 +47,7 @@ class Noised(Batch):
     None where images are augmented and so encoded in the step. corner: where crops begin [B, 2] in tokens (None:
     whole). images: [B, m, 1, H, W, D] of the same place, where they are augmented or joined by the image term (None:
     neither). fill: of the same place, what the prior makes of the missing elements, zeros elsewhere (None: a model
-    without one, or images are augmented). observed: [B, m]. timesteps: [B]. noise: like latents. chance: [B, m], of the missing modalities that
+    without one). observed: [B, m]. timesteps: [B]. noise: like latents. chance: [B, m], of the missing modalities that
     with the largest is the image term's (None: no such term).
     """
 
@@ -75,7 +75,8 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         cache: Path | None = None,
         prior: Prior | None = None,
     ):
-        """prior: that of a model that takes one. cache: file for the latents of all images, their prompts beside it, read where an earlier run left it."""
+        """prior: that of a model that takes one. cache: file for the latents of all images, their prompts beside it,
+        read where an earlier run left it."""
         super().__init__(config, settings)
         self.denoiser = build_denoiser(config).to(self.device)
         self.average = build_denoiser(config).requires_grad_(False).to(self.device)

@@ -67,9 +67,8 @@ def _train(
     studies, m = local.shape[:2]
     chance = None if shares is None else shares / shares.sum()
     patterns = draw_observed(rng, 256, m, False).numpy()
-    some = [
-        _rows(local[i][..., :64], quantiles[i], p) for i, p in zip(rng.integers(studies, size=256), patterns, strict=True)
-    ]
+    chosen = rng.integers(studies, size=len(patterns))
+    some = [_rows(local[i][..., :64], quantiles[i], p) for i, p in zip(chosen, patterns, strict=True)]
     sample = np.concatenate(some)
     mean, scale = sample.mean(0), 1 / (sample.std(0) + 1e-3)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
