@@ -423,6 +423,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in th
 Estimate = Annotated[
     bool, typer.Option("--estimate", help="Only say how much memory of a GPU a step is expected to take.")
 ]
+Quick = Annotated[bool, typer.Option("--quick", help="A few steps on a few subjects, to see that all works.")]
 
 
 @train.command("tokenizer")
@@ -433,9 +434,10 @@ def train_tokenizer(
     override: Set = None,
     resume: Resume = False,
     estimate: Estimate = False,
+    quick: Quick = False,
 ) -> None:
     """Stage I: the autoencoder, its codebook and its prompt heads."""
-    _train("tokenizer", preset, output, data, override, resume, estimate)
+    _train("tokenizer", preset, output, data, override, resume, estimate, quick)
 
 
 @train.command("denoiser")
@@ -446,9 +448,10 @@ def train_denoiser(
     override: Set = None,
     resume: Resume = False,
     estimate: Estimate = False,
+    quick: Quick = False,
 ) -> None:
     """Stage II: the diffusion transformer, on the latents of a trained tokenizer (--set tokenizer=FOLDER)."""
-    _train("denoiser", preset, output, data, override, resume, estimate)
+    _train("denoiser", preset, output, data, override, resume, estimate, quick)
 
 
 @train.command("check-data")
@@ -484,15 +487,23 @@ def train_check_data(
 
 
 def _train(
-    stage: Any, preset: str, output: Path, data: str, override: list[str] | None, resume: bool, estimate: bool
+    stage: Any,
+    preset: str,
+    output: Path,
+    data: str,
+    override: list[str] | None,
+    resume: bool,
+    estimate: bool,
+    quick: bool,
 ) -> None:
     from copedit_training.stages import trainer
 
     if estimate:
-        typer.echo(trainer.expected(stage, preset, override or ()))
+        typer.echo(trainer.expected(stage, preset, override or (), quick))
         return
     _check_writable(output)
-    folder = trainer.run(stage, preset=preset, output=output, data=data, overrides=override or (), resume=resume)
+    options = {"preset": preset, "output": output, "data": data, "overrides": override or (), "resume": resume}
+    folder = trainer.run(stage, **options, quick=quick)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one speaks
         typer.echo(folder)
 

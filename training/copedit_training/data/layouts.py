@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -210,7 +213,7 @@ def ahead(work: Callable[[ModelConfig, Any], Any], config: ModelConfig, items: I
     """work(config, item) of each item, in order, by one process a core; few results wait, as each may be large."""
     workers = os.cpu_count() or 1
     pending: deque[Future[Any]] = deque()
-    pool = ProcessPoolExecutor(workers)
+    pool = ProcessPoolExecutor(workers, initializer=_serve)
     try:
         for item in items:
             pending.append(pool.submit(work, config, item))
@@ -222,6 +225,19 @@ def ahead(work: Callable[[ModelConfig, Any], Any], config: ModelConfig, items: I
         raise CopeditError("a process that prepared images was killed, mostly for lack of memory; free some") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _serve() -> None:
+    """In a worker: signals are the parent's matter, and its end, however it came, is the worker's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 # ---- the check ---------------------------------------------------------------------------------------------

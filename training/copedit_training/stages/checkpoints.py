@@ -1,16 +1,17 @@
-"""The run folder: which run it holds, and its checkpoints."""
+"""The run folder: which run it holds, its log, its checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
@@ -18,16 +19,53 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 
+SUMS = "checksums.json"  # of the files beside it
+Tensors = dict[str, Tensor]
 
-def claim(output: Path, described: dict[str, Any], resume: bool) -> None:
-    """Note in a folder which run it holds. Raises CopeditError where it holds another one, or is not to be resumed."""
+
+def check_claim(output: Path, described: Mapping[str, Any], resume: bool) -> None:
+    """Raises CopeditError where a folder holds another run, one that is not to be resumed, or something else."""
     path = output / "run.json"
     if not path.exists():
-        write_atomically(path, (json.dumps(described, indent=2) + "\n").encode())
-    elif not resume:
+        return
+    if not resume:
         raise CopeditError(f"{output}: holds a run already; add --resume to go on with it, or choose another folder")
-    elif _complete(json.loads(path.read_text())) != json.loads(json.dumps(described)):
+    try:
+        found = _complete(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CopeditError) as error:
+        raise CopeditError(
+            f"{path}: does not describe a run ({error}); choose another output folder, or delete this one"
+        ) from error
+    if found != json.loads(json.dumps(described)):
         raise CopeditError(f"{output}: was started with other settings (see {path}); resume with the same ones")
+
+
+def claim(output: Path, described: Mapping[str, Any], resume: bool) -> None:
+    """Note in a folder which run it holds, and sweep up what a killed one left; raises as `check_claim`."""
+    check_claim(output, described, resume)
+    if not (output / "run.json").exists():
+        write_atomically(output / "run.json", (json.dumps(described, indent=2) + "\n").encode())
+    sweep(output)
+
+
+def sweep(output: Path) -> None:
+    """Delete what processes that are gone left half written."""
+    for stale in output.glob("checkpoint-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for stale in (*output.glob(".*.tmp.npy"), *output.glob(".*.part")):
+        pid = stale.name.removesuffix(".npy").split(".")[-2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            stale.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return True
 
 
 def _complete(described: dict[str, Any]) -> dict[str, Any]:
@@ -43,40 +81,100 @@ def _complete(described: dict[str, Any]) -> dict[str, Any]:
     return described | {"model": json.loads(json.dumps(model.to_dict())), "settings": settings}
 
 
+def cut_log(path: Path, start: int) -> None:
+    """Drop the lines of a log from step `start` on, which a resumed run writes again, and what is no line of it.
+
+    Raises CopeditError for what is no file.
+    """
+    if not path.exists():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise CopeditError(f"{path}: cannot be read ({error.strerror}); move it away and resume") from error
+    kept = [line for line in lines if line.endswith("\n") and 0 <= _step(line) < start]
+    if kept != lines:
+        write_atomically(path, "".join(kept).encode())
+
+
+def _step(line: str) -> int:
+    """The step of a line of the log, -1 for what is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
 def checkpoints(output: Path) -> list[Path]:
-    return sorted(output.glob("checkpoint-*[0-9]"))
+    """Oldest first."""
+    return sorted(output.glob("checkpoint-" + "[0-9]" * 8))
 
 
-def store(output: Path, step: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: int) -> None:
-    """A folder of safetensors, complete or absent: written under another name, then renamed."""
+def store(output: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
+    """A folder with a safetensors file of each part, complete or absent: written under another name, then renamed."""
     folder = output / f"checkpoint-{step:08d}"
     temporary = output / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    checkpoint.write_tensors(temporary / "task.safetensors", module.state_dict())
-    flat = {
-        f"{k}.{i}.{name}": value
-        for k, optimizer in enumerate(optimizers)
-        for i, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    checkpoint.write_tensors(temporary / "optimizer.safetensors", flat)
+    sums = {}
+    for name, tensors in parts.items():
+        path = temporary / f"{name}.safetensors"
+        checkpoint.write_tensors(path, tensors)
+        sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_atomically(temporary / SUMS, json.dumps(sums).encode())
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
 
 
-def restore(output: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Load the newest checkpoint; returns the number of steps done."""
-    found = checkpoints(output)
-    if not found:
-        return 0
-    checkpoint.fill(module, checkpoint.read_tensors(found[-1] / "task.safetensors")[0], found[-1])
-    flat, _ = checkpoint.read_tensors(found[-1] / "optimizer.safetensors")
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, value in flat.items():
-        k, index, name = key.split(".", 2)
-        states[int(k)].setdefault(int(index), {})[name] = value
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(found[-1].name.removeprefix("checkpoint-"))
+def restore(output: Path) -> tuple[int, Tensors, Tensors] | None:
+    """Steps done, the task's tensors and the optimizer's of the newest checkpoint; None where there is none.
+
+    Raises CopeditError for a damaged one, which names the intact one before it.
+    """
+    every = checkpoints(output)
+    if not every:
+        return None
+    try:
+        return _read(every[-1])
+    except CopeditError as error:
+        before = next((folder for folder in reversed(every[:-1]) if _intact(folder)), None)
+        remedy = f"delete {every[-1]}, and --resume goes on from {before}"
+        if before is None:
+            remedy = "no other one is intact: start again in another folder"
+        raise CopeditError(f"{error}; {remedy}") from error
+
+
+def _read(folder: Path) -> tuple[int, Tensors, Tensors]:
+    """Raises CopeditError, without a remedy, for a checkpoint that is not what was stored."""
+    sums, parts = _sums(folder), []
+    for name in ("task.safetensors", "optimizer.safetensors"):
+        if not (folder / name).is_file():
+            raise CopeditError(f"{folder}: {name} is missing")
+        try:
+            tensors, digest = checkpoint.read_tensors(folder / name)
+        except CopeditError as error:
+            raise CopeditError(f"{folder / name}: damaged") from error
+        if sums is not None and sums.get(name) != digest:
+            raise CopeditError(f"{folder / name}: damaged, as its checksum is another than when it was stored")
+        parts.append(tensors)
+    return int(folder.name.removeprefix("checkpoint-")), parts[0], parts[1]
+
+
+def _sums(folder: Path) -> dict[str, str] | None:
+    """File name -> SHA-256; None for a checkpoint of an older version, which has none."""
+    path = folder / SUMS
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CopeditError(f"{path}: damaged") from error
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        _read(folder)
+    except CopeditError:
+        return False
+    return True

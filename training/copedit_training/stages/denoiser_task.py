@@ -22,7 +22,7 @@ from copedit_rt.networks.sampler import add_noise, sample
 from copedit_rt.networks.tokenizer import CoPeVAE, Decoder
 from copedit_rt.prior import Prior, shown
 from copedit_rt.schedule import alpha_bar
-from copedit_training.data.prepared import draw_observed, new_cache
+from copedit_training.data.prepared import draw_observed, mapped, new_cache
 from copedit_training.stages.settings import DenoiserSettings
 from copedit_training.stages.task import (
     Batch,
@@ -31,6 +31,7 @@ from copedit_training.stages.task import (
     check_crop,
     checkpoint_activations,
     compare,
+    device_of,
     picture,
     randomness,
 )
@@ -62,6 +63,23 @@ class Noised(Batch):
     chance: Tensor | None
 
 
+def check(config: ModelConfig, settings: DenoiserSettings) -> None:
+    """Raises CopeditError for settings that do not go together, not with the model, or not with this machine."""
+    device_of(settings)
+    crop, net = settings.crop, config.denoiser
+    if settings.augment and (crop or settings.image_weight):
+        raise CopeditError("augment: in stage II it goes neither with crop nor with image_weight; set them to 0")
+    if settings.image_weight and 0 < crop <= 2 * CROP_RIM:
+        raise CopeditError(f"crop = {crop}: image_weight needs more than {2 * CROP_RIM} voxels")
+    if settings.whiten and net.backbone == "unet":
+        raise CopeditError(f"whiten is for transformers; leave it at 0 for {config.name}")
+    if crop:
+        (h, w, _), (p, q, _) = config.tokenizer.compression, net.patch
+        check_crop(crop, (h * p, w * q, 1), config.image)
+        if net.backbone == "unet" and (crop // h % 4 or crop // w % 4):
+            raise CopeditError(f"crop = {crop}: a UNet halves latents twice; divide by {4 * h} and {4 * w}")
+
+
 class DenoiserTask(Task[DenoiserSettings, Noised]):
     """Mean squared error of the predicted clean latents of all elements (equation 5), or with less weight on
     the observed ones, or with the decoded image's beside it."""
@@ -77,6 +95,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
     ):
         """prior: that of a model that takes one. cache: file for the latents of all images, their prompts beside it,
         read where an earlier run left it."""
+        check(config, settings)
         super().__init__(config, settings)
         self.denoiser = build_denoiser(config).to(self.device)
         self.average = build_denoiser(config).requires_grad_(False).to(self.device)
@@ -88,10 +107,6 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         self.tokenizer = tokenizer.to(self.device).requires_grad_(False)
         self.images, self.prior = images, prior
         if settings.augment:
-            if settings.crop or settings.image_weight:
-                raise CopeditError(
-                    "augment: in stage II it goes neither with crop nor with image_weight; set them to 0"
-                )
             images, cache = images[:16], None  # enough to whiten with
         self.views = 1 if self.cardiac else 2  # a row is a subject, or a subject and whether it is mirrored
         if config.denoiser.prior:
@@ -118,8 +133,6 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
 
     def _prepare_decoder(self) -> None:
         """The tokenizer's decoder becomes an average, for validation and export, of one that learns."""
-        if 0 < self.settings.crop <= 2 * CROP_RIM:
-            raise CopeditError(f"crop = {self.settings.crop}: image_weight needs more than {2 * CROP_RIM} voxels")
         self.average_decoder = self.tokenizer.decoder
         self.decoder = Decoder(self.config.tokenizer).to(self.device)
         self.decoder.load_state_dict(self.average_decoder.state_dict())
@@ -163,7 +176,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
                     each.append(prompts.cpu())
             found = {"prompts": torch.cat(each), "tokenizer": key}
             checkpoint.write_tensors(beside, found)
-        return torch.from_numpy(np.load(cache, mmap_mode="c")), found["prompts"]
+        return torch.from_numpy(mapped(cache)), found["prompts"]
 
     def _views(self, images: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for subject in images:
@@ -178,11 +191,6 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             z = self.tokenizer.encode(images).float()
             return self.tokenizer.normalise(z), self.tokenizer.prompts_of_each(z)
 
-    def _net(self) -> MDiT3D:
-        if not isinstance(self.denoiser, MDiT3D):
-            raise CopeditError(f"whiten is for transformers; leave it at 0 for {self.config.name}")
-        return self.denoiser
-
     @torch.no_grad()
     def _prepare_crops(self) -> None:
         """How likely each crop of each subject is to be drawn: in proportion to what happens in it.
@@ -191,12 +199,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         crops.
         """
         (h, w, _), (p, q, r) = self.config.tokenizer.compression, self.config.denoiser.patch
-        check_crop(self.settings.crop, (h * p, w * q, 1), self.config.image)
         self.size = (self.settings.crop // (h * p), self.settings.crop // (w * q))
-        if self.config.denoiser.backbone == "unet" and (self.settings.crop // h % 4 or self.settings.crop // w % 4):
-            raise CopeditError(
-                f"crop = {self.settings.crop}: a UNet halves latents twice; divide by {4 * h} and {4 * w}"
-            )
         activity, depth = [], r * self.config.tokenizer.compression[2]
         for subject in self.images:
             x = torch.from_numpy(subject[:, 0]).float()
@@ -215,7 +218,8 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         The first component of a token of a simulated brain has 10,000 times the variance of the last; the detail in
         the small ones is learned late, or not at all, where it enters as small as it is.
         """
-        net, whiten = self._net(), self.settings.whiten
+        net, whiten = self.denoiser, self.settings.whiten
+        assert isinstance(net, MDiT3D)
         some = np.random.default_rng(self.settings.seed).permutation(len(self.images))[:16]
         z = torch.cat([self._encoded(torch.from_numpy(self.images[i][None]).to(self.device).float())[0] for i in some])
         tokens = net.patchify(z).flatten(0, 2)

@@ -72,9 +72,9 @@ def _pick(z: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return chosen + 0.01 * z.std() * torch.randn(chosen.shape, generator=generator).to(z.device)
 
 
-def pretext_losses(tokenizer: CoPeVAE, each: Tensor, observed: Tensor) -> dict[str, Tensor]:
-    """Terms of equation 4 for the prompts of each element alone [B, m, 3, P]: count (cross-entropy), position
-    (multi-label binary cross-entropy) and contrast (InfoNCE over the batch: a subject's observed part against every
+def pretext_losses(tokenizer: CoPeVAE, each: Tensor, observed: Tensor, position: str = "bce") -> dict[str, Tensor]:
+    """Terms of equation 4 for the prompts of each element alone [B, m, 3, P]: count (cross-entropy), position (by
+    `position_loss`) and contrast (InfoNCE over the batch: a subject's observed part against every
     missing part).
 
     observed: [K, B, m] (bool), K missing patterns of each subject; the terms are means over them. Prompts are means
@@ -94,9 +94,17 @@ def pretext_losses(tokenizer: CoPeVAE, each: Tensor, observed: Tensor) -> dict[s
     own = torch.arange(each.shape[0], device=each.device).expand(observed.shape[:2])
     return {
         "count": F.cross_entropy(count, missing.sum(-1).flatten() - 1),
-        "position": F.binary_cross_entropy_with_logits(which, missing.flatten(0, 1).float()),
+        "position": position_loss(which, missing.flatten(0, 1), position),
         "contrast": F.cross_entropy(similarity.flatten(0, 1), own.flatten()),
     }
+
+
+def position_loss(logits: Tensor, missing: Tensor, kind: str) -> Tensor:
+    """Logits [N, m] against what is missing [N, m] (bool): "bce", each element by itself, or "cross-entropy" over the
+    elements (equation 2), whose target gives the missing ones equal shares."""
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(logits, missing.float())
+    return F.cross_entropy(logits, missing.float() / missing.sum(1, keepdim=True))
 
 
 @torch.no_grad()
@@ -179,8 +187,9 @@ class Perceptual:
         return (a - b).square().sum(1).mean()
 
 
-def weigh(terms: dict[str, Tensor], pretext: float) -> Tensor:
-    """Total of stage I of the terms that there are; `pretext` is the weight of the pretext tasks.
+def weigh(terms: dict[str, Tensor], pretext: float, tasks: Sequence[float] = (1.0, 0.5, 0.5)) -> Tensor:
+    """Total of stage I of the terms that there are; `pretext` is the weight of the pretext tasks, `tasks` those of
+    count, position and contrast among each other.
 
     The discriminator's own term counts in full: it and the rest share no weights.
     """
@@ -194,5 +203,7 @@ def weigh(terms: dict[str, Tensor], pretext: float) -> Tensor:
     if "adversarial" in terms:
         total = total + ADVERSARIAL * terms["adversarial"] + terms["discriminator"]
     if "count" in terms:
-        total = total + pretext * (terms["count"] + 0.5 * terms["position"] + 0.5 * terms["contrast"])
+        count, position, contrast = tasks
+        inner = count * terms["count"] + position * terms["position"] + contrast * terms["contrast"]
+        total = total + pretext * inner
     return total

@@ -38,6 +38,8 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
     kernels: as COPEDIT_KERNELS; "auto" takes Triton's, which save less than the reference, where there is Triton.
     """
     settings = replace(settings, device="cpu", augment=False)  # augmented images are drawn on the host
+    if settings.dtype == "float16":  # which a CPU does not train in
+        settings = replace(settings, dtype="bfloat16")
     images = np.zeros((1, len(config.elements), 1, *config.image), np.float16)
     if kernels == "auto":
         kernels = "triton" if dispatch.triton is not None else "reference"

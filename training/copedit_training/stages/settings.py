@@ -27,9 +27,23 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clip": (1e-6, 1e6),
     **dict.fromkeys(("beta2", "ema"), (0, 0.999_999)),
     **dict.fromkeys(("weight_decay", "whiten", "last_timestep", "observed_weight", "image_weight"), (0, 1)),
+    **dict.fromkeys(("count_weight", "position_weight", "contrast_weight"), (0, 100)),
 }
+# Of `--quick`: the most that each is.
+_QUICK = {
+    "tokenizer": {
+        "prompt_steps": 1,
+        "quantise_from": 1,
+        "adversarial_from": 2,
+        "readout_steps": 20,
+        "pretext_every": 2,
+    },
+    "denoiser": {"whole_steps": 1, "ema": 0.5, "compile": False},
+}
+_QUICK_BOTH = {"steps": 4, "warmup": 1, "batch_size": 2, "subjects": 4, "checkpoint_every": 2, "validate_every": 0}
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "position_loss": ("bce", "cross-entropy"),
     "optimizer": ("adam", "muon"),
     "export": ("float32", "float16"),
 }
@@ -41,7 +55,8 @@ class Settings:
 
     steps, batch_size (subjects), lr (peak of a linear warm-up and cosine decay), warmup (steps), seed.
     accumulate: micro-batches of batch_size subjects in a step, shared by the processes of torchrun.
-    subjects: simulated subjects to train on. dtype: autocast type, "float32" or "bfloat16".
+    subjects: simulated subjects to train on. dtype: autocast type, "float32", "bfloat16", or on a GPU "float16", whose
+    losses are scaled so that small gradients do not vanish (Micikevicius et al. 2018).
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
     crop: train on random crops of so many voxels in the plane, 0 for whole images; the stages say how.
     augment: `data.Augmentation` of every image; brains are mirrored with or without it. In the denoiser it costs the
@@ -97,6 +112,9 @@ class TokenizerSettings(Settings):
     readout_steps: after them, steps of the linear layers and heads alone on pooled features.
     adversarial_from: the first step with the adversarial term, -1 for none. perceptual: file with the weights of its
     network (`losses.Perceptual`), empty for no such term.
+    position_loss: "bce", each element missing or not by itself, which is how the heads are read; or "cross-entropy",
+    the paper's, over all elements with equal shares for the missing ones. count_weight, position_weight,
+    contrast_weight: of the pretext tasks among each other; the paper's are 1, 1, 1.
     """
 
     stage: ClassVar[Stage] = "tokenizer"
@@ -110,11 +128,17 @@ class TokenizerSettings(Settings):
     readout_steps: int = 0
     adversarial_from: int = -1
     perceptual: str = ""
+    position_loss: str = "bce"
+    count_weight: float = 1.0
+    position_weight: float = 0.5
+    contrast_weight: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.prompt_steps < self.steps:
-            raise CopeditError(f"prompt_steps = {self.prompt_steps}: must be below steps = {self.steps}; set both")
+            raise CopeditError(
+                f"prompt_steps = {self.prompt_steps}: must be below steps = {self.steps}; set both, or try --quick"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,8 +180,10 @@ class DenoiserSettings(Settings):
 _KINDS: dict[Stage, type[Settings]] = {"tokenizer": TokenizerSettings, "denoiser": DenoiserSettings}
 
 
-def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> Any:
+def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bool = False) -> Any:
     """`TokenizerSettings` or `DenoiserSettings` of a preset with `key=value` overrides.
+
+    quick: a few steps on a few subjects, to see that everything works; overrides count all the same.
 
     Raises CopeditError for an unknown preset, key or value, and for a key of the other stage.
     """
@@ -166,6 +192,8 @@ def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> A
         known = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.toml")))
         raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
     values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
+    if quick:
+        values |= {key: min(values.get(key, most), most) for key, most in (_QUICK_BOTH | _QUICK[stage]).items()}
     return _KINDS[stage](**values | dict(_parsed(stage, item) for item in overrides))
 
 

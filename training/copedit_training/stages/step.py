@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from copedit_rt.errors import CopeditError
 from copedit_training.stages import distributed
 from copedit_training.stages.settings import DenoiserSettings, Settings, TokenizerSettings
 from copedit_training.stages.task import B, Task, Terms
@@ -45,8 +47,83 @@ def ahead(draw: Callable[[int, int], B], wanted: Iterable[tuple[int, int]]) -> I
             yield under_way.result()
 
 
-def gradients(task: Task[Any, B], model: nn.Module, batches: Iterable[B]) -> tuple[Terms, list[Share]]:
-    """Leave the gradients of the mean loss over all micro-batches in the weights.
+class Optimization:
+    """The optimizers of a task, and what scales the losses of float16 (of other types it does nothing)."""
+
+    def __init__(self, task: Task[Any, Any]):
+        self.optimizers = optimizers_of(task)
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=task.settings.dtype == "float16")
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of a step; a group may follow it with a factor of its own."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("factor", 1.0)
+
+    def _moving(self) -> list[torch.optim.Optimizer]:
+        """Those that have gradients."""
+        return [x for x in self.optimizers if any(p.grad is not None for g in x.param_groups for p in g["params"])]
+
+    def unscale(self) -> None:
+        """Divide the gradients by the scale."""
+        for optimizer in self._moving():
+            self.scaler.unscale_(optimizer)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether gradients that are not finite may be a matter of the scale."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    def step(self) -> None:
+        """Move the weights; where a scaled gradient overflowed, only lower the scale."""
+        for optimizer in self._moving():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it: "optimizer.weight.name" of each, and the scale."""
+        flat = {
+            f"{k}.{i}.{name}": value
+            for k, optimizer in enumerate(self.optimizers)
+            for i, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        scale = self.scaler.state_dict()
+        return flat | {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in scale.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+        """The inverse of `state`; raises CopeditError naming the first tensor that belongs to no weight of these."""
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        shapes = [[p.shape for g in x.param_groups for p in g["params"]] for x in self.optimizers]
+        scale: dict[str, Any] = {}
+        for key, value in tensors.items():
+            k, _, rest = key.partition(".")
+            index, _, name = rest.partition(".")
+            if k == "scaler":
+                scale[rest] = value.item()
+            elif not _belongs(k, index, name, value, shapes):
+                raise CopeditError(f"{where}: {key} is of no optimizer of this run; resume with another checkpoint")
+            else:
+                states[int(k)].setdefault(int(index), {})[name] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.scaler.is_enabled() and scale:
+            self.scaler.load_state_dict(scale | {"_growth_tracker": int(scale["_growth_tracker"])})
+
+
+def _belongs(k: str, index: str, name: str, value: Tensor, shapes: Sequence[Sequence[torch.Size]]) -> bool:
+    """Whether a tensor is state of weight `index` of optimizer k: of its shape, or a number."""
+    if not (k.isdecimal() and index.isdecimal() and name in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")):
+        return False
+    if int(k) >= len(shapes) or int(index) >= len(shapes[int(k)]):
+        return False
+    return value.shape == (() if name == "step" else shapes[int(k)][int(index)])
+
+
+def gradients(
+    task: Task[Any, B], model: nn.Module, batches: Iterable[B], scaler: torch.amp.GradScaler | None = None
+) -> tuple[Terms, list[Share]]:
+    """Leave the gradients of the mean loss over all micro-batches, scaled, in the weights.
 
     model: the task's module, or what reduces its gradients over the processes. batches: those of this process. Returns
     the mean of the terms over all, and this process's own.
@@ -59,7 +136,8 @@ def gradients(task: Task[Any, B], model: nn.Module, batches: Iterable[B]) -> tup
         with model.no_sync() if alone else nullcontext():  # type: ignore[operator]
             loss, terms = model(batch)
             each.append(Share(terms | {"loss": loss.item()}, batch.subjects))
-            (loss / parts).backward()
+            mean = loss / parts
+            (scaler.scale(mean) if scaler else mean).backward()
     sums = torch.tensor([list(share.terms.values()) for share in each], dtype=torch.float64).sum(0)
     means = distributed.total(sums.to(task.device)) / task.settings.accumulate
     return dict(zip(each[0].terms, means.tolist(), strict=True)), each
@@ -113,10 +191,3 @@ def learning_rate(settings: Settings, step: int) -> float:
         return peak * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
-    """The rate of a step; a group may follow it with a factor of its own."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("factor", 1.0)

@@ -46,6 +46,14 @@ def checkpoint_activations(module: nn.Module) -> None:
             setattr(part, name, again)
 
 
+def device_of(settings: Settings) -> torch.device:
+    """The device of this process. Raises CopeditError where there is no such one, or it does not train in the dtype."""
+    device = distributed.own_device(settings.device)
+    if settings.dtype == "float16" and device.type != "cuda":
+        raise CopeditError(f"dtype = 'float16': needs a GPU; on {device.type} use bfloat16 or float32")
+    return device
+
+
 def check_crop(crop: int, divisors: Triple, image: Triple) -> None:
     """Raises CopeditError for a crop that does not divide by what the plane's axes must divide by, or is too large."""
     if crop < 0 or any(crop % c or crop > n for c, n in zip(divisors[:2], image[:2], strict=True)):
@@ -93,7 +101,7 @@ class Task(ABC, Generic[S, B]):
     def __init__(self, config: ModelConfig, settings: S):
         self.config, self.settings = config, settings
         self.cardiac = config.task == "cardiac"
-        self.device = distributed.own_device(settings.device)
+        self.device = device_of(settings)
         self.augmentation = Augmentation(config) if settings.augment else None
         self.module = Trained(self)
 
@@ -106,7 +114,8 @@ class Task(ABC, Generic[S, B]):
         return images
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
+        low = torch.float16 if self.settings.dtype == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, low, enabled=self.settings.dtype != "float32")
 
     @property
     def sparse(self) -> bool:

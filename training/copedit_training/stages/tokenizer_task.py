@@ -25,6 +25,7 @@ from copedit_training.stages.losses import (
     scale_prompts,
     weigh,
 )
+from copedit_training.stages.prior import fit_prior
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.task import (
     Batch,
@@ -72,9 +73,11 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
     of the parts' gradients is taken, a micro-batch's own weigh as many times as there are parts.
     """
 
-    def __init__(self, config: ModelConfig, settings: TokenizerSettings, images: np.ndarray):
+    def __init__(self, config: ModelConfig, settings: TokenizerSettings, images: np.ndarray | None = None):
+        """images: None where they come later, see `on`."""
         super().__init__(config, settings)
-        self.images = images
+        if images is not None:
+            self.images = images
         crop = settings.crop
         check_crop(crop, config.tokenizer.compression, config.image)
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
@@ -97,6 +100,11 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.shared: Shared | None = None
         self.quantised: list[tuple[Tensor, Tensor, torch.Generator]] = []  # vectors, indices, of this step
         self.module.to(self.device)
+
+    def on(self, images: np.ndarray) -> TokenizerTask:
+        """The same task, of these images."""
+        self.images = images
+        return self
 
     @property
     def sparse(self) -> bool:
@@ -171,7 +179,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
     def judge(self, features: Tensor, observed: Tensor) -> dict[str, Tensor]:
         """The pretext terms of pooled features [B, m, 3, b] under missing patterns [draws, B, m]."""
         each = self.tokenizer.prompts_of_features(features)
-        return pretext_losses(self.tokenizer, each, observed)
+        return pretext_losses(self.tokenizer, each, observed, self.settings.position_loss)
 
     def loss(self, batch: Views) -> tuple[Tensor, Terms]:
         with self.autocast():
@@ -180,7 +188,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
                 whole = self.shared.own.pop(batch.part) if self.shared else self.encode(batch)
             terms = self.pretext(batch, whole) if whole is not None and batch.observed is not None else {}
             if self.prompts_alone(batch.step):
-                return weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
+                return self.weigh(terms, 1.0), {name: term.item() for name, term in terms.items()}
             images = batch.images
             if batch.corner:
                 (x, y), size = batch.corner, self.settings.crop
@@ -199,8 +207,12 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         error = output.float() - images
         terms["l1"] = error.abs().mean()
         state = {"psnr": -10 * math.log10(max(error.detach().square().mean().item(), 1e-10))}
-        loss = weigh(terms, PRETEXT * self.settings.pretext_every)
+        loss = self.weigh(terms, PRETEXT * self.settings.pretext_every)
         return loss, {name: term.item() for name, term in terms.items()} | state
+
+    def weigh(self, terms: dict[str, Tensor], pretext: float) -> Tensor:
+        settings = self.settings
+        return weigh(terms, pretext, (settings.count_weight, settings.position_weight, settings.contrast_weight))
 
     def quantise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The codes of latents [B, m, c, h, w, d], straight through: the decoder sees the codes, the encoder the
@@ -241,7 +253,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Measure the latents' mean and deviation per channel on the training images, then write the folder."""
+        """Measure the latents' mean and deviation per channel on the training images, then write the folder; fit the prior
+        of a model that has one."""
         self.tokenizer.eval()
         batches = (torch.from_numpy(x[None]).to(self.device).float() for x in self.images[:64])
         z = torch.cat([self.tokenizer.encode(x) for x in batches])
@@ -252,6 +265,9 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             self.read_out()
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+        if self.config.denoiser.prior:
+            with torch.enable_grad():
+                fit_prior(self.images, self.settings.seed).save(folder)
 
     def read_out(self) -> None:
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects."""
@@ -282,7 +298,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             for group in optimizer.param_groups:
                 group["lr"] = READOUT_LR * 0.5 * (1 + math.cos(math.pi * step / settings.readout_steps))
             chosen = torch.from_numpy(rng.choice(len(every), min(32, len(every)), replace=False)).to(self.device)
-            loss = weigh(self.judge(every[chosen], self.patterns(rng, len(chosen)).to(self.device)), 1.0)
+            loss = self.weigh(self.judge(every[chosen], self.patterns(rng, len(chosen)).to(self.device)), 1.0)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,22 +29,24 @@ from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_training.data import layouts
-from copedit_training.data.prepared import folder_images, held_out_images, phantom_images, study_names
-from copedit_training.stages import distributed, memory
-from copedit_training.stages.checkpoints import claim, restore, store
-from copedit_training.stages.denoiser_task import DenoiserTask
-from copedit_training.stages.settings import Settings, Stage, load_settings
-from copedit_training.stages.step import (
-    Share,
-    ahead,
-    clip,
-    gradients,
-    learning_rate,
-    optimizers_of,
-    set_learning_rate,
+from copedit_training.data.prepared import (
+    Labels,
+    folder_images,
+    held_out_images,
+    phantom_images,
+    simulated_images,
+    study_names,
 )
-from copedit_training.stages.task import Task
+from copedit_training.stages import distributed, memory
+from copedit_training.stages.checkpoints import claim, cut_log, restore, store
+from copedit_training.stages.denoiser_task import DenoiserTask, check
+from copedit_training.stages.progress import shown
+from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, TokenizerSettings, load_settings
+from copedit_training.stages.step import Optimization, Share, ahead, clip, gradients, learning_rate
+from copedit_training.stages.task import Task, Terms
 from copedit_training.stages.tokenizer_task import TokenizerTask
+
+Source = layouts.DataSet | Labels | None  # None: phantoms
 
 
 def run(
@@ -57,70 +57,47 @@ def run(
     overrides: Sequence[str] = (),
     resume: bool = False,
     config: ModelConfig | None = None,
+    quick: bool = False,
 ) -> Path:
     """Train one stage, alone or as one of torchrun's processes, and return the model folder `output/model`.
 
-    data: "phantom" or the folder of a data set, see `layouts.find`. config replaces the preset's model (its training
-    settings stay). Raises CopeditError for bad settings, unusable data, an output folder in use, or a loss that is not
-    finite; Stopped after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
+    data: "phantom", "labels:FOLDER" (`Labels`) or the folder of a data set, see `layouts.find`. config replaces the preset's model (its training
+    settings stay). quick: see `load_settings`. Raises CopeditError for bad settings, unusable data, an output folder in
+    use, or a loss that is not finite; Stopped after SIGTERM or SIGINT, with a checkpoint of the step under way.
     """
-    settings = load_settings(stage, preset, overrides)
+    settings = load_settings(stage, preset, overrides, quick)
     config = config or ModelConfig.preset(preset)
     with distributed.processes(settings.device):
-        return _run(stage, preset, output, data, settings, resume, config)
+        return _run(preset, output, data, settings, resume, config)
 
 
-def expected(stage: Stage, preset: str, overrides: Sequence[str] = ()) -> str:
+def expected(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bool = False) -> str:
     """What a step of this run is expected to need of a GPU's memory, as text. Raises CopeditError as `run` does."""
-    settings, config = load_settings(stage, preset, overrides), ModelConfig.preset(preset)
+    settings, config = load_settings(stage, preset, overrides, quick), ModelConfig.preset(preset)
     return memory.render(memory.estimate(config, settings), settings)
 
 
-def _run(
-    stage: Stage, preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig
-) -> Path:
-    world = distributed.world()
-    if settings.accumulate % world:
-        raise CopeditError(
-            f"accumulate = {settings.accumulate}: {world} processes cannot share so many micro-batches; set a multiple "
-            f"of {world} (a step takes accumulate x batch_size subjects, however many processes there are)"
-        )
-    found = None if data == "phantom" else layouts.find(Path(data), config)
-    described: dict[str, Any] = {"stage": stage, "settings": dataclasses.asdict(settings), "model": config.to_dict()}
+def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig) -> Path:
+    """Check everything, then claim the folder, then prepare images and train."""
+    found: Source = Labels.of(data, config)
+    if not found and data != "phantom":
+        found = layouts.find(Path(data), config)
+    described: dict[str, Any] = {
+        "stage": settings.stage,
+        "settings": dataclasses.asdict(settings),
+        "model": config.to_dict(),
+    }
     if found:
-        described["data"] = str(Path(data).resolve())
+        described["data"] = f"labels:{found.folder}" if isinstance(found, Labels) else str(Path(data).resolve())
     console = Console(stderr=True, quiet=distributed.rank() > 0)
     console.print_json(data=described["settings"])
-
-    torch.manual_seed(settings.seed)
-    with distributed.first(), _progress(console) as bar:
+    make = _checked(preset, settings, config, output)
+    with distributed.first():
         if not distributed.rank():
             claim(output, described, resume)
-        drawing = bar.add_task("preparing images", total=None, note="")
-
-        def advance(done: int, total: int) -> None:
-            bar.update(drawing, completed=done, total=total)
-
-        if found:
-            say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            images = folder_images(config, found, output, advance, say)
-        else:
-            images = phantom_images(config, settings.subjects, output / "phantom.npy", advance)
-    task: Task[Any, Any]
-    if stage == "tokenizer":
-        task = TokenizerTask(config, settings, images)
-    else:
-        if not settings.tokenizer:
-            raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
-        trained, tokenizer, _ = checkpoint.load_tokenizer(checkpoint.locate(settings.tokenizer))
-        if (trained.tokenizer, trained.elements, trained.image) != (config.tokenizer, config.elements, config.image):
-            raise CopeditError(
-                f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
-            )
-        with distributed.first():
-            prior = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
-            task = DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", prior)
-
+        images = _images(config, settings, found, output, console)
+    with distributed.first():
+        task = make(images)
     held_out = None
     if settings.validate_every:
         with distributed.first():
@@ -128,18 +105,66 @@ def _run(
         if not len(held_out):
             console.print("no validation: none of the held-out subjects can be used", highlight=False)
             held_out = None
-    if stage == "tokenizer" and not settings.perceptual:
+    if isinstance(task, TokenizerTask) and not task.perceptual:
         console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
-    return fit(stage, output, task, resume, held_out, console)
+    return fit(settings.stage, output, task, resume, held_out, console)
+
+
+def _checked(
+    preset: str, settings: Settings, config: ModelConfig, output: Path
+) -> Callable[[np.ndarray], Task[Any, Any]]:
+    """What makes a task of its images; all that can be wrong without them raises CopeditError now."""
+    if settings.accumulate % (world := distributed.world()):
+        raise CopeditError(
+            f"accumulate = {settings.accumulate}: {world} processes cannot share so many micro-batches; set a multiple "
+            f"of {world} (a step takes accumulate x batch_size subjects, however many processes there are)"
+        )
+    torch.manual_seed(settings.seed)
+    if isinstance(settings, TokenizerSettings):
+        return TokenizerTask(config, settings).on
+    assert isinstance(settings, DenoiserSettings)
+    check(config, settings)
+    if not settings.tokenizer:
+        raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
+    trained, tokenizer, _ = checkpoint.load_tokenizer(checkpoint.locate(settings.tokenizer))
+    if (trained.tokenizer, trained.elements, trained.image) != (config.tokenizer, config.elements, config.image):
+        raise CopeditError(
+            f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
+        )
+    prior = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
+    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", prior)
+
+
+def _images(
+    config: ModelConfig, settings: Settings, found: Source, output: Path, console: Console
+) -> np.ndarray:
+    """The training images, prepared or from an earlier start."""
+    with _ended_by_sigterm(), shown(console, "preparing images", "subject") as advance:
+
+        def progress(done: int, total: int) -> None:
+            advance(done, total, "")
+
+        if isinstance(found, Labels):
+            return simulated_images(config, found, settings.subjects, output / "simulated.npy", progress)
+        if found is None:
+            return phantom_images(config, settings.subjects, output / "phantom.npy", progress)
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        return folder_images(config, found, output, progress, say)
 
 
 def fit(
     stage: str, output: Path, task: Task[Any, Any], resume: bool, held_out: np.ndarray | None, console: Console
 ) -> Path:
     """Train a task to the end, from its newest checkpoint where it resumes; returns the model folder."""
-    optimizers = optimizers_of(task)
-    start = restore(output, task.module, optimizers) if resume else 0
-    _loop(stage, output, task, optimizers, start, held_out, console)
+    optimization, start = Optimization(task), 0
+    if resume and (kept := restore(output)):
+        start, tensors, state = kept
+        where = output / f"checkpoint-{start:08d}"
+        checkpoint.fill(task.module, tensors, where / "task.safetensors")
+        optimization.load(state, where / "optimizer.safetensors")
+    if not distributed.rank():
+        cut_log(output / "log.jsonl", start)
+    _loop(stage, output, task, optimization, start, held_out, console)
     if not distributed.rank():
         task.export(output / "model")
     distributed.wait()
@@ -150,7 +175,7 @@ def _loop(
     stage: str,
     output: Path,
     task: Task[Any, Any],
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimization: Optimization,
     start: int,
     held_out: np.ndarray | None,
     console: Console,
@@ -166,54 +191,72 @@ def _loop(
     if distributed.world() > 1:
         model = DistributedDataParallel(task.module, find_unused_parameters=task.sparse)
     wanted = ((step, part) for step in range(start, settings.steps) for part in parts)
-    path = output / "log.jsonl" if writes else Path(os.devnull)
     with (
-        _progress(console) as bar,
+        shown(console, stage, "step", start) as advance,
         _Signals() as signals,
         closing(ahead(task.draw, wanted)) as batches,
-        open(path, "a", buffering=1, encoding="utf-8") as log,
-        _board(output / "tensorboard", start, console) if writes else nullcontext() as board,
+        _Log(output, start, settings.steps, console) if writes else nullcontext() as log,
     ):
-        shown = bar.add_task(stage, total=settings.steps, completed=start, note="")
         for step in range(start, settings.steps):
-            began = time.perf_counter()
-            set_learning_rate(optimizers, learning_rate(settings, step))
-            terms, shares = gradients(task, model, islice(batches, share))
+            began, done = time.perf_counter(), step + 1
+            optimization.set_rate(learning_rate(settings, step))
+            terms, shares = gradients(task, model, islice(batches, share), optimization.scaler)
+            optimization.unscale()
             norm = clip(task)
-            if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
+            if not math.isfinite(terms["loss"]) or not (math.isfinite(norm) or optimization.overflowed):
                 _leave(_not_finite(step, norm, shares, study_names(output)))
-            for optimizer in optimizers:
-                optimizer.step()
+            optimization.step()
             terms |= task.after_step(step) | {"gradient": norm, "seconds": time.perf_counter() - began}
-            if held_out is not None and (step + 1) % settings.validate_every == 0 and writes:
-                found, picture = task.validate(held_out)
-                terms |= found
-                if board:
-                    board.add_image("validation/truth above result", picture, step, dataformats="HW")
-            for name, value in terms.items():
-                if board and (step % max(1, settings.steps // 10_000) == 0 or name.startswith("val_")):
-                    board.add_scalar(name.replace("val_", "validation/"), value, step)
-            log.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
-            bar.update(shown, advance=1, note=" ".join(f"{k} {v:.3g}" for k, v in terms.items()))
+            if log:
+                picture = None
+                if held_out is not None and done % settings.validate_every == 0:
+                    measured, picture = task.validate(held_out)
+                    terms |= measured
+                log.write(step, terms, picture)
+            advance(done, settings.steps, " ".join(f"{k} {v:.3g}" for k, v in terms.items()))
             stop = signals.agreed(task.device)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stop:
-                if writes:
-                    store(output, step + 1, task.module, optimizers, settings.keep)
-            if stop and step + 1 < settings.steps:
+            if writes and (done % settings.checkpoint_every == 0 or done == settings.steps or stop):
+                store(
+                    output, done, {"task": task.module.state_dict(), "optimizer": optimization.state()}, settings.keep
+                )
+            if stop and done < settings.steps:
                 distributed.wait()
                 name = signal.Signals(stop).name
                 _leave(Stopped(f"{name}: stopped after step {step}, and all is saved; go on with --resume", stop))
 
 
-def _board(folder: Path, start: int, console: Console) -> Any:
-    """Context of TensorBoard's writer, which hides what an interrupted run wrote from step `start` on; of None where
-    there is no TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        console.print("no TensorBoard: install the extra `train`; log.jsonl has all figures", highlight=False)
-        return nullcontext()
-    return SummaryWriter(str(folder), purge_step=start)
+class _Log:
+    """log.jsonl and, where it is installed, TensorBoard, which hides what an interrupted run wrote from step `start`
+    on; a line is a step. A context."""
+
+    def __init__(self, output: Path, start: int, steps: int, console: Console):
+        self.every = max(1, steps // 10_000)  # of the curves on the board
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start)
+        except ImportError:
+            console.print("no TensorBoard: install the extra `train`; log.jsonl has all figures", highlight=False)
+        self.file = open(output / "log.jsonl", "a", buffering=1, encoding="utf-8")
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def write(self, step: int, terms: Terms, picture: np.ndarray | None) -> None:
+        self.file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
+        if not self.board:
+            return
+        if picture is not None:
+            self.board.add_image("validation/truth above result", picture, step, dataformats="HW")
+        for name, value in terms.items():
+            if step % self.every == 0 or name.startswith("val_"):
+                self.board.add_scalar(name.replace("val_", "validation/"), value, step)
 
 
 def _not_finite(step: int, norm: float, shares: list[Share], names: Sequence[str]) -> CopeditError:
@@ -263,6 +306,18 @@ class _Signals:
         return int(every.max())
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=console.quiet)
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends what is under way as Ctrl-C does, so that nothing half done is left behind."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped("SIGTERM: stopped while images were prepared; start again with --resume", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,202 @@
+"""Stage II on a tiny model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_rt import checkpoint
+from copedit_rt.errors import CopeditError
+from copedit_rt.networks.denoiser import MDiT3D
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.stages.denoiser_task import CROP_RIM, WHITEN_FLOOR, DenoiserTask
+from tests.training.stages.tiny import HEART, TINY, settings, smooth, train, weights
+
+
+def denoiser_task(tmp_path, *overrides, images=None):
+    vae = checkpoint.load_tokenizer(train("tokenizer", tmp_path / "vae", "steps=2"))[1]
+    images = smooth(TINY, 4) if images is None else images
+    return DenoiserTask(TINY, settings("denoiser", "crop=0", *overrides), images, vae, tmp_path / "latents.npy")
+
+
+def test_the_input_layer_can_start_with_all_components_equally_large(tmp_path):
+    torch.manual_seed(0)
+    task = denoiser_task(tmp_path, "whiten=0.5")
+    tokens = task.denoiser.patchify(task.latents.float()).flatten(0, 2)
+    variance = torch.linalg.eigvalsh(tokens.mT @ tokens / len(tokens)).flip(0)
+    embedded = tokens @ task.denoiser.embed.weight.detach().mT
+    found = torch.linalg.eigvalsh(embedded.mT @ embedded / len(embedded)).flip(0)
+    raised = variance[: len(found)] > WHITEN_FLOOR * variance.sum()
+    assert raised.sum() > 5 and torch.allclose(found[raised], found[0], rtol=1e-3)
+    assert found.sum() == pytest.approx(len(found), rel=1e-3), "as large as the position embedding beside it"
+    assert torch.equal(task.average.embed.weight, task.denoiser.embed.weight)
+    assert variance[0] > 20 * variance[raised.nonzero()[-1]], "which they are not by themselves"
+
+
+def test_crops_are_drawn_where_something_happens(tmp_path):
+    images = smooth(TINY, 4)
+    images[:, :, :, 8:] = 0.0  # which the encoder sees across the border
+    task = denoiser_task(tmp_path, "crop=8", images=images)
+    rng = np.random.default_rng(0)
+    drawn = [task._crop(np.array([0]), rng) for _ in range(200)]
+    corners = np.array([corner[0].tolist() for _, corner in drawn])
+    assert corners.min() == 0 and corners.max() == 1 and task.chances.shape == (8, 4)
+    chances = task.chances[0].reshape(2, 2)
+    assert chances[1].sum() < 0.4 and chances.sum() == pytest.approx(1)
+    assert (corners == 1).mean(0) == pytest.approx([chances[1].sum(), chances[:, 1].sum()], abs=0.1)
+    for crop, corner in drawn[:5]:
+        x, y = (2 * int(n) for n in corner[0])
+        assert torch.equal(crop[0], task.latents[0, ..., x : x + 2, y : y + 2, :].float())
+
+
+def test_the_last_steps_see_whole_images_and_as_many_tokens(tmp_path, monkeypatch):
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    seen, original = [], MDiT3D.forward
+
+    def forward(self, z, *args):
+        seen.append((tuple(z.shape[::3][:1] + z.shape[3:]), len(args)))
+        return original(self, z, *args)
+
+    monkeypatch.setattr(MDiT3D, "forward", forward)
+    train("denoiser", tmp_path / "a", "steps=3", "batch_size=8", "crop=8", "whole_steps=1", f"tokenizer={vae}")
+    assert seen == [((8, 2, 2, 2), 4), ((8, 2, 2, 2), 4), ((2, 4, 4, 2), 3)]
+
+
+def test_a_share_of_the_samples_is_drawn_at_the_last_timestep(tmp_path):
+    task = denoiser_task(tmp_path, "last_timestep=0.5", "batch_size=8")
+    drawn = torch.cat([task.draw(step, 0).timesteps for step in range(40)])
+    last = (drawn == len(task.levels) - 1).float().mean()
+    assert task.levels[-1] == 0 < task.levels[-2] and denoiser_task(tmp_path / "b").levels[-1] > 0
+    assert 0.4 < last < 0.6 and drawn.unique().numel() > 50
+
+
+def test_observed_elements_can_weigh_less(tmp_path):
+    whole, none = (denoiser_task(tmp_path / str(w), f"observed_weight={w}", "batch_size=4") for w in (1, 0))
+    none.denoiser.load_state_dict(whole.denoiser.state_dict())
+    (first, terms), (second, same) = (task.loss(task.draw(0, 0)) for task in (whole, none))
+    assert same == terms and terms["mse"] == pytest.approx(first.item()) != pytest.approx(second.item())
+    assert second.item() == pytest.approx(terms["mse_missing"])
+
+
+def test_augmented_latents_are_computed_anew(tmp_path):
+    task = denoiser_task(tmp_path, "augment=true", "batch_size=4")
+    assert not (tmp_path / "latents.npy").exists()
+    encoded, encode = [], task._encoded
+    task._encoded = lambda images: encoded.append(images) or encode(images)
+    losses = [task.loss(task.draw(step, 0))[0].item() for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1] and torch.equal(encoded[0], encoded[2])
+    originals = torch.from_numpy(task.images).float()
+    for x in encoded[0]:
+        for view in (originals, originals.flip(3)):
+            assert (x - view).abs().amax((1, 2, 3, 4, 5)).min() > 0.1, "none as it is on disk"
+    with pytest.raises(CopeditError, match="augment: in stage II it goes neither with crop nor with image_weight"):
+        denoiser_task(tmp_path / "b", "augment=true", "crop=8")
+
+
+@pytest.mark.parametrize("config", [TINY, HEART], ids=lambda c: c.task)
+@pytest.mark.parametrize("crop", [0, 14])
+def test_the_image_term_is_the_error_of_what_the_decoder_shows(tmp_path, config, crop):
+    config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, quantise=not crop))
+    if crop:  # tokens of two voxels, so that there are several crops
+        config = dataclasses.replace(
+            config,
+            tokenizer=dataclasses.replace(config.tokenizer, channels=(8,), strides=((2, 2, 2),)),
+            denoiser=dataclasses.replace(config.denoiser, patch=(1, 1, 1)),
+        )
+    images, vae = smooth(config, 4), CoPeVAE(config.tokenizer, len(config.elements))
+    task = DenoiserTask(config, settings("denoiser", f"crop={crop}", "image_weight=0.1", "batch_size=3"), images, vae)
+    batch = task.draw(0, 0)
+    z0, observed = batch.latents, batch.observed
+    found = task._image_error(z0, z0, batch)
+
+    views = torch.from_numpy(images).float()
+    if config.task == "brain":
+        views = torch.stack((views, views.flip(3)), 1).flatten(0, 1)
+    rows = [int((task.latents.float() - z).abs().mean((1, 2, 3, 4, 5)).argmin()) for z in z0] if not crop else None
+    truth = batch.images if crop else views[rows]
+    expected = (vae.images(z0, config.task == "cardiac") - truth).square()
+    if crop:
+        expected = expected[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :]
+    shown = ~observed
+    if config.task == "brain":  # of two modalities, one at a time
+        assert (shown.sum(1) == 1).all()
+    assert torch.allclose(found, expected[shown].mean((1, 2, 3, 4)), rtol=1e-4)
+
+
+def cropped(images, corner, crop):
+    if corner is None:
+        return images
+    starts = (2 * corner).tolist()
+    return torch.stack([x[..., i : i + crop, j : j + crop, :] for x, (i, j) in zip(images, starts, strict=True)])
+
+
+def test_with_the_image_term_the_decoder_learns_what_is_synthesised(tmp_path):
+    vae = train("tokenizer", tmp_path / "vae", "steps=4")
+    found = train("denoiser", tmp_path / "a", "steps=3", "crop=0", "image_weight=0.1", f"tokenizer={vae}")
+    before, after = (weights(f, "tokenizer.safetensors") for f in (vae, found))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder"}, "latents and prompts stay what they were"
+
+    task = denoiser_task(tmp_path / "b", "image_weight=0.1", "batch_size=4")
+    with torch.no_grad():  # an untrained denoiser's output is zero whatever comes in
+        task.denoiser.final.weight.normal_(0, 0.1)
+    gradients = []
+    for weight in (0.1, 0.2):
+        task.settings = dataclasses.replace(task.settings, image_weight=weight)
+        task.module.zero_grad()
+        loss, terms = task.loss(task.draw(0, 0))
+        loss.backward()
+        gradients.append([p.grad.clone() for p in (task.denoiser.final.weight, task.decoder.inp.weight)])
+    (final, decoder), (final2, decoder2) = gradients
+    assert torch.allclose(decoder2, 2 * decoder, rtol=1e-4) and decoder.abs().sum() > 0
+    assert not torch.allclose(final2, final, rtol=1e-2) and terms["image_mse"] > 0
+    with pytest.raises(CopeditError, match="crop = 8: image_weight needs more than 12 voxels"):
+        denoiser_task(tmp_path / "c", "image_weight=0.1", "crop=8")
+
+
+def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, monkeypatch):
+    first = denoiser_task(tmp_path)
+    vae = first.tokenizer
+    encoded, encode = [], type(vae).encode
+    monkeypatch.setattr(type(vae), "encode", lambda self, x, *a: encoded.append(1) or encode(self, x, *a))
+    args = (first.config, first.settings, smooth(TINY, 4))
+    again = DenoiserTask(*args, vae, tmp_path / "latents.npy")
+    assert not encoded and torch.equal(again.latents, first.latents) and torch.equal(again.prompts, first.prompts)
+    with torch.no_grad():
+        vae.latent_mean += 1
+    other = DenoiserTask(*args, vae, tmp_path / "latents.npy")
+    assert len(encoded) == 8 and not torch.equal(other.latents, first.latents)
+    (tmp_path / "prompts.safetensors").unlink()  # as a run leaves it that was killed in between
+    after = DenoiserTask(*args, vae, tmp_path / "latents.npy")
+    assert (
+        len(encoded) == 16 and torch.equal(after.latents, other.latents) and torch.equal(after.prompts, other.prompts)
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    vae = train("tokenizer", tmp_path / "a", "steps=1")
+    other = dataclasses.replace(TINY, elements=("t1", "flair"))
+    with pytest.raises(CopeditError, match="its tokenizer is not the one of preset"):
+        train("denoiser", tmp_path / "b", "steps=1", f"tokenizer={vae}", config=other)
+
+
+def test_what_does_not_fit_the_model_is_refused(tmp_path):
+    with pytest.raises(CopeditError, match=r"crop = 10: must divide by \(4, 4\) and fit"):
+        train("tokenizer", tmp_path / "c", "steps=2", "crop=10")
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    for override, message in (
+        ("crop=6", r"crop = 6: must divide by \(8, 8\) and fit"),
+        ("whole_steps=-1", "whole_steps = -1: must be at least 0"),
+        ("last_timestep=1.5", "last_timestep = 1.5: must be from 0 to 1"),
+        ("whiten=-1.0", "whiten = -1.0: must be from 0 to 1"),
+    ):
+        with pytest.raises(CopeditError, match=message):
+            train("denoiser", tmp_path / override, "steps=2", "whole_steps=0", override, f"tokenizer={vae}")
+    flat = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, backbone="unet", width=96))
+    for overrides, message in (
+        (("crop=0", "whiten=0.5"), "whiten is for transformers"),
+        (("crop=8",), "crop = 8: a UNet halves latents twice; divide by 16"),
+    ):
+        with pytest.raises(CopeditError, match=message):
+            train("denoiser", tmp_path / f"unet{overrides[0]}", "steps=2", *overrides, f"tokenizer={vae}", config=flat)

@@ -1,0 +1,73 @@
+"""Stage I on a tiny model."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_rt import checkpoint
+from copedit_training.data.prepared import draw_observed
+from copedit_training.stages.losses import pretext_losses, weigh
+from copedit_training.stages.settings import TokenizerSettings
+from copedit_training.stages.step import learning_rate
+from tests.training.stages.tiny import HEART, log_of, same_weights, smooth, train, weights
+
+
+def test_the_last_steps_train_the_prompts_alone(tmp_path):
+    train("tokenizer", tmp_path / "a", "steps=40", "prompt_steps=36", "prompt_batch=4", "lr=1e-2", config=HEART)
+    before, after = (weights(tmp_path / "a" / f"checkpoint-{step:08d}") for step in (38, 40))
+    moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"prompt_encoders", "heads"}
+    log = log_of(tmp_path / "a")
+    assert "l1" in log[3] and "l1" not in log[4]
+    assert np.mean([x["loss"] for x in log[-6:]]) < 0.9 * np.mean([x["loss"] for x in log[4:10]])
+    rates = [
+        learning_rate(TokenizerSettings(steps=40, batch_size=1, lr=1.0, warmup=2, prompt_steps=36), s)
+        for s in (3, 4, 5)
+    ]
+    assert rates[0] < 1 and rates[1:] == [0.5, 1.0], "a schedule of their own"
+    other = TokenizerSettings(steps=40, batch_size=1, lr=1.0, warmup=2, prompt_steps=36, prompt_lr=0.1)
+    assert learning_rate(other, 3) == rates[0] and learning_rate(other, 5) == pytest.approx(0.1)
+
+
+def test_quantisation_can_start_later_with_codes_from_the_data(tmp_path):
+    train("tokenizer", tmp_path / "a", "steps=8", "quantise_from=5", "lr=5e-3")
+    log = log_of(tmp_path / "a")
+    assert ["commitment" in x for x in log] == ["perplexity" in x for x in log] == [False] * 5 + [True] * 3
+    assert log[5]["commitment"] < 0.1 * log[5]["l1"], "the codes are vectors of that batch"
+
+
+def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
+    settings = ("steps=6", "prompt_steps=2", "prompt_lr=1e-3")
+    plain = train("tokenizer", tmp_path / "a", *settings, config=HEART)
+    fitted = train("tokenizer", tmp_path / "b", *settings, "readout_steps=300", config=HEART)
+    before, after = (weights(f, "tokenizer.safetensors") for f in (plain, fitted))
+    moved = {".".join(name.split(".")[::2][:2]) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"prompt_encoders.mlp", "heads.1"}, "neither convolutions nor the autoencoder"
+
+    images = torch.from_numpy(smooth(HEART, 4))
+    observed = draw_observed(np.random.default_rng(1), 40, 3, True).unflatten(0, (10, 4))
+
+    def loss(folder):
+        vae = checkpoint.load_tokenizer(folder)[1]
+        return float(weigh(pretext_losses(vae, vae.prompts_of_each(vae.encode(images)), observed), 1.0))
+
+    with torch.no_grad():
+        assert loss(fitted) < 0.5 * loss(plain)
+
+
+def test_the_adversary_is_trained_beside_and_resumed(tmp_path):
+    extra = ("steps=6", "adversarial_from=2", "crop=0", "lr=1e-3")
+    whole = train("tokenizer", tmp_path / "whole", *extra, config=HEART)
+    log = log_of(tmp_path / "whole")
+    assert ["adversarial" in x for x in log] == ["discriminator" in x for x in log] == [False] * 2 + [True] * 4
+    folders = (tmp_path / "whole" / f"checkpoint-{step:08d}" for step in (4, 6))
+    first, second = (weights(folder) for folder in folders)
+    names = [name for name in first if name.startswith("adversary.")]
+    assert names and all(not torch.equal(first[name], second[name]) for name in names if name.endswith("weight"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-00000006")
+    resumed = train("tokenizer", tmp_path / "resumed", *extra, config=HEART, resume=True)
+    assert same_weights(whole, resumed, "tokenizer.safetensors")
+    assert not any("adversary" in name for name in weights(whole, "tokenizer.safetensors"))
