@@ -186,7 +186,7 @@ def _prepare(labels: np.ndarray, zooms: np.ndarray) -> HeadMap:
     inside = np.isin(tissue, [INDEX[name] for name in BRAIN])
     distance = _signed_distance(inside, zooms)
     hull = _hull_distance(inside, zooms)
-    fluid = ndimage.gaussian_filter((tissue == INDEX["sulcus"]).astype(np.float32), 0.8 / zooms)
+    fluid = ndimage.gaussian_filter((tissue == INDEX["sulcus"]).astype(np.float32), np.maximum(0.8 / zooms, 0.6))
     chambers = np.isin(tissue, (INDEX["ventricle"], INDEX["plexus"]))
     ventricle = _distance(chambers, zooms)
     extent = [np.flatnonzero(inside.any(axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))]
@@ -663,7 +663,7 @@ def draw(
 ) -> Draw:
     """One anatomy from a prepared map; tubes: `noise_block` on the map's device.
 
-    Points lie at most 1.5 mm apart in a voxel, at least two along each axis."""
+    Points lie at most one and a half of the map's voxels apart, at least two along each axis."""
     axes = axes_of(shape, spacing)
     age = float(rng.uniform(18, 90))
     tissue, pushes = paint_lesions(head, lesions, rng, age, disease)
@@ -678,11 +678,11 @@ def draw(
         )[0]
     )
     voxels = _voxels(head, points, edge, stripped)
-    sub = [max(2, int(np.ceil(s / 1.5))) for s in spacing]
+    sub = [max(2, int(np.ceil(s / (1.5 * z)))) for s, z in zip(spacing, head.spacing, strict=True)]
     fine = [p.reshape(-1)[voxels] for p in points]
     index = _fine_index(head, fine, place, spacing, sub)
     kinds = tissue.reshape(-1)[index]
-    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.55 - (age - 50) / 200, 0.1), 0.25, 0.8)))
+    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.5 - (age - 50) / 130, 0.12), 0.12, 0.85)))
     if rng.random() < 0.7:
         kinds = _vessels(kinds, index, tissue.shape, tubes, rng)
     mask = torch.ones(len(voxels), device=kinds.device)

@@ -96,7 +96,7 @@ def _fluids(put, u) -> None:
     shares voxels with vessels and pia and it flows."""
     t1, t2 = u(2600, 4500), u(350, 2000)
     put("ventricle", t1, t2, 1.0)
-    put("sulcus", t1 * u(0.75, 1.0), t2 * u(0.25, 1.0), u(0.85, 1.0))
+    put("sulcus", t1 * u(0.9, 1.0), t2 * u(0.3, 1.0), u(0.85, 1.0))
     put("plexus", t1 * u(0.3, 0.5), u(120, 400), u(0.88, 0.98))
     put("eye", t1 * u(0.9, 1.05), u(500, 1500), 1.0)  # vitreous is nearly water
 
@@ -125,12 +125,13 @@ def _lesions(put, u, white: tuple[float, ...], grey: tuple[float, ...]) -> None:
     """Plaques: T1 and T2 above white matter's by tenths to twice (Larsson et al. 1988; Stevenson et al. 2000). Tumours
     T1 900-2000, T2 100-250, oedema in between, necrosis towards fluid (Just and Thelen 1988)."""
     more = u(0.1, 1.0)
-    put("lesion", white[0] * (1 + more), white[1] * (1.25 + more * u(0.5, 1.5)), white[2] + u(0.06, 0.2))
+    put("lesion", white[0] * (1 + more), white[1] * (1.3 + more * u(0.9, 1.6)), white[2] + u(0.06, 0.2))
     put("active lesion", white[0] * (1 + u(0.2, 0.9)), white[1] * u(1.4, 2.6), white[2] + u(0.08, 0.2))
     put("necrosis", u(1500, 3500), u(140, 700), u(0.9, 1.0))
     put("solid tumour", grey[0] * u(0.9, 1.5), grey[1] * u(1.05, 2.2), u(0.82, 0.95))
     put("rim", grey[0] * u(0.85, 1.35), grey[1] * u(0.9, 1.8), u(0.8, 0.95))
-    put("oedema", white[0] * u(1.3, 2.2), white[1] * u(1.4, 2.8), white[2] + u(0.1, 0.24))
+    wet = u(0.3, 1.1)
+    put("oedema", white[0] * (1 + wet), white[1] * (1.3 + wet * u(0.8, 1.7)), white[2] + u(0.1, 0.24))
 
 
 def _textures(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +155,7 @@ def _flow(rng: np.random.Generator) -> np.ndarray:
     """Fluid that the inversion of a FLAIR misses: half of the scans show some (Rydberg et al. 1995)."""
     out = np.zeros(len(NAMES))
     if rng.random() < 0.5:
-        out[INDEX["ventricle"]], out[INDEX["sulcus"]] = rng.uniform(0, 0.08), rng.uniform(0, 0.06)
+        out[INDEX["ventricle"]], out[INDEX["sulcus"]] = rng.uniform(0, 0.06), rng.uniform(0, 0.05)
     return out
 
 
@@ -243,22 +244,24 @@ class Protocol:
 
 
 def draw_sequence(contrast: str, rng: np.random.Generator, tissues: Tissues) -> Protocol:
-    """A protocol for one of `CONTRASTS`. Of T1, one with which white matter is brighter than grey and grey is not nulled,
-    as radiographers choose TI."""
-    if contrast in ("t1", "t1ce"):
-        for _ in range(20):
-            sequence = _draw_t1(rng)
-            value = signal(tissues, sequence)
-            white, grey = value[INDEX["white"]], value[INDEX["cortex"]]
-            if white > 0 and 0.4 < grey / white < 0.97:
-                break
-        return sequence
-    if contrast == "t2":
-        return _draw_t2(rng)
-    return _draw_flair(rng, tissues) if contrast == "flair" else _draw_pd(rng)
+    """A protocol for one of `CONTRASTS`, drawn again until it shows what a radiographer wants from it."""
+    drawn = {"t1": _draw_t1, "t1ce": _draw_t1, "t2": _draw_t2, "flair": _draw_flair, "pd": _draw_pd}[contrast]
+    for _ in range(20):
+        protocol = drawn(rng, tissues)
+        if _useful(contrast, signal(tissues, protocol)):
+            break
+    return protocol
 
 
-def _draw_t1(rng: np.random.Generator) -> Protocol:
+def _useful(contrast: str, value: np.ndarray) -> bool:
+    """T1: white over grey, which is not nulled, and fluid dark; FLAIR: fluid dark."""
+    white, grey, fluid = (float(value[INDEX[name]]) for name in ("white", "cortex", "ventricle"))
+    if contrast == "flair":
+        return abs(fluid) < 0.35 * white
+    return contrast not in ("t1", "t1ce") or (0.4 * white < grey < 0.97 * white and abs(fluid) < 0.7 * grey)
+
+
+def _draw_t1(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     u = rng.uniform
     kind = str(rng.choice(["spin echo", "gradient echo", "inversion recovery", "mprage"], p=[0.25, 0.2, 0.3, 0.25]))
     if kind == "spin echo":  # clinical 2-D T1 (BraTS sites): TR 400-800, TE 8-20
@@ -277,7 +280,7 @@ def _draw_t1(rng: np.random.Generator) -> Protocol:
     return Protocol(kind, values, bool(rng.random() < 0.8))
 
 
-def _draw_t2(rng: np.random.Generator) -> Protocol:
+def _draw_t2(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     """Turbo spin echo: BraTS sites 2500-6500/80-120; Lesjak 2017 6000/120; IXI 8178/100; ADNI 3000-9000/80-100."""
     u = rng.uniform
     fat = u(0.05, 0.4) if rng.random() < 0.25 else 1.0
@@ -297,7 +300,7 @@ def _draw_flair(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     return Protocol("flair", values, bool(rng.random() < 0.85), u(0, 0.3), fat)
 
 
-def _draw_pd(rng: np.random.Generator) -> Protocol:
+def _draw_pd(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     """IXI: 8178/8; dual echoes 2000-4000/10-30."""
     u = rng.uniform
     return Protocol("turbo spin echo", {"tr": u(2000, 9000), "te": u(8, 30)}, True, u(0, 0.15))

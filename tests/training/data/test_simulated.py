@@ -1,0 +1,110 @@
+"""Whole studies from a made-up label map; and one from real maps, where there are some."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from copedit_training.data import reality
+from copedit_training.data.anatomy import CSF, RIM, WHITE, Disease
+from copedit_training.data.simulated import Simulator
+from test_anatomy import made_up
+
+from copedit_rt.errors import CopeditError
+
+ELEMENTS = ("t1", "t1ce", "t2", "flair")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made_up(tmp_path_factory.mktemp("labels"))
+
+
+def simulator(folder, **settings):
+    return Simulator(folder, shape=(48, 56, 24), spacing=(4.0, 4.0, 8.0), **settings)
+
+
+@pytest.fixture(scope="module")
+def brains(folder):
+    return simulator(folder, stripped=1.0, disease=Disease(0.5, 1.0))
+
+
+def test_a_seed_is_a_study(folder, brains):
+    again = simulator(folder, stripped=1.0, disease=Disease(0.5, 1.0))
+    one, two, other = brains.study(3), again.study(3), brains.study(4)
+    for name in ELEMENTS:
+        assert torch.equal(one.images[name], two.images[name])
+        assert not torch.equal(one.images[name], other.images[name])
+    assert torch.equal(one.labels, two.labels)
+
+
+def test_images_are_non_negative_numbers_in_float32(brains):
+    study = brains.study(0)
+    assert set(study.images) == set(ELEMENTS) and study.labels.dtype == torch.uint8
+    for image in study.images.values():
+        assert image.dtype == torch.float32 and image.shape == (48, 56, 24)
+        assert torch.isfinite(image).all() and float(image.min()) >= 0 and float(image.max()) > 0
+
+
+def test_a_stripped_study_is_exactly_zero_outside(brains, folder):
+    study = brains.study(1)
+    empty = [image == 0 for image in study.images.values()]
+    for mask in empty[1:]:
+        assert torch.equal(mask, empty[0])
+    assert empty[0].float().mean() > 0.5 and empty[0][:3].all() and empty[0][..., :1].all()
+    head = simulator(folder, stripped=0.0).study(1)
+    assert not head.stripped and all((image > 0).float().mean() > 0.9 for image in head.images.values())
+
+
+def test_contrasts_are_in_order(brains):
+    for seed in range(6):
+        study = brains.study(seed)
+        inside = [study.labels == label for label in (CSF, WHITE)]
+        fluid, white = ({k: float(v[m].mean()) for k, v in study.images.items()} for m in inside)
+        assert fluid["t1"] < white["t1"] and fluid["flair"] < white["flair"] and fluid["t2"] > white["t2"]
+
+
+def test_most_rims_enhance(brains):
+    brighter = []
+    for seed in range(20):
+        study = brains.study(seed)
+        rim, white = study.labels == RIM, study.labels == WHITE
+        if rim.sum() > 20:
+            ratio = {k: float(study.images[k][rim].mean() / study.images[k][white].mean()) for k in ("t1", "t1ce")}
+            brighter.append(ratio["t1ce"] > ratio["t1"])
+    assert len(brighter) >= 5 and np.mean(brighter) > 0.7
+
+
+def test_other_elements_and_grids(folder):
+    study = Simulator(folder, ("t1", "pd"), (40, 40, 40), (5.0,) * 3).study(0)
+    assert set(study.images) == {"t1", "pd"} and study.images["pd"].shape == (40, 40, 40)
+    np.testing.assert_allclose(study.affine() @ [19.5, 19.5, 19.5, 1], [0, 0, 0, 1], atol=1e-9)
+    with pytest.raises(CopeditError, match="ct cannot be simulated"):
+        Simulator(folder, ("ct",))
+
+
+def test_a_cached_map_gives_the_same_study(folder, brains, tmp_path):
+    settings = {"stripped": 1.0, "disease": Disease(0.5, 1.0), "cache": tmp_path / "cache"}
+    for _ in range(2):  # written, then read
+        study = simulator(folder, **settings).study(3)
+        assert torch.equal(study.images["t2"], brains.study(3).images["t2"])
+
+
+def test_reality_ranks_a_study_among_its_like(brains):
+    drawn = [{k: v.numpy() for k, v in brains.study(seed).images.items()} for seed in range(13)]
+    strange = {k: v.max() * 1.01 - v for k, v in drawn[0].items()}  # inverted contrast
+    rows = reality.compare([drawn[0], strange], drawn[1:])
+    by_name = {row.name: row for row in rows}
+    assert by_name["t2 in fluid"].simulated[1] > by_name["t2 in white"].simulated[1]
+    assert np.mean([5 <= row.ranks[0] <= 95 for row in rows]) > np.mean([5 <= row.ranks[1] <= 95 for row in rows])
+    assert len(reality.table(rows, ("like", "unlike")).splitlines()) == len(rows) + 1
+
+
+def test_real_label_maps():
+    if "COPEDIT_REAL_DATA" not in os.environ:
+        pytest.skip("COPEDIT_REAL_DATA is not set")
+    labels = Path(os.environ["COPEDIT_REAL_DATA"]) / "labels"
+    study = Simulator(labels, shape=(48, 56, 48), spacing=(4.0, 4.0, 4.0), stripped=1.0, maps=[2]).study(0)
+    volume = float((study.labels > 0).sum()) * 0.064
+    assert 900 < volume < 2200  # ml, with fluid
