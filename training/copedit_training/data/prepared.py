@@ -81,9 +81,8 @@ def simulated_study(config: ModelConfig, simulator: Simulator, seed: int) -> np.
     study = simulator.study(seed)
     images = [study.images[name].numpy() for name in config.elements]
     ranges = [np.percentile(image, config.preprocessing.percentiles) for image in images]
-    return np.stack([to_unit_range(x, float(low), float(high))[0] for x, (low, high) in zip(images, ranges, strict=True)])[
-        :, None
-    ]
+    normal = [to_unit_range(x, float(low), float(high))[0] for x, (low, high) in zip(images, ranges, strict=True)]
+    return np.stack(normal)[:, None]
 
 
 def simulated_images(
@@ -197,7 +196,8 @@ def held_out_images(
 ) -> np.ndarray:
     """The first held-out studies that can be used, at most `subjects`: float16 [n, m, 1, H, W, D].
 
-    data None: phantoms from `VALIDATION` on, and so for label maps; otherwise those of `split.json` in the run's folder.
+    data None: phantoms from `VALIDATION` on, and so for label maps; otherwise those of `split.json` in the run's
+    folder.
     """
     if isinstance(data, Labels):
         simulator = data.simulator(config, output / "maps")

@@ -253,8 +253,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Measure the latents' mean and deviation per channel on the training images, then write the folder; fit the prior
-        of a model that has one."""
+        """Measure the latents' mean and deviation per channel on the training images, then write the folder; fit the
+        prior of a model that has one."""
         self.tokenizer.eval()
         batches = (torch.from_numpy(x[None]).to(self.device).float() for x in self.images[:64])
         z = torch.cat([self.tokenizer.encode(x) for x in batches])
