@@ -21,7 +21,7 @@ METADATA := setup.py pyproject.toml constraints.txt
 help:
 	@echo "make demo    install, then synthesise the missing parts of simulated studies into demo-output/"
 	@echo "make test    install, then lint, type check and test"
-	@echo "make lint    the lint and the type check alone"
+	@echo "make lint    the lint, the type check and the check of imports alone"
 	@echo "make weights train the built-in models again, in runs/ (hours on a CPU), and put them into the package"
 	@echo "make clean   remove .venv and everything else that make made"
 
@@ -38,6 +38,8 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	@echo "==> mypy"
 	$(BIN)/mypy
+	@echo "==> import-linter"
+	$(BIN)/lint-imports
 
 # Interrupted, it goes on where it was: every stage resumes from its last checkpoint.
 weights: $(VENV)/installed

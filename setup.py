@@ -74,11 +74,16 @@ setup(
             "hypothesis",
             "ruff",
             "mypy",
+            "import-linter",
             "pytest-xdist",
             "torchmetrics",
             "tritonclient",
             "tensorrt-cu13-bindings; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
-    entry_points={"console_scripts": ["copedit = copedit_rt.cli:main"]},
+    entry_points={
+        "console_scripts": ["copedit = copedit_rt.cli:main"],
+        # The commands of the packages above the runtime, which finds them by the name of this group.
+        "copedit.commands": ["training = copedit_training.cli:app", "bench = copedit_bench.cli:app"],
+    },
 )

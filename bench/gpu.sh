@@ -35,16 +35,16 @@ if wanted tests; then
     "$python" -m pytest -m gpu -rfE tests 2>&1 | tee "$folder/tests.txt" || status=1
 fi
 if wanted kernels; then
-    "$python" -m copedit_rt.cli bench kernels -o "$folder" --device cuda "$@" || status=1
+    "$python" -m copedit_rt bench kernels -o "$folder" --device cuda "$@" || status=1
     "$python" -m bench.tables || status=1
 fi
 for part in sampler train-step; do
     if wanted $part; then
-        "$python" -m copedit_rt.cli bench $part -o "$folder" --device cuda || status=1
+        "$python" -m copedit_rt bench $part -o "$folder" --device cuda || status=1
     fi
 done
 if wanted cost; then
-    "$python" -m copedit_rt.cli bench cost -o "$folder" --device cuda \
+    "$python" -m copedit_rt bench cost -o "$folder" --device cuda \
         --measure brain-brats --measure brain-ixi --measure cardiac || status=1
 fi
 echo "==> results in $folder"

@@ -6,10 +6,12 @@ Nothing here fails because something is missing: that is what it reports.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import sys
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ RUNTIME = ["torch", "triton", "einops", "numpy", "scipy", "nibabel", "safetensor
 
 
 def diagnose() -> dict[str, Any]:
-    """JSON-able: copedit, python, platform, packages, devices, kernels, models, extras, problems."""
+    """JSON-able: copedit, python, platform, packages, devices, bfloat16, kernels, models, extras, problems."""
     problems: list[str] = []
     report: dict[str, Any] = {
         "copedit": _own_version(),
@@ -40,6 +42,7 @@ def diagnose() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: version(name) for name in RUNTIME},
         "devices": _devices(problems),
+        "bfloat16": _bfloat16(problems),
         "kernels": _kernels(problems),
         "engines": {name: version(name) for name in ENGINES},
         "models": _models(problems),
@@ -98,6 +101,63 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
     except Exception as error:  # a broken driver must not stop the report
         problems.append(f"torch cannot list the devices: {_first_line(error)}")
     return devices
+
+
+# Kernel, stride and extents of 3-D convolutions, padded by 1: an ordinary one and some of which processors with AMX are
+# known to get the strided ones of one result along an axis wrong (oneDNN in torch 2.13).
+CONVOLUTIONS = [
+    (3, 1, (6, 6, 4)),
+    (4, 2, (8, 8, 4)),
+    *((kernel, 2, extents) for kernel in (3, 4) for extents in ((8, 8, 2), (2, 8, 8))),
+    (3, 2, (8, 8, 1)),
+]
+# Relative, of norms. Rounding results to bfloat16 is worth 2^-8 at most; a processor may round sums on the way, too.
+# Faulty ones were off by more than 1.
+BFLOAT16_ERROR = 2**-4
+
+
+def _bfloat16(problems: list[str]) -> dict[str, Any]:
+    """A product and convolutions in bfloat16 that this processor computes, against float32: "errors" by name, relative,
+    None if not finite, and whether all are "right" (None without torch)."""
+    if find_spec("torch") is None:
+        return {"right": None, "errors": {}}
+    try:
+        errors = _bfloat16_errors()
+    except Exception as error:
+        problems.append(f"torch cannot compute in bfloat16 on this processor: {_first_line(error)}; use float32 there")
+        return {"right": False, "errors": {}}
+    wrong = [name for name, error in errors.items() if not error < BFLOAT16_ERROR]
+    if wrong:
+        problems.append(
+            f"this processor gets bfloat16 wrong with torch {version('torch')} ({', '.join(wrong)}): "
+            "use --dtype float32 on it, or set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        )
+    finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    return {"right": not wrong, "errors": finite}
+
+
+def _bfloat16_errors() -> dict[str, float]:
+    import torch
+
+    generator, found = torch.Generator().manual_seed(0), {}
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    def error(compute: Any, x: Any, y: Any) -> float:
+        exact = compute(x.float(), y.float())
+        return float((compute(x, y).float() - exact).norm() / exact.norm())
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        found["product 128x128"] = error(torch.matmul, draw(128, 128), draw(128, 128))
+        for kernel, stride, extents in CONVOLUTIONS:
+            x, weight = draw(1, 32, *extents), draw(32, 32, kernel, kernel, kernel)
+            convolve = partial(torch.nn.functional.conv3d, stride=stride, padding=1)
+            name = f"convolution of {'x'.join(map(str, extents))}, kernel {kernel}, stride {stride}"
+            found[name] = error(convolve, x, weight)
+            last = {"memory_format": torch.channels_last_3d}
+            found[f"{name}, channels last"] = error(convolve, x.contiguous(**last), weight.contiguous(**last))
+    return found
 
 
 _IN_USE = {
@@ -199,6 +259,9 @@ def render(report: dict[str, Any]) -> RenderableType:
         top.add_row(device["device"], Text(f"{device['name']}{cores}{capability}{memory}"))
     if len(report["devices"]) == 1:
         top.add_row("cuda", "no CUDA device: everything runs on the CPU")
+    if report["bfloat16"]["errors"]:
+        right, count = report["bfloat16"]["right"], len(report["bfloat16"]["errors"]) - 1
+        top.add_row("bfloat16", f"right here (1 product, {count} convolutions)" if right else "wrong here, see below")
     setting = report["kernels"]["COPEDIT_KERNELS"]
     top.add_row(
         "kernels",

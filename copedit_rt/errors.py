@@ -1,4 +1,6 @@
-"""The exceptions that users meet."""
+"""The exceptions that users meet, and text that is safe to show them."""
+
+from __future__ import annotations
 
 
 class CopeditError(Exception):
@@ -13,3 +15,34 @@ class Stopped(CopeditError):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+def failure(about: str, error: Exception, memory: str) -> CopeditError:
+    """Whatever went wrong with `about` as one sentence; the error itself where it is one already.
+
+    memory: the remedy where memory ran out.
+    """
+    if isinstance(error, CopeditError):
+        return error
+    # torch raises a RuntimeError on the CPU, a subclass of it on CUDA.
+    if isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "allocate memory")):
+        told = CopeditError(f"{about}: memory ran out; {memory}")
+    else:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        told = CopeditError(f"{about}: {said}; this is not foreseen: copedit --debug shows where it happened")
+    told.__cause__ = error
+    return told
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    r"""A text as a terminal may show it: control characters as \x1b, bytes of a file name that are not UTF-8 as \xe9.
+
+    lines: keep line breaks.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python reads such a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -1,31 +1,52 @@
-"""Writing files so that, whatever happens, the old or the new content is there and never half of it."""
+"""Writing files so that, whatever happens, the old or the new content is there and never half of it.
+
+Temporary names are random and made exclusively, so that nothing planted there is followed, and locked while their
+process lives: what can be locked by another is a leftover, and goes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from copedit_rt.errors import CopeditError
 
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers stay
+    fcntl = None  # type: ignore[assignment]
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, made if need be, then rename; CopeditError where that fails."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+_PART = re.compile(r"\.[0-9a-f]{16}\.part$")
+_SWEPT: set[Path] = set()
+_OPEN: set[Path] = set()  # folders that this process is filling
+
+
+def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> str:
+    """Write under a temporary name in the same folder, made if need be, then rename; the content's sha256.
+
+    content: in one piece, or in pieces that are made while they are written. Raises CopeditError where that fails.
+    """
+    digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        _sweep_once(path.parent)
+        with _claimed(path, _new_file) as (part, handle), open(handle, "wb", closefd=False) as file:
+            for piece in (content,) if isinstance(content, bytes) else content:
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
+            os.fsync(handle)
             os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -35,18 +56,107 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises CopeditError for a folder that is not empty or cannot be written.
     """
     folder = folder.absolute()
-    part = folder.with_name(f".{folder.name}.part")
+    if folder in _OPEN:  # part of one that is being filled: whole or not at all already
+        yield folder
+        return
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CopeditError(f"{folder} is there and not empty; choose another folder with -o, or delete it")
-        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
-        try:
-            yield part
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(folder.parent)
+        with _claimed(folder, _new_folder) as (part, _):
+            _OPEN.add(part)
+            try:
+                yield part
+            finally:
+                _OPEN.discard(part)
             os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+@contextmanager
+def _claimed(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """A new name beside `path` that nobody can foresee, locked; gone at the end unless it was renamed."""
+    while True:
+        part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
+        handle = make(part)
+        _lock(handle)
+        if os.path.lexists(part):  # nobody took it for a leftover between the two
+            break
+        os.close(handle)
+    try:
+        yield part, handle
+    finally:
+        _remove(part)
+        os.close(handle)
+
+
+def _new_file(part: Path) -> int:
+    return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _new_folder(part: Path) -> int:
+    part.mkdir()
+    return os.open(part, os.O_RDONLY)
+
+
+def _lock(handle: int) -> bool:
+    """Whether nobody else holds it; where nothing can be locked, nothing is a leftover."""
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return bool(fcntl)
+    except OSError:
+        return False
+
+
+def _remove(part: Path) -> None:
+    with suppress(OSError):
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are dead left below a folder: at the start of a job that writes there."""
+    for top, folders, files in os.walk(folder):
+        _sweep(Path(top), [*folders, *files])
+
+
+def _sweep_once(folder: Path) -> None:
+    if folder not in _SWEPT:
+        _SWEPT.add(folder)
+        _sweep(folder, os.listdir(folder))
+
+
+def _sweep(folder: Path, names: Iterable[str]) -> None:
+    for part in (folder / name for name in names if name.startswith(".") and _PART.search(name)):
+        with suppress(OSError):
+            handle = os.open(part, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if _lock(handle):
+                    _remove(part)
+            finally:
+                os.close(handle)
+
+
+def check_writable(folder: Path) -> None:
+    """CopeditError if files could not be written below a folder; leaves no trace."""
+    ancestor = folder.absolute()
+    if re.search(r"\.nii(\.gz)?$", folder.name, re.I):
+        raise CopeditError(f"{folder} has the name of an image; -o takes a folder, whose files are named as the inputs")
+    try:
+        while not ancestor.exists() and ancestor != ancestor.parent:
+            ancestor = ancestor.parent
+        if not ancestor.is_dir():
+            raise NotADirectoryError(20, "not a folder")
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise CopeditError(f"cannot write to {folder} ({ancestor}: {reason}); choose another folder with -o") from error
 
 
 def unwritable(path: Path, error: OSError) -> CopeditError:

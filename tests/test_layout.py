@@ -103,6 +103,16 @@ def test_every_direct_dependency_is_pinned() -> None:
     assert names("\n".join(wanted)) == pinned
 
 
+def test_every_package_above_the_runtime_adds_its_commands() -> None:
+    """What an installation is told about commands is what a checkout finds by itself."""
+    tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
+    call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "setup")
+    points = ast.literal_eval(next(k.value for k in call.keywords if k.arg == "entry_points"))
+    told = {point.partition("= ")[2] for point in points["copedit.commands"]}
+    there = {f"{name}.cli:app" for name, folder in FOLDERS.items() if (ROOT / folder / name / "cli.py").is_file()}
+    assert told == there - {"copedit_rt.cli:app"} != set()
+
+
 def test_no_path_of_a_machine() -> None:
     roots = "work|farm|root|home|Users|mnt|opt"
     pattern = re.compile(rf"(?<![\w.:/-])/(?:{roots})/\w|[A-Z]:\\\w")

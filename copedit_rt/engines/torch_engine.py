@@ -40,7 +40,7 @@ class TorchEngine:
 
         dtype: of the autoencoder's and the denoiser's weights and products (None: their own). The codebook, prompt
         encoders, heads, statistics and the sampler's latents stay in float32, as elements differ by less than bfloat16
-        resolves. The networks given are not changed.
+        resolves. A U-Net stays in float32 on a CPU, see `tokenizer.unsafe_type`. The networks given are not changed.
         """
         self.config = config
         self.max_memory = max_memory
@@ -48,6 +48,8 @@ class TorchEngine:
         self.device = str(device)
         self.versions = {"torch": str(torch.__version__)}
         self.tokenizer = lean_tokenizer(tokenizer, device, dtype)
+        if isinstance(denoiser, UNet) and device.type == "cpu" and dtype == torch.bfloat16:
+            dtype = torch.float32
         self.denoiser = _copy(denoiser, set(denoiser.parameters()), device, dtype)
         self._dtype = next(self.denoiser.parameters()).dtype
         self.precision = str(self._dtype).removeprefix("torch.")

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.names import (
+    FOREIGN,
     FRAME,
-    INSIDE,
     LABELS,
     MODALITIES,
     MSCMR,
-    OTHER,
     OTHER_VIEW,
+    PLAIN,
     STACK,
     Name,
     Naming,
+    channel,
+    choose,
+    folder_modality,
+    is_heart,
     is_nifti,
+    mentions,
     modality,
     naming_of,
+    other,
     parse,
     stem_of,
     without_frame,
@@ -31,17 +37,28 @@ from copedit_rt.images.nifti import is_synthetic, refuse_synthetic
 from copedit_rt.task import Task
 
 _SERIES = "a series over time; its frames are used instead"
+_KNOWN = ", ".join(MODALITIES)
+_BY_HAND = "name every file with --file t1=FILE and so on"
+_UNKNOWN = (
+    f"its name says neither a modality ({_KNOWN}) nor a heart; give it by --file t1=FILE if it is a T1, and so on, "
+    f"or with --task cardiac if it is a short-axis stack"
+)
 
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """One study that was found and not yet read (`Study.read` reads it); the first of its files is the reference."""
+    """One study that was found and not yet read (`Study.read` reads it); the first of its files is the reference.
+
+    problem: why it will be refused, e.g. two files for one modality. unclear: the files beside it that could not be
+    understood, where they are the problem: what is missing from it may be among them.
+    """
 
     name: str
     task: Task
     files: Mapping[str, Path]
     naming: Naming
-    problem: str | None = None  # why it will be refused, e.g. two files for one modality
+    problem: str | None = None
+    unclear: tuple[Path, ...] = ()
 
     def outputs(self, folder: Path, elements: Sequence[str]) -> dict[str, Path]:
         """{missing element: file it would be written to}, of a model's elements; cardiac: the whole stack."""
@@ -60,23 +77,34 @@ class Found(list[StudyFiles]):
         super().__init__(studies)
         self.skipped = list(skipped)
 
+    def reasons(self) -> dict[str, list[str]]:
+        """The files that were passed over for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.skipped:
+            reasons.setdefault(reason, []).append(str(path))
+        return reasons
+
 
 def find_studies(
     inputs: Sequence[Path | str] | Path | str = (),
     explicit: Mapping[str, Path | str] | None = None,
     *,
     task: Task | None = None,
+    select: Sequence[str] = (),
 ) -> Found:
     """Which studies there are in folders and files, from names alone.
 
     inputs: files, study folders, folders of these; grouped by folder and subject. Recognised are the names of
     BraTS to 2021 (`ID_t1ce`) and from 2023 (`ID-t1c`), IXI (`IXI002-Guys-0828-T1`, also in three folders side
-    by side) and BIDS; an image whose name ends in no modality is a cardiac stack, unless brain images lie
-    beside it. Label maps, long-axis views, a stack over time beside its frames, hidden files and our own outputs are
-    passed over (`.skipped`).
+    by side), BIDS, nnU-Net with its dataset.json, and what common tools add (`T1w_acpc_dc_restore_brain`); and as
+    hearts those of ACDC, MSCMR, UKBB, M&Ms, Sunnybrook, MESA, and names that say heart, sax or short-axis. Label maps,
+    long-axis views, a stack over time beside its frames, hidden files and our own outputs are passed over
+    (`.skipped`), and so is what could not be understood; a study that it may belong to has a `problem`.
     explicit: instead of inputs, {modality: file}, or {"sax": file}: one study whose files may have any name.
-    task: pass over the studies of the other task; "cardiac" also makes stacks of MSCMR's T2 images.
-    Raises CopeditError where a path does not exist or no study is found.
+    task: pass over the studies of the other task; "cardiac" also makes a stack of every image that is not a brain's by
+    its name, and of every file that is given itself.
+    select: of several files of one modality those that carry these marks: run-01, acq-highres, brain (or plain).
+    Raises CopeditError where a path does not exist or no study is found, and for a mark that no file carries.
     """
     inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if explicit:
@@ -85,43 +113,256 @@ def find_studies(
         return Found([_explicit(explicit)])
     if not inputs:
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")
-    candidates: dict[Path, Path] = {}  # file -> the subfolder for its outputs
-    skipped: list[tuple[Path, str]] = []
-    named: set[Path] = set()
     roots = [Path(item) for item in inputs]
-    several = sum(root.is_dir() for root in roots) > 1
-    for root in roots:
-        if root.is_dir():
-            for path in _walk(root, skipped):
-                candidates.setdefault(path, Path(root.resolve().name) if several else Path())
-        elif not root.exists():
-            raise CopeditError(f"{root} does not exist; give a NIfTI file or a folder of them")
-        elif not is_nifti(root):
-            raise CopeditError(
-                f"{root} is not a NIfTI file (.nii or .nii.gz); convert it, DICOM for example with dcm2niix"
-            )
-        else:
-            candidates.setdefault(root, Path())
-            named.add(root)
-    images = []
-    for path in candidates:
-        if LABELS.search(stem_of(path)):
-            skipped.append((path, "a label map or mask by its name"))
-        elif path not in named and (reason := _not_observed(path)):
-            skipped.append((path, reason))
-        else:
-            images.append(path)
-    for path in named.intersection(images):
-        refuse_synthetic(path)
-    studies = _group(images, roots, candidates, named, task, skipped)
+    search = _Search(roots, task, tuple(select))
+    search.collect()
+    studies = search.studies()
     if not studies:
         where = ", ".join(map(str, roots))
-        if not skipped:
-            raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz")
-        few = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        few += "; ..." * (len(skipped) > 3)
+        if not search.skipped:
+            raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz{search.dicom()}")
+        few = "; ".join(f"{path.name}: {reason}" for path, reason in search.skipped[:3])
+        few += "; ..." * (len(search.skipped) > 3)
         raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
-    return Found(studies, sorted(skipped))
+    return Found(studies, sorted(search.skipped))
+
+
+@dataclass
+class _Search:
+    """What is known while names are sorted: files, what was passed over, and what could not be understood."""
+
+    roots: list[Path]
+    task: Task | None
+    select: tuple[str, ...]
+    top: dict[Path, Path] = field(default_factory=dict)  # file -> the subfolder for its outputs
+    named: set[Path] = field(default_factory=set)  # files that were given themselves
+    images: list[Path] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    unclear: dict[Path, str] = field(default_factory=dict)
+
+    def collect(self) -> None:
+        """All images below the roots, but for those that are no observed images by name or mark."""
+        several = sum(root.is_dir() for root in self.roots) > 1
+        for root in self.roots:
+            if _is_folder(root):
+                for path in _walk(root, self.skipped):
+                    self.top.setdefault(path, Path(root.resolve().name) if several else Path())
+            elif not root.exists():
+                raise CopeditError(f"{root} does not exist; give a NIfTI file or a folder of them")
+            elif not root.is_file():
+                raise CopeditError(f"{root} is neither a file nor a folder; give a NIfTI file or a folder of them")
+            elif not is_nifti(root):
+                raise CopeditError(
+                    f"{root} is not a NIfTI file (.nii or .nii.gz); convert it, DICOM for example with dcm2niix"
+                )
+            else:
+                self.top.setdefault(root, Path())
+                self.named.add(root)
+        for path in self.top:
+            if LABELS.search(stem_of(path)):
+                self.skipped.append((path, "a label map or mask by its name"))
+            elif path not in self.named and (reason := _not_observed(path)):
+                self.skipped.append((path, reason))
+            else:
+                self.images.append(path)
+        for path in self.named.intersection(self.images):
+            refuse_synthetic(path)
+
+    def dicom(self) -> str:
+        """A remark where a folder holds DICOM files."""
+        files = (path for root in self.roots for path in root.rglob("*") if root.is_dir() and path.is_file())
+        dicom = any(path.suffix.lower() in (".dcm", ".ima") or path.name == "DICOMDIR" for path in files)
+        return "; convert DICOM for example with dcm2niix" * dicom
+
+    def studies(self) -> list[StudyFiles]:
+        """Brain studies and stacks, each with a name of its own."""
+        names, stacks = self._sort()
+        groups: dict[tuple[Path, str, str | None], list[Name]] = {}
+        for name in names:
+            groups.setdefault((name.folder, name.head, name.tail), []).append(name)
+        for key, group in list(groups.items()):
+            if len({name.element for name in group}) == 1 and (bad := [n for n in group if n.doubtful]):
+                del groups[key]
+                reason = "it may be with contrast agent or without; rename it (t1ce, t1) or give it by --file t1ce=FILE"
+                self._not_understood((name.path for name in bad), reason)
+        marks = sorted({mark for name in names for mark in name.marks} | {PLAIN})
+        if unknown := [mark for mark in self.select if mark.lower() not in marks]:
+            raise CopeditError(f"--select {unknown[0]}: no file carries that; there are {', '.join(marks)}")
+        found = []
+        for (folder, head, _), group in groups.items():
+            group.sort(key=lambda n: MODALITIES.index(n.element))
+            label = head.strip("-_. ") or folder.resolve().name
+            found.append((folder, self._brain(label, group, self._subfolder(folder, self.top[group[0].path]))))
+        for path in stacks:
+            naming = Naming(stem_of(path), {STACK: ""}, self._subfolder(path.parent, self.top[path]))
+            found.append((path.parent, StudyFiles(stem_of(path), "cardiac", {STACK: path}, naming)))
+        found.sort(key=lambda item: (str(item[0]), item[1].name))
+        return _distinct(self._with_unclear(found))
+
+    def _sort(self) -> tuple[list[Name], list[Path]]:
+        """Brain images and stacks; all other files are passed over with the reason."""
+        folders = self._modality_folders()
+        channels, parsed = self._channels(), {}
+        for path in self.images:
+            parsed[path] = channels.get(path) or parse(path, by_folder=path.parent in folders)
+        alone = Counter((n.folder, n.head) for n in parsed.values() if n)
+        patients = {(p.parent, m[1].lower()) for p in self.images if (m := MSCMR.search(stem_of(p)))}
+        names, stacks = [], []
+        for path, name in parsed.items():
+            stem = stem_of(path)
+            # T2 is also an image of the heart; with other modalities beside it, it is a brain's.
+            lone = name is None or (name.element == "t2" and alone[name.folder, name.head] == 1)
+            heart = lone and (
+                self.task == "cardiac" or is_heart(stem) or (path.parent, stem.rpartition("_")[0].lower()) in patients
+            )
+            if path in self.unclear:
+                continue
+            if (heart or (self.task == "cardiac" and path in self.named)) and not other(stem):
+                if self.task == "brain":
+                    self.skipped.append((path, "a heart by its name"))
+                else:
+                    stacks.append(path)
+            elif name and self.task != "cardiac":
+                names.append(name)
+            elif name:
+                self.skipped.append((path, f"a brain image ({name.element}) by its name; give it itself if it is not"))
+            elif word := other(stem):
+                self.skipped.append((path, f"unknown modality {word!r}; known modalities are {_KNOWN}"))
+            elif inside := mentions(stem):
+                hint = f"rename it to end in {inside} or give it by --file {inside}=FILE, if it is that"
+                self._not_understood([path], f"its name holds {inside} and words that may change what it is; {hint}")
+            else:
+                self._not_understood([path], _UNKNOWN)
+        framed = {(p.parent, without_frame(stem_of(p))) for p in stacks if FRAME.search(stem_of(p))}
+        series = {p for p in stacks if (p.parent, stem_of(p)) in framed and p not in self.named}
+        self.skipped.extend((path, _SERIES) for path in series)
+        return names, [path for path in stacks if path not in series]
+
+    def _not_understood(self, paths: Iterable[Path], reason: str) -> None:
+        for path in paths:
+            self.unclear[path] = reason
+            self.skipped.append((path, reason))
+
+    def _modality_folders(self) -> set[Path]:
+        """Folders that hold one modality each, side by side or named by nothing else: IXI-T1, IXI-T2; T1, FLAIR."""
+        read = {p: found for p in {path.parent for path in self.images} if (found := folder_modality(p.resolve()))}
+        inside: dict[Path, set[str]] = {}
+        for path in self.images:
+            if path.parent in read and (name := parse(path)):
+                inside.setdefault(path.parent, set()).add(name.element)
+        beside = Counter((p.parent, head) for p, (_, head) in read.items())
+        return {
+            p
+            for p, (element, head) in read.items()
+            if inside.get(p, {element}) == {element} and (not head or beside[p.parent, head] > 1)
+        }
+
+    def _channels(self) -> dict[Path, Name]:
+        found = {}
+        for path in self.images:
+            try:
+                if self.task != "cardiac" and not is_heart(stem_of(path)) and (name := channel(path)):
+                    found[path] = name
+            except CopeditError as error:
+                self._not_understood([path], str(error))
+        return found
+
+    def _with_unclear(self, found: list[tuple[Path, StudyFiles]]) -> list[tuple[Path, StudyFiles]]:
+        """Studies that a file which was not understood may belong to are stopped: what seems missing may be there."""
+        beside: dict[int, list[tuple[Path, str]]] = {}
+        for path, reason in {**self.unclear, **self._foreign(found)}.items():
+            there = [
+                (len(study.naming.head), i)
+                for i, (folder, study) in enumerate(found)
+                if study.task == "brain" and path.parent in {folder, *(file.parent for file in study.files.values())}
+            ]
+            heads = [(n, i) for n, i in there if n and stem_of(path).startswith(found[i][1].naming.head)]
+            for n, i in heads or (there if len(there) == 1 else []):
+                if not heads or n == max(heads)[0]:
+                    beside.setdefault(i, []).append((path, reason))
+        for i, files in beside.items():
+            folder, study = found[i]
+            if not study.problem:
+                path, reason = files[0]
+                problem = f"{study.name}: {path} could not be understood and may be what seems missing ({reason})"
+                problem += f"; rename it, move it away, or {_BY_HAND}"
+                found[i] = folder, replace(study, problem=problem, unclear=tuple(path for path, _ in files))
+        return found
+
+    def _foreign(self, found: list[tuple[Path, StudyFiles]]) -> dict[Path, str]:
+        """Images of modalities that a study lacks, in another format than NIfTI, beside its files."""
+        reasons = {}
+        folders = {file.parent for _, study in found for file in study.files.values() if file not in self.named}
+        for path in (p for folder in sorted(folders) for p in sorted(folder.iterdir()) if FOREIGN.search(p.name)):
+            name = None if LABELS.search(stem_of(path)) or path.name.startswith(".") else parse(path)
+            there = {e for _, s in found for e, f in s.files.items() if f.parent == path.parent and _same(s, name)}
+            if name and name.element not in there:
+                reasons[path] = f"it looks like {name.element} but is no NIfTI file; convert it to .nii.gz"
+        return reasons
+
+    def _subfolder(self, folder: Path, top: Path) -> Path:
+        """Outputs mirror the inputs' folders below the folder that was given."""
+        for root in self.roots:
+            if root.is_dir() and folder.is_relative_to(root):
+                return top / folder.relative_to(root)
+        return Path()
+
+    def _brain(self, label: str, names: Sequence[Name], subfolder: Path) -> StudyFiles:
+        problem = None
+        files: dict[str, Path] = {}
+        for element in dict.fromkeys(name.element for name in names):
+            one, *more = choose([name for name in names if name.element == element], self.select)
+            files[element] = one.path
+            if more:
+                problem = f"{label}: two files for {element}: {one.path} and {more[0].path}; {_choices([one, *more])}"
+        return StudyFiles(label, "brain", files, naming_of(names, subfolder), problem)
+
+
+def _choices(names: Sequence[Name]) -> str:
+    """How to choose one of several files of a modality."""
+    common = frozenset.intersection(*(name.marks for name in names))
+    marks = [",".join(sorted(name.marks - common)) or PLAIN for name in names]
+    if len(set(marks)) < len(marks):
+        return f"remove one, or {_BY_HAND}"
+    return f"choose with --select {' or --select '.join(marks)}, remove one, or {_BY_HAND}"
+
+
+def _same(study: StudyFiles, name: Name | None) -> bool:
+    return name is not None and name.head in ("", study.naming.head)
+
+
+def _distinct(found: Sequence[tuple[Path, StudyFiles]]) -> list[StudyFiles]:
+    """The studies, those of one name told apart by the folders above, and refused where outputs would clash."""
+    outputs = Counter(_place(s) for _, s in found)
+    labels = Counter(s.name for _, s in found)
+    names = []
+    for folder, study in found:
+        own = folder.resolve().name
+        names.append(study.name if labels[study.name] == 1 or study.name == own else f"{own}_{study.name}")
+    above = [folder.resolve() for folder, _ in found]
+    while above and len(set(names)) < len(names) and any(p != p.parent for p in above):
+        count = Counter(names)
+        above = [p.parent for p in above]
+        pairs = zip(above, names, strict=True)
+        names = [f"{p.name}_{name}" if count[name] > 1 and p.name else name for p, name in pairs]
+    studies = []
+    for (_, study), name in zip(found, names, strict=True):
+        if outputs[_place(study)] > 1:
+            problem = f"{study.name}: another input would have the same output; give one at a time"
+            study = replace(study, problem=study.problem or problem)
+        studies.append(replace(study, name=name))
+    return studies
+
+
+def _place(study: StudyFiles) -> tuple[Path, str]:
+    return study.naming.subfolder, study.naming.head
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long, for one
+        raise CopeditError(f"cannot read {str(path)[:200]}: {error.strerror or error}") from error
 
 
 def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
@@ -133,8 +374,10 @@ def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
         parts = path.relative_to(root).parts
         if any(part.startswith(".") for part in parts) or path.is_dir():
             continue
-        if not path.is_file():
+        if path.is_symlink() and not path.exists():
             skipped.append((path, "a broken link"))
+        elif not path.is_file():
+            skipped.append((path, "no regular file"))
         elif "derivatives" in parts or "sourcedata" in parts:
             skipped.append((path, "not raw data (BIDS derivatives or sourcedata)"))
         else:
@@ -151,92 +394,12 @@ def _not_observed(path: Path) -> str | None:
     return None
 
 
-def _group(
-    images: Sequence[Path],
-    roots: Sequence[Path],
-    top: Mapping[Path, Path],
-    named: set[Path],
-    task: Task | None,
-    skipped: list[tuple[Path, str]],
-) -> list[StudyFiles]:
-    known = ", ".join(MODALITIES)
-    hearts = {path for path in images if task == "cardiac" and MSCMR.search(stem_of(path))}
-    parsed = {path: None if path in hearts else parse(path) for path in images}
-    brain_folders = {n.folder for n in parsed.values() if n} | {p.parent for p, n in parsed.items() if n}
-    groups: dict[tuple[Path, str, str | None], list[Name]] = {}
-    stacks = []
-    for path, name in parsed.items():
-        if name and task != "cardiac":
-            groups.setdefault((name.folder, name.head, name.tail), []).append(name)
-        elif task == "cardiac" and path in named:
-            stacks.append(path)
-        elif name:
-            skipped.append((path, f"a brain image ({name.element}) by its name"))
-        elif other := OTHER.search(stem_of(path)):
-            skipped.append((path, f"unknown modality {other[1]!r}; known modalities are {known}"))
-        elif (inside := INSIDE.search(stem_of(path))) and task != "cardiac":
-            hint = f"rename it to end in {inside.lastgroup} or give it with --{inside.lastgroup}"
-            skipped.append((path, f"its name does not end in its modality; {hint}"))
-        elif task == "brain" or path.parent in brain_folders:
-            skipped.append((path, f"its name ends in no known modality ({known})"))
-        else:
-            stacks.append(path)
-    framed = {(p.parent, without_frame(stem_of(p))) for p in stacks if FRAME.search(stem_of(p))}
-    series = {p for p in stacks if (p.parent, stem_of(p)) in framed and p not in named}
-    skipped.extend((path, _SERIES) for path in series)
-    stacks = [path for path in stacks if path not in series]
-    studies = []
-    for (folder, head, _), names in groups.items():
-        names.sort(key=lambda n: MODALITIES.index(n.element))
-        label = head.strip("-_. ") or folder.resolve().name
-        studies.append((folder, _brain_study(label, names, _subfolder(folder, roots, top[names[0].path]))))
-    for path in stacks:
-        naming = Naming(stem_of(path), {STACK: ""}, _subfolder(path.parent, roots, top[path]))
-        studies.append((path.parent, StudyFiles(stem_of(path), "cardiac", {STACK: path}, naming)))
-    studies.sort(key=lambda item: (str(item[0]), item[1].name))
-    labels, outputs = Counter(s.name for _, s in studies), Counter(_place(s) for _, s in studies)
-    unique = []
-    for folder, study in studies:
-        if outputs[_place(study)] > 1:
-            problem = f"{study.name}: another input would have the same output; give one at a time"
-            study = replace(study, problem=study.problem or problem)
-        if labels[study.name] > 1:
-            study = replace(study, name=f"{folder.resolve().name}_{study.name}")
-        unique.append(study)
-    return unique
-
-
-def _place(study: StudyFiles) -> tuple[Path, str]:
-    return study.naming.subfolder, study.naming.head
-
-
-def _subfolder(folder: Path, roots: Sequence[Path], top: Path) -> Path:
-    """Outputs mirror the inputs' folders below the folder that was given."""
-    for root in roots:
-        if root.is_dir() and folder.is_relative_to(root):
-            return top / folder.relative_to(root)
-    return Path()
-
-
-def _brain_study(label: str, names: Sequence[Name], subfolder: Path) -> StudyFiles:
-    problem = None
-    files: dict[str, Path] = {}
-    for name in names:
-        if name.element in files:
-            problem = (
-                f"{label}: two files for {name.element}: {files[name.element]} and {name.path}; "
-                f"remove one, or name every file with --t1 FILE, --t2 FILE and so on"
-            )
-        files.setdefault(name.element, name.path)
-    return StudyFiles(label, "brain", files, naming_of(names, subfolder), problem)
-
-
 def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
     files: dict[str, Path] = {}
     for key, value in explicit.items():
         element, path = (STACK if key == STACK else modality(key)), Path(value)
         if not path.is_file():
-            raise CopeditError(f"{path} does not exist; give the NIfTI file of {key}")
+            raise CopeditError(f"{path} does not exist or is no file; give the NIfTI file of {key}")
         if element in files:
             raise CopeditError(f"two files for {element}: {files[element]} and {path}; give one")
         files[element] = path

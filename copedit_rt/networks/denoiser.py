@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from copedit_kernels import ada_norm, axis_attention, gated_residual_ada_norm, swiglu
 from copedit_rt.config import DenoiserConfig, ModelConfig, Triple
+from copedit_rt.networks.tokenizer import float32_on_cpu
 
 EPS = 1e-4
 _TIME_FREQUENCIES = 256
@@ -320,6 +321,10 @@ class UNet(nn.Module):
         prior: Tensor | None = None,
     ) -> Tensor:
         """As `MDiT3D.forward`; convolutions know no positions, so where a crop begins (corner) changes nothing."""
+        with float32_on_cpu(z):  # MONAI's convolutions are not ours
+            return self._predict(z, t, prompts, observed)
+
+    def _predict(self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor) -> Tensor:
         context = None
         if self.mask is not None:
             context = self.mask((~observed).to(z.dtype))[:, None]

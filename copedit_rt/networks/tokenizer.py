@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import fuse_conv_bn_eval
 
 from copedit_kernels import nearest_code
@@ -27,13 +28,74 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if x.device.type in ("cpu", "cuda") else nullcontext()
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether a CPU computes with x: no GPU, no graph that is being exported, no tensor that has a shape only."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_exporting()
+
+
+def float32_on_cpu(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off where a CPU computes with x, for networks of convolutions that are not ours: see `unsafe_type`."""
+    return full_precision(x) if on_cpu(x) else nullcontext()
+
+
+def unsafe_type(x: Tensor, extents: Sequence[int]) -> torch.dtype | None:
+    """The 16-bit type, autocast's or its own, in which a CPU would convolve x to what may be garbage; None elsewhere.
+
+    extents: of the result along the axes (of the input, if transposed). With torch 2.13, oneDNN on processors with AMX
+    gets strided 3-D convolutions in bfloat16 wrong where one is 1: relative errors above 1, infinities, NaN. Other
+    convolutions with such an extent are treated alike, as they are small.
+    """
+    if 1 not in extents or not on_cpu(x):
+        return None
+    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+    return dtype if dtype.itemsize < 4 else None
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d without dilation or groups, padded with zeros, that is right on every processor: see `unsafe_type`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        sizes = zip(input.shape[2:], self.kernel_size, self.stride, cast(Triple, self.padding), strict=True)
+        extents = [(n + 2 * p - k) // s + 1 for n, k, s, p in sizes]
+        dtype = unsafe_type(input, extents)
+        return super().forward(input) if dtype is None else self._exact(input, extents).to(dtype)
+
+    def _exact(self, x: Tensor, extents: Sequence[int]) -> Tensor:
+        """In float32; along an axis of one result only the taps that meet the input, so that of three often one."""
+        weight, padding = self.weight, list(cast(Triple, self.padding))
+        for axis, extent in enumerate(extents):
+            if extent == 1:
+                first, padding[axis] = padding[axis], 0
+                taps = min(self.kernel_size[axis] - first, x.shape[axis + 2])
+                weight, x = weight.narrow(axis + 2, first, taps), x.narrow(axis + 2, 0, taps)
+        with full_precision(x):
+            return F.conv3d(x.float(), weight.float(), _wide(self.bias), self.stride, padding)
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """nn.ConvTranspose3d without dilation or groups that is right on every processor: see `unsafe_type`."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dtype = unsafe_type(input, input.shape[2:])
+        if dtype is None or output_size is not None:
+            return super().forward(input, output_size)
+        with full_precision(input):
+            weight, bias, padding = self.weight.float(), _wide(self.bias), cast(Triple, self.padding)
+            return F.conv_transpose3d(input.float(), weight, bias, self.stride, padding, self.output_padding).to(dtype)
+
+
 class ResidualUnit(nn.Module):
     """x + conv(relu(conv(x))), then ReLU; 3x3x3, no normalisation."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.conv1 = nn.Conv3d(channels, hidden, 3, padding=1)
-        self.conv2 = nn.Conv3d(hidden, channels, 3, padding=1)
+        self.conv1 = Conv3d(channels, hidden, 3, padding=1)
+        self.conv2 = Conv3d(hidden, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
@@ -136,9 +198,9 @@ class Encoder(nn.Module):
         for channels, stride in zip(c.channels, c.strides, strict=True):
             kernel, padding = _kernel(stride)
             units = [ResidualUnit(channels, c.residual_channels) for _ in range(c.residual_units)]
-            self.levels.append(nn.Sequential(nn.Conv3d(width, channels, kernel, stride, padding), nn.ReLU(), *units))
+            self.levels.append(nn.Sequential(Conv3d(width, channels, kernel, stride, padding), nn.ReLU(), *units))
             width = channels
-        self.out = nn.Conv3d(width, c.latent_channels, 3, padding=1)
+        self.out = Conv3d(width, c.latent_channels, 3, padding=1)
 
     def layers(self) -> list[nn.Module]:
         """What `forward` applies, one after the other."""
@@ -155,13 +217,13 @@ class Decoder(nn.Module):
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
-        self.inp = nn.Conv3d(c.latent_channels, c.channels[-1], 3, padding=1)
+        self.inp = Conv3d(c.latent_channels, c.channels[-1], 3, padding=1)
         self.levels = nn.ModuleList()
         widths = (1, *c.channels)
         for i in reversed(range(len(c.channels))):
             kernel, padding = _kernel(c.strides[i])
             units = [ResidualUnit(c.channels[i], c.residual_channels) for _ in range(c.residual_units)]
-            up = nn.ConvTranspose3d(c.channels[i], widths[i], kernel, c.strides[i], padding)
+            up = ConvTranspose3d(c.channels[i], widths[i], kernel, c.strides[i], padding)
             self.levels.append(nn.Sequential(*units, up, nn.ReLU() if i else nn.Identity()))
 
     def layers(self) -> list[nn.Module]:
@@ -186,10 +248,10 @@ class PromptEncoder(nn.Module):
         super().__init__()
         a, b = c.prompt_channels
         self.conv = nn.Sequential(
-            nn.Conv3d(c.latent_channels, a, 3, padding=1),
+            Conv3d(c.latent_channels, a, 3, padding=1),
             nn.BatchNorm3d(a),
             nn.ReLU(),
-            nn.Conv3d(a, b, 3, padding=1),
+            Conv3d(a, b, 3, padding=1),
             nn.BatchNorm3d(b),
             nn.ReLU(),
         )

@@ -13,18 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from copedit_kernels import reference
-from copedit_kernels.dispatch import (
-    cdiv,
-    check_contiguous_last,
-    check_dtype,
-    collapse,
-    jit,
-    on,
-    register,
-    tiles,
-    tl,
-    use_triton,
-)
+from copedit_kernels.dispatch import register, use_triton
+from copedit_kernels.launch import cdiv, check_contiguous_last, check_dtype, collapse, jit, on, tiles, tl
 
 
 class Tiles(NamedTuple):
@@ -104,26 +94,18 @@ def _launch(kernel: Any, inputs: Sequence[Tensor], out: Tensor, lead: tuple[list
     block = min(tile.columns, 1 << (half - 1).bit_length())
     with on(out):
         kernel[(cdiv(rows, tile.rows), cdiv(half, block))](
-            *inputs,
-            out,
-            rows,
-            size_1,
-            size_2,
-            half,
-            *(step for own in strides for step in own),
-            ROWS=tile.rows,
-            BLOCK=block,
-            num_warps=tile.warps,
-        )
+            *inputs, out, rows, size_1, size_2, half, *(step for own in strides for step in own),
+            ROWS=tile.rows, BLOCK=block, num_warps=tile.warps,
+        )  # fmt: skip
 
 
-def _fake(h: Tensor) -> Tensor:
+def _fake_forward(h: Tensor) -> Tensor:
     _check(h)
     return h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
 
 
 def _forward(h: Tensor) -> Tensor:
-    out = _fake(h)
+    out = _fake_forward(h)
     lead = _collapsed(h)
     if lead is None:
         raise ValueError(f"swiglu: h {tuple(h.shape)} with strides {h.stride()} has more than three leading dimensions")
@@ -132,7 +114,7 @@ def _forward(h: Tensor) -> Tensor:
     return out
 
 
-def _backward_fake(g: Tensor, h: Tensor) -> Tensor:
+def _fake_backward(g: Tensor, h: Tensor) -> Tensor:
     return h.new_empty(h.shape)
 
 
@@ -152,19 +134,15 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _derivative(ctx: Any, g: Tensor) -> Tensor:
+def _gradient(ctx: Any, g: Tensor) -> Tensor:
     return _BACKWARD(g, *ctx.saved_tensors)
 
 
-_BACKWARD = register("swiglu_backward(Tensor g, Tensor h) -> Tensor", _backward, _backward_fake)
-_SWIGLU = register(
+_FORWARD = register(
     "swiglu(Tensor h) -> Tensor",
-    _forward,
-    _fake,
-    setup_context=_save,
-    backward=_derivative,
-    decomposition=reference.swiglu,
-)
+    _forward, _fake_forward, save=_save, gradient=_gradient, decomposition=reference.swiglu,
+)  # fmt: skip
+_BACKWARD = register("swiglu_backward(Tensor g, Tensor h) -> Tensor", _backward, _fake_backward)
 
 
 def swiglu(h: Tensor) -> Tensor:
@@ -177,5 +155,5 @@ def swiglu(h: Tensor) -> Tensor:
     cannot describe.
     """
     if use_triton(h):
-        return _SWIGLU(h)
+        return _FORWARD(h)
     return reference.swiglu(h)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from copedit_kernels import reference
-from copedit_kernels.dispatch import cdiv, check_device, check_dtype, jit, on, register, tl, use_triton
+from copedit_kernels.dispatch import register, use_triton
+from copedit_kernels.launch import cdiv, check_device, check_dtype, jit, on, tl
 
 # Codes of a tile, and warps.
 CODES, WARPS = 16, 8
@@ -85,9 +86,13 @@ def _groups(D: int, dtype: torch.dtype) -> int:
     return 4 if size <= 32 else 2 if size <= 64 else 1
 
 
-def _run(z: Tensor, codebook: Tensor) -> Tensor:
+def _fake_forward(z: Tensor, codebook: Tensor) -> Tensor:
     _check(z, codebook)
-    index = torch.empty(len(z), dtype=torch.int64, device=z.device)
+    return z.new_empty(z.shape[:1], dtype=torch.int64)
+
+
+def _forward(z: Tensor, codebook: Tensor) -> Tensor:
+    index = _fake_forward(z, codebook)
     if len(z):
         groups = _groups(z.shape[1], z.dtype)
         with on(z):
@@ -98,13 +103,8 @@ def _run(z: Tensor, codebook: Tensor) -> Tensor:
     return index
 
 
-def _fake(z: Tensor, codebook: Tensor) -> Tensor:
-    _check(z, codebook)
-    return z.new_empty(z.shape[:1], dtype=torch.int64)
-
-
-_nearest_code = register(
-    "nearest_code(Tensor z, Tensor codebook) -> Tensor", _run, _fake, decomposition=reference.nearest_code
+_FORWARD = register(
+    "nearest_code(Tensor z, Tensor codebook) -> Tensor", _forward, _fake_forward, decomposition=reference.nearest_code
 )
 
 
@@ -116,5 +116,5 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     ValueError for other shapes, dtypes or tensors on different devices.
     """
     if use_triton(z, codebook):
-        return _nearest_code(z, codebook)
+        return _FORWARD(z, codebook)
     return reference.nearest_code(z, codebook)

@@ -26,18 +26,8 @@ import torch
 from torch import Tensor
 
 from copedit_kernels import reference
-from copedit_kernels.dispatch import (
-    cdiv,
-    check_contiguous_last,
-    check_device,
-    check_dtype,
-    jit,
-    on,
-    register,
-    tiles,
-    tl,
-    use_triton,
-)
+from copedit_kernels.dispatch import register, use_triton
+from copedit_kernels.launch import cdiv, check_contiguous_last, check_device, check_dtype, jit, on, tiles, tl
 
 
 class Tiles(NamedTuple):
@@ -79,32 +69,11 @@ def norm_of(v, exists, inside, C, EPS: tl.constexpr, LAYER: tl.constexpr):
 
 @jit
 def norm_forward(
-    x,
-    branch,
-    gate,
-    scale,
-    shift,
-    weight,
-    y,
-    out,
-    T,
-    C,
-    x_b,
-    x_i,
-    x_t,
-    branch_b,
-    branch_i,
-    branch_t,
-    gate_b,
-    scale_b,
-    shift_b,
-    EPS: tl.constexpr,
-    LAYER: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, branch, gate, scale, shift, weight, y, out, T, C,
+    x_b, x_i, x_t, branch_b, branch_i, branch_t, gate_b, scale_b, shift_b,
+    EPS: tl.constexpr, LAYER: tl.constexpr, WEIGHTED: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (j, i, b): ROWS tokens from j * ROWS of element i of sample b."""
     NARROW: tl.constexpr = x.dtype.element_ty
     WIDE: tl.constexpr = tl.float64 if NARROW == tl.float64 else tl.float32
@@ -137,40 +106,11 @@ def norm_forward(
 
 @jit(do_not_specialize=["span"])
 def norm_backward(
-    dh,
-    dy,
-    y,
-    branch,
-    gate,
-    scale,
-    weight,
-    dx,
-    dbranch,
-    partial,
-    T,
-    C,
-    span,
-    dh_b,
-    dh_i,
-    dh_t,
-    dy_b,
-    dy_i,
-    dy_t,
-    y_b,
-    y_i,
-    y_t,
-    branch_b,
-    branch_i,
-    branch_t,
-    gate_b,
-    scale_b,
-    EPS: tl.constexpr,
-    LAYER: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dh, dy, y, branch, gate, scale, weight, dx, dbranch, partial, T, C, span,
+    dh_b, dh_i, dh_t, dy_b, dy_i, dy_t, y_b, y_i, y_t, branch_b, branch_i, branch_t, gate_b, scale_b,
+    EPS: tl.constexpr, LAYER: tl.constexpr, WEIGHTED: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (j, i, b): `span` tokens from j * span of element i of sample b, ROWS at a time.
 
     partial [B, m * programs, 2 or 3, C]: sums over those tokens of dh, of dh * n, and of dy_total * branch.
@@ -227,21 +167,9 @@ def norm_backward(
 
 @jit(do_not_specialize=["parts"])
 def norm_backward_sum(
-    partial,
-    scale,
-    weight,
-    dscale,
-    dshift,
-    dgate,
-    dweight,
-    parts,
-    C,
-    scale_b,
-    WEIGHTED: tl.constexpr,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial, scale, weight, dscale, dshift, dgate, dweight, parts, C, scale_b,
+    WEIGHTED: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (j, b): BLOCK columns of sample b, over its `parts` partial sums from first to last.
 
     dscale, dshift, dgate: [B, C]. dweight: [B, C], this sample's share of it.
@@ -320,13 +248,19 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def _wide(x: Tensor, branch: Tensor | None, gate: Tensor | None) -> bool:
-    return max(t.dtype.itemsize for t in (x, branch, gate) if t is not None) > 2
+def _readable(g: Tensor) -> Tensor:
+    """A cotangent as it is, or copied if the kernel cannot read it, as that of a sum, which is expanded over C."""
+    return g if g.stride(3) == 1 and _within_32_bits(g) else g.contiguous()
+
+
+def _options(kernel: str, x: Tensor, branch: Tensor | None, gate: Tensor | None) -> dict[str, Any]:
+    """Compiler options: 8 columns of a row to a thread, and so many registers that none is spilled."""
+    wide = any([t is not None and t.itemsize > 2 for t in (x, branch, gate)])
+    return _options_of(kernel, x.shape[3], gate is not None, wide, x.dtype == torch.float64)
 
 
 @functools.cache
-def _options(kernel: str, columns: int, gated: bool, wide: bool, double: bool) -> dict[str, Any]:
-    """Compiler options: 8 columns of a row to a thread, and so many registers that none is spilled."""
+def _options_of(kernel: str, columns: int, gated: bool, wide: bool, double: bool) -> dict[str, Any]:
     block = 1 << (columns - 1).bit_length()
     options: dict[str, Any] = {"BLOCK": block, "num_warps": max(1, block // 256)}
     if not double:
@@ -334,87 +268,62 @@ def _options(kernel: str, columns: int, gated: bool, wide: bool, double: bool) -
     return options
 
 
-def _forward(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    eps: float,
-) -> tuple[Tensor | None, Tensor]:
+def _launch(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, weight: Tensor | None,
+    kind: str, eps: float,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """y, if gated, and its norm."""
     batch, m, tokens, columns = x.shape
-    out = _empty(x)
-    y = None if gate is None else _empty(x)
+    out, y = _empty(x), None if gate is None else _empty(x)
     if not out.numel():
         return y, out
     rows = tiles(TILES, x).forward
     with on(x):
         norm_forward[(cdiv(tokens, rows), m, batch)](
-            x,
-            branch,
-            gate,
-            scale,
-            shift,
-            weight,
-            y,
-            out,
-            tokens,
-            columns,
-            *_strides(x),
-            *_strides(branch),
-            0 if gate is None else gate.stride(0),
-            scale.stride(0),
-            shift.stride(0),
-            EPS=eps,
-            LAYER=kind == "layer",
-            WEIGHTED=weight is not None,
-            GATED=gate is not None,
-            ROWS=rows,
+            x, branch, gate, scale, shift, weight, y, out, tokens, columns, *_strides(x), *_strides(branch),
+            0 if gate is None else gate.stride(0), scale.stride(0), shift.stride(0),
+            EPS=eps, LAYER=kind == "layer", WEIGHTED=weight is not None, GATED=gate is not None, ROWS=rows,
             # gate * branch is rounded before it is added, as in the reference.
-            enable_fp_fusion=gate is None or x.dtype.itemsize == 2,
-            **_options("forward", columns, gate is not None, _wide(x, branch, gate), x.dtype == torch.float64),
-        )
+            enable_fp_fusion=gate is None or x.itemsize == 2, **_options("forward", x, branch, gate),
+        )  # fmt: skip
     return y, out
 
 
-def _ada_norm(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float) -> Tensor:
+def _fake_forward(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float) -> Tensor:
     _check("ada_norm", x, scale, shift, weight, kind)
-    return _forward(x, None, None, scale, shift, weight, kind, eps)[1]
+    return _empty(x)
 
 
-def _gated(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    eps: float,
+def _forward(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float) -> Tensor:
+    _check("ada_norm", x, scale, shift, weight, kind)
+    return _launch(x, None, None, scale, shift, weight, kind, eps)[1]
+
+
+def _fake_gated_forward(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    _check("gated_residual_ada_norm", x, scale, shift, weight, kind, branch=branch, gate=gate)
+    return _empty(x), _empty(x)
+
+
+def _gated_forward(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor | None, Tensor]:
     _check("gated_residual_ada_norm", x, scale, shift, weight, kind, branch=branch, gate=gate)
-    return _forward(x, branch, gate, scale, shift, weight, kind, eps)
+    return _launch(x, branch, gate, scale, shift, weight, kind, eps)
 
 
-def _readable(g: Tensor) -> Tensor:
-    """A cotangent as it is, or copied if the kernel cannot read it, as that of a sum, which is expanded over C."""
-    return g if g.stride(3) == 1 and _within_32_bits(g) else g.contiguous()
+def _fake_backward(
+    dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    return [_empty(x) for x in (y, scale, shift, weight, branch, gate) if x is not None]
 
 
 def _backward(
-    dh: Tensor,
-    dy: Tensor | None,
-    y: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    eps: float,
-) -> list[Tensor]:
+    dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float,
+) -> list[Tensor]:  # fmt: skip
     """dx, dscale, dshift, then dweight if weighted, then dbranch and dgate if gated."""
     batch, m, tokens, columns = y.shape
     dh, dy = _readable(dh), None if dy is None else _readable(dy)
@@ -424,105 +333,33 @@ def _backward(
     programs = cdiv(tokens, span)
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     partial = y.new_empty((batch, m * programs, 2 if gate is None else 3, columns), dtype=wide)
-    dx = _empty(y)
-    dscale, dshift = _empty(scale), _empty(shift)
+    dx, dscale, dshift = _empty(y), _empty(scale), _empty(shift)
     shares = None if weight is None else y.new_empty((batch, columns), dtype=wide)
-    dbranch = None if branch is None else _empty(branch)
-    dgate = None if gate is None else _empty(gate)
+    dbranch, dgate = (None if x is None else _empty(x) for x in (branch, gate))
     flags = {"WEIGHTED": weight is not None, "GATED": gate is not None}
     with on(y):
         if y.numel():
             norm_backward[(programs, m, batch)](
-                dh,
-                dy,
-                y,
-                branch,
-                gate,
-                scale,
-                weight,
-                dx,
-                dbranch,
-                partial,
-                tokens,
-                columns,
-                span,
-                *_strides(dh),
-                *_strides(dy),
-                *_strides(y),
-                *_strides(branch),
-                0 if gate is None else gate.stride(0),
-                scale.stride(0),
-                EPS=eps,
-                LAYER=kind == "layer",
-                ROWS=tile.backward,
-                **flags,
-                **_options("backward", columns, gate is not None, _wide(y, branch, gate), y.dtype == torch.float64),
-            )
+                dh, dy, y, branch, gate, scale, weight, dx, dbranch, partial, tokens, columns, span,
+                *_strides(dh), *_strides(dy), *_strides(y), *_strides(branch),
+                0 if gate is None else gate.stride(0), scale.stride(0),
+                EPS=eps, LAYER=kind == "layer", ROWS=tile.backward, **flags, **_options("backward", y, branch, gate),
+            )  # fmt: skip
         if batch:
             norm_backward_sum[(cdiv(columns, SUM_COLUMNS), batch)](
-                partial,
-                scale,
-                weight,
-                dscale,
-                dshift,
-                dgate,
-                shares,
-                m * programs,
-                columns,
-                scale.stride(0),
-                ROWS=SUM_ROWS,
-                BLOCK=SUM_COLUMNS,
-                **flags,
-            )
-    results = [dx, dscale, dshift]
-    if weight is not None and shares is not None:
-        results.append(shares.sum(0).to(weight.dtype))
-    if dbranch is not None and dgate is not None:
-        results += [dbranch, dgate]
-    return results
+                partial, scale, weight, dscale, dshift, dgate, shares, m * programs, columns, scale.stride(0),
+                ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, **flags,
+            )  # fmt: skip
+    dweight = None if weight is None or shares is None else shares.sum(0).to(weight.dtype)
+    return [x for x in (dx, dscale, dshift, dweight, dbranch, dgate) if x is not None]
 
 
-def _ada_norm_fake(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, kind: str, eps: float) -> Tensor:
-    _check("ada_norm", x, scale, shift, weight, kind)
-    return _empty(x)
-
-
-def _gated_fake(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check("gated_residual_ada_norm", x, scale, shift, weight, kind, branch=branch, gate=gate)
-    return _empty(x), _empty(x)
-
-
-def _backward_fake(
-    dh: Tensor,
-    dy: Tensor | None,
-    y: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    eps: float,
-) -> list[Tensor]:
-    inputs = (y, scale, shift, weight, branch, gate)
-    return [_empty(x) for x in inputs if x is not None]
-
-
-def _ada_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, shift, weight, ctx.kind, ctx.eps = inputs
     ctx.save_for_backward(x, scale, shift, weight)
 
 
-def _ada_norm_derivative(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, shift, weight = ctx.saved_tensors
     dx, dscale, dshift, *dweight = _BACKWARD(dh, None, x, None, None, scale, shift, weight, ctx.kind, ctx.eps)
     return dx, dscale, dshift, dweight[0] if dweight else None, None, None
@@ -533,37 +370,26 @@ def _gated_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(output[0], branch, gate, scale, shift, weight)
 
 
-def _gated_derivative(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
-    y, branch, gate, scale, shift, weight = ctx.saved_tensors
-    dx, dscale, dshift, *dweight, dbranch, dgate = _BACKWARD(
-        dh, dy, y, branch, gate, scale, shift, weight, ctx.kind, ctx.eps
-    )
+def _gated_gradient(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dscale, dshift, *dweight, dbranch, dgate = _BACKWARD(dh, dy, *ctx.saved_tensors, ctx.kind, ctx.eps)
     return dx, dbranch, dgate, dscale, dshift, dweight[0] if dweight else None, None, None
 
 
+_FORWARD = register(
+    "ada_norm(Tensor x, Tensor scale, Tensor shift, Tensor? weight, str kind, float eps) -> Tensor",
+    _forward, _fake_forward, save=_save, gradient=_gradient, decomposition=reference.ada_norm,
+)  # fmt: skip
+_GATED_FORWARD = register(
+    "gated_residual_ada_norm(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor shift, Tensor? weight, "
+    "str kind, float eps) -> (Tensor, Tensor)",
+    _gated_forward, _fake_gated_forward, save=_gated_save, gradient=_gated_gradient,
+    decomposition=reference.gated_residual_ada_norm,
+)  # fmt: skip
 _BACKWARD = register(
     "ada_norm_backward(Tensor dh, Tensor? dy, Tensor y, Tensor? branch, Tensor? gate, Tensor scale, Tensor shift, "
     "Tensor? weight, str kind, float eps) -> Tensor[]",
-    _backward,
-    _backward_fake,
-)
-_ADA_NORM = register(
-    "ada_norm(Tensor x, Tensor scale, Tensor shift, Tensor? weight, str kind, float eps) -> Tensor",
-    _ada_norm,
-    _ada_norm_fake,
-    setup_context=_ada_norm_save,
-    backward=_ada_norm_derivative,
-    decomposition=reference.ada_norm,
-)
-_GATED = register(
-    "gated_residual_ada_norm(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor shift, Tensor? weight, "
-    "str kind, float eps) -> (Tensor, Tensor)",
-    _gated,
-    _gated_fake,
-    setup_context=_gated_save,
-    backward=_gated_derivative,
-    decomposition=reference.gated_residual_ada_norm,
-)
+    _backward, _fake_backward,
+)  # fmt: skip
 
 
 def ada_norm(
@@ -578,25 +404,19 @@ def ada_norm(
     The Triton kernel raises ValueError for a C that is no multiple of 8 or above 2048 and for a strided last dimension.
     """
     if use_triton(x):
-        return _ADA_NORM(x, scale, shift, weight, kind, eps)
+        return _FORWARD(x, scale, shift, weight, kind, eps)
     return reference.ada_norm(x, scale, shift, weight, kind, eps)
 
 
 def gated_residual_ada_norm(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None = None,
-    kind: str = "rms",
-    eps: float = 1e-4,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None,
+    kind: str = "rms", eps: float = 1e-4,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, ada_norm(y)) with y = x + gate * branch; branch as x, gate [B, C], the rest as in `ada_norm`.
 
     y has x's dtype and the reference's bits: the product is rounded to its own dtype, then the sum; the norm is of the
     rounded y. Saved for backward: y, not x.
     """
     if use_triton(x):
-        return _GATED(x, branch, gate, scale, shift, weight, kind, eps)
+        return _GATED_FORWARD(x, branch, gate, scale, shift, weight, kind, eps)
     return reference.gated_residual_ada_norm(x, branch, gate, scale, shift, weight, kind, eps)

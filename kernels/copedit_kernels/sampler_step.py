@@ -13,18 +13,8 @@ import torch
 from torch import Tensor
 
 from copedit_kernels import reference
-from copedit_kernels.dispatch import (
-    cdiv,
-    check_device,
-    check_dtype,
-    collapse,
-    jit,
-    on,
-    register,
-    tiles,
-    tl,
-    use_triton,
-)
+from copedit_kernels.dispatch import register, use_triton
+from copedit_kernels.launch import cdiv, check_device, check_dtype, collapse, jit, on, tiles, tl
 
 
 class Tiles(NamedTuple):
@@ -39,37 +29,10 @@ TILES = {80: Tiles(1024, 4), 90: Tiles(1024, 4)}
 
 @jit(do_not_specialize=["index", "steps"])
 def partial_ddim(
-    z,
-    x0,
-    observed,
-    table,
-    step,
-    index,
-    steps,
-    N,
-    size_1,
-    size_2,
-    size_3,
-    z_b,
-    z_i,
-    z_0,
-    z_1,
-    z_2,
-    z_3,
-    x_b,
-    x_i,
-    x_0,
-    x_1,
-    x_2,
-    x_3,
-    observed_b,
-    observed_i,
-    table_s,
-    table_k,
-    ON_DEVICE: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    z, x0, observed, table, step, index, steps, N, size_1, size_2, size_3,
+    z_b, z_i, z_0, z_1, z_2, z_3, x_b, x_i, x_0, x_1, x_2, x_3, observed_b, observed_i, table_s, table_k,
+    ON_DEVICE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (j, i, b): BLOCK of the N values of element i of sample b, in up to four dimensions (FLAT: one).
 
     A step outside the table makes the missing elements NaN.
@@ -125,11 +88,11 @@ def _check(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, step: Tensor 
         )
 
 
-def _fake(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, step: Tensor | None) -> None:
+def _fake_forward(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, step: Tensor | None) -> None:
     _check(z, x0, observed, table, step)
 
 
-def _step(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, step: Tensor | None) -> None:
+def _forward(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, step: Tensor | None) -> None:
     _check(z, x0, observed, table, step)
     inner = collapse(z.shape[2:], z.stride()[2:], x0.stride()[2:], dims=4)
     if inner is None:
@@ -144,36 +107,17 @@ def _step(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, index: int, st
     tile = tiles(TILES, z)
     with on(z):
         partial_ddim[(cdiv(values, tile.block), m, batch)](
-            z,
-            x0,
-            observed,
-            table,
-            step,
-            index,
-            table.shape[0],
-            values,
-            size_1,
-            size_2,
-            size_3,
-            *z.stride()[:2],
-            *z_inner,
-            *x0.stride()[:2],
-            *x_inner,
-            *observed.stride(),
-            *table.stride(),
-            ON_DEVICE=step is not None,
-            FLAT=size_0 * size_1 * size_2 == 1,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
-        )
+            z, x0, observed, table, step, index, table.shape[0], values, size_1, size_2, size_3,
+            *z.stride()[:2], *z_inner, *x0.stride()[:2], *x_inner, *observed.stride(), *table.stride(),
+            ON_DEVICE=step is not None, FLAT=size_0 * size_1 * size_2 == 1, BLOCK=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
     torch.autograd.graph.increment_version(z)
 
 
-_STEP = register(
+_FORWARD = register(
     "partial_ddim_step_(Tensor(a!) z, Tensor x0, Tensor observed, Tensor table, SymInt index, Tensor? step) -> ()",
-    _step,
-    _fake,
-)
+    _forward, _fake_forward,
+)  # fmt: skip
 
 
 def partial_ddim_step_(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, step: Tensor | int) -> Tensor:
@@ -191,10 +135,10 @@ def partial_ddim_step_(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, s
         if torch.is_grad_enabled() and (z.requires_grad or x0.requires_grad):
             raise ValueError("partial_ddim_step_: there is no gradient through it: call it under torch.no_grad()")
         if isinstance(step, Tensor):
-            _STEP(z, x0, observed, table, 0, step)
+            _FORWARD(z, x0, observed, table, 0, step)
             return z
         if not -table.shape[0] <= step < table.shape[0]:
             raise IndexError(f"partial_ddim_step_: step {step} lies outside the table of {table.shape[0]} steps")
-        _STEP(z, x0, observed, table, step, None)
+        _FORWARD(z, x0, observed, table, step, None)
         return z
     return reference.partial_ddim_step_(z, x0, observed, table, step.reshape(()) if isinstance(step, Tensor) else step)

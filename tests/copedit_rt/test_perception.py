@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from copedit_rt.perception import Perception, Report, contradictions, examine
+from copedit_rt.inspection import Report, contradictions, examine
+from copedit_rt.perception import Perception
 
 BRATS = ("t1", "t1ce", "t2", "flair")
 

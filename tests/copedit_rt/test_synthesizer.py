@@ -4,10 +4,12 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from processors import Faulty
 
 from copedit_rt import checkpoint, schedule
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
@@ -217,10 +219,12 @@ def test_every_image_goes_through_the_prompt_encoders_once():
 
 
 @pytest.mark.parametrize("which", [BRAIN, HEART], ids=lambda config: config.task)
-def test_bfloat16_is_near_float32(which):
+@pytest.mark.parametrize("processor", [nullcontext, Faulty], ids=["here", "faulty"])
+def test_bfloat16_is_near_float32(which, processor):
     study = brain("t1", "t2") if which is BRAIN else heart([5, 6])
     wide, half = build(which), build(which, dtype="bfloat16")
-    a, b = wide.synthesize(study), half.synthesize(study)
+    with processor():
+        a, b = wide.synthesize(study), half.synthesize(study)
     assert (a.record["dtype"], b.record["dtype"]) == ("float32", "bfloat16")
     vae = half.engine.tokenizer
     assert vae.encoder.out.weight.dtype == torch.bfloat16 and half.engine.denoiser.final.weight.dtype == torch.bfloat16

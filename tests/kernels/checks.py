@@ -3,26 +3,25 @@
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import copedit_kernels as ops
-from copedit_kernels import reference
+from copedit_bench.operators.cases import OPERATORS, Fill
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(
     not HAS_TRITON or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs the Triton interpreter: triton and no GPU in sight (with a GPU, CUDA_VISIBLE_DEVICES=)",
 )
-Call = Callable[..., Tensor | tuple[Tensor, ...]]  # of the implementation and the inputs
+Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -118,90 +117,106 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, devic
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
-def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
-    """Like `normal`, but rows (the last dimension) differ in size and offset."""
-    x = normal(*shape, seed=seed)
-    size = 2 ** (2 * normal(*shape[:-1], 1, seed=seed + 1)).clamp(-4, 4)
-    return (x * size + 0.5 * normal(*shape[:-1], 1, seed=seed + 2)).to(device, dtype)
-
-
-def rope_table(tokens: int, dim: int, seed: int = 9) -> Tensor:
-    """cos and sin [2, tokens, dim / 2] of random angles, in float32 as the models have it."""
-    angle = 3 * normal(tokens, dim // 2, seed=seed)
-    return torch.stack((angle.cos(), angle.sin())).float()
-
-
 # The comparison
 
 
-def values_and_gradients(
-    call: Call, implementation: ModuleType, inputs: Sequence[Any], cotangents: Sequence[Tensor]
-) -> list[Tensor]:
-    out = call(implementation, *inputs)
+def inputs_of(
+    op: str,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    layout: Callable[[str, Tensor], Layout] = lambda name, x: Layout.plain(x.ndim),
+    device: str = "cpu",
+    seed: int = 0,
+    **variant: Any,
+) -> dict[str, Any]:
+    """The arguments of a row of the table, each in its layout, those that are learnt as leaves."""
+    row = OPERATORS[op]
+    found = row.inputs(sizes, Fill(dtype, device, seed), **variant)
+    for name, x in found.items():
+        if isinstance(x, Tensor) and x.ndim:
+            found[name] = place(x, layout(name, x)).requires_grad_(name in row.learn)
+    return found
+
+
+def strided(name: str, x: Tensor) -> Layout:
+    """The free dimensions backwards in memory, gaps everywhere."""
+    free = x.ndim - 1
+    order = (*reversed(range(free)), free)
+    return Layout(order, (1,) * x.ndim, (2,) * x.ndim, (2,) * free + (1,))
+
+
+class Recorder(TorchDispatchMode):
+    """The registered operators that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "copedit":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def results(call: Call, op: str, inputs: Mapping[str, Any], cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients by name."""
+    out = call(*inputs.values())
     outputs = out if isinstance(out, tuple) else (out,)
-    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    if not leaves:
-        return list(outputs)
-    wide = [c.to(y.dtype) if c.dtype != y.dtype else c for c, y in zip(cotangents, outputs, strict=True)]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, wide)]
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    learnt = {name: inputs[name] for name in OPERATORS[op].learn if inputs[name] is not None}
+    if learnt:
+        wide = [c.to(y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, list(learnt.values()), wide)
+        found |= {f"gradient of {name}": g for name, g in zip(learnt, gradients, strict=True)}
+    return found
 
 
-def compare(
-    call: Call,
-    inputs: Sequence[Any],
-    cotangent: Layout | None = None,
-    implementation: ModuleType = ops,
-    seed: int = 7,
-) -> None:
-    """Holds the outputs of `call` and the gradients of the inputs that require one to the rule.
+def changed(inputs: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The same arguments, each tensor changed."""
+    return {
+        name: change(x.detach()).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        for name, x in inputs.items()
+    }
 
-    inputs: as the operator shall see them, in their layout and dtype. The reference sees the same values, contiguous.
-    cotangent: layout of the random cotangents, by default contiguous.
+
+def memory(x: Tensor) -> Tensor:
+    """All of the buffer that x is a view of."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+def compare(op: str, inputs: Mapping[str, Any], cotangent: Layout | None = None, ours: str = "ours") -> None:
+    """Holds ours, outputs and gradients, to the rule; indices must be the reference's, and no input may change but
+    those that the operator writes to, nor what lies around them.
+
+    inputs: as the operator shall see them; the reference sees the same values, contiguous. cotangent: the layout of
+    the random cotangents, by default contiguous.
     """
-
-    def twin(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        return change(x.detach()).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-
-    low_inputs = [twin(x, lambda t: t.clone(memory_format=torch.contiguous_format)) for x in inputs]
-    exact_inputs = [twin(x, lambda t: t.double() if t.is_floating_point() else t.clone()) for x in inputs]
+    row = OPERATORS[op]
+    low_inputs = changed(inputs, lambda x: x.clone(memory_format=torch.contiguous_format))
+    exact_inputs = changed(inputs, lambda x: x.to(torch.float64 if x.is_floating_point() else x.dtype, copy=True))
     with torch.no_grad():
-        out = call(reference, *low_inputs)
+        out = row.reference(*changed(low_inputs, Tensor.clone).values())
     outputs = out if isinstance(out, tuple) else (out,)
-    cotangents = []
-    for i, y in enumerate(outputs):
-        c = normal(*y.shape, seed=seed + i, device=str(y.device)).to(y.dtype)
-        cotangents.append(place(c, cotangent or Layout.plain(y.ndim)))
+    shapes = [(y, cotangent or Layout.plain(y.ndim)) for y in outputs]
+    cotangents = [
+        place(normal(*y.shape, seed=7 + i, device=str(y.device)).to(y.dtype), layout)
+        for i, (y, layout) in enumerate(shapes)
+        if y.is_floating_point()
+    ]
     plain = [c.contiguous() for c in cotangents]
-    exact = values_and_gradients(call, reference, exact_inputs, plain)
-    low = values_and_gradients(call, reference, low_inputs, plain)
-    with poisoned_memory(), using("triton"):
-        found = values_and_gradients(call, implementation, inputs, cotangents)
-    for i, triple in enumerate(zip(found, low, exact, strict=True)):
-        what = f"output {i}" if i < len(outputs) else f"gradient {i - len(outputs)}"
-        assert_rule(*triple, what)
-
-
-# The operators as `compare` calls them: the first argument is the implementation.
-
-
-def attention(axis: str) -> Call:
-    return lambda k, qkv, rope=None: k.axis_attention(qkv, rope, axis)
-
-
-def norm(kind: str, eps: float) -> Call:
-    return lambda k, x, scale, shift, weight=None: k.ada_norm(x, scale, shift, weight, kind, eps)
-
-
-def gated_norm(kind: str, eps: float) -> Call:
-    return lambda k, x, branch, gate, scale, shift, weight=None: k.gated_residual_ada_norm(
-        x, branch, gate, scale, shift, weight, kind, eps
-    )
-
-
-def swiglu(k: ModuleType, h: Tensor) -> Tensor:
-    return k.swiglu(h)
-
-
-def leaf(x: Tensor, layout: Layout | None = None) -> Tensor:
-    """x in a layout, as an input whose gradient is compared."""
-    return place(x, layout or Layout.plain(x.ndim)).requires_grad_()
+    exact = results(row.reference, op, exact_inputs, plain)
+    low = results(row.reference, op, low_inputs, plain)
+    tensors = {name: x.detach() for name, x in inputs.items() if isinstance(x, Tensor)}
+    before = {name: memory(x).clone() for name, x in tensors.items()}
+    contestant = row.contestants[ours]
+    with poisoned_memory(), using("triton"), contestant.context():
+        found = results(contestant.call, op, inputs, cotangents)
+    for name, value in found.items():
+        if value.is_floating_point():
+            assert_rule(value, low[name], exact[name], name)
+        else:
+            assert value.dtype == low[name].dtype and torch.equal(value, low[name]), f"{name}: not equal"
+    for name, x in tensors.items():
+        if name in row.mutated:
+            before[name].as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+        assert torch.equal(before[name].nan_to_num(), memory(x).nan_to_num()), f"{name}: written, not equal any more"

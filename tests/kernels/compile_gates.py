@@ -1,12 +1,12 @@
 """Compiles for a GPU that is not there what the operators would launch on it; run as a script by test_compile.py.
 
-Standard input: a JSON list of cases (see `launch`). Standard output: a JSON list with, for each case, the kernels that
+Standard input: a JSON list of cases: architecture, op, dtype and, where not the usual ones, sizes, variant and ours, as
+in `copedit_bench.operators.cases`. Standard output: a JSON list with, for each case, the kernels that
 it launches, each with what the compiler says of it. The launchers run as they are, on CPU tensors: the launch itself
 stops after the compilation, as Triton's own `warmup` does. So the gates see the very tile sizes, warps, stages and
 argument specialisations that a GPU would get.
 """
 
-import importlib
 import json
 import re
 import subprocess
@@ -55,10 +55,11 @@ def also_on_cpu(library: Library, name: Any, run: Any, key: str = "", **options:
 launch_kernel, JITFunction.run = JITFunction.run, compile_only
 implement, Library.impl = Library.impl, also_on_cpu  # type: ignore[method-assign]
 triton.runtime.driver.set_active(Driver())
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "training"), str(ROOT / "bench")]
 
-import copedit_kernels as ops  # noqa: E402
-from copedit_kernels import dispatch  # noqa: E402
+from copedit_bench.operators.cases import OPERATORS, Fill  # noqa: E402
+from copedit_kernels import dispatch, launch  # noqa: E402
+from copedit_rt.config import PRESETS  # noqa: E402
 
 
 def tiles(table: dict[int, Any], x: torch.Tensor) -> Any:
@@ -66,53 +67,33 @@ def tiles(table: dict[int, Any], x: torch.Tensor) -> Any:
 
 
 dispatch.INTERPRETED = True  # what `use_triton` asks before it lets CPU tensors through
-original_tiles = dispatch.tiles
-for module in [m for name, m in sys.modules.items() if name.startswith("kernels")]:
+original_tiles = launch.tiles
+for module in [m for name, m in sys.modules.items() if name.startswith("copedit_kernels.")]:
     if getattr(module, "tiles", None) is original_tiles:
         module.tiles = tiles  # type: ignore[attr-defined]
 
 
-def launch(case: dict[str, Any]) -> None:
-    """Forward and, unless `backward` is false, backward of one operator; the values do not matter."""
-    dtype = getattr(torch, case.get("dtype", "float16"))
-    wide = getattr(torch, case.get("parameters", case.get("dtype", "float16")))  # of scale, shift, gate and weight
-    batch, m, tokens = case.get("batch", 2), case.get("m", 4), case.get("tokens", 576)
-    channels = case.get("channels", 768)
-    grad = case.get("backward", True)
+class Zeros(Fill):
+    """The values do not matter."""
 
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, requires_grad=grad)
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype)
 
-    def modulation() -> torch.Tensor:
-        """[B, C] as a chunk of one [B, 6C], the way the blocks have it."""
-        return torch.zeros(batch, 6 * channels, dtype=wide).chunk(6, -1)[1].requires_grad_(grad)
 
-    op = case["op"]
-    if op == "axis_attention":
-        heads, dim = case.get("heads", 2), case["dim"]
-        importlib.import_module("copedit_kernels.attention").ROTATE_BEFORE = case.get("before", False)  # type: ignore
-        rope = torch.zeros(2, tokens, dim // 2) if case.get("rope") else None
-        out = (ops.axis_attention(zeros(batch, m, tokens, 3, heads, dim), rope, case["axis"]),)
-    elif op in ("ada_norm", "gated_residual_ada_norm"):
-        x, weight = zeros(batch, m, tokens, channels), zeros(channels, dtype=wide) if case.get("weight", True) else None
-        if op == "ada_norm":
-            out = (ops.ada_norm(x, modulation(), modulation(), weight, case["kind"]),)
-        else:
-            branch, gate = zeros(batch, m, tokens, channels), modulation()
-            out = ops.gated_residual_ada_norm(x, branch, gate, modulation(), modulation(), weight, case["kind"])
-    elif op == "swiglu":
-        out = (ops.swiglu(zeros(batch, m, tokens, 2 * channels)),)
-    elif op == "nearest_code":
-        ops.nearest_code(torch.zeros(batch * 4608, 8, dtype=dtype), torch.zeros(8192, 8, dtype=dtype))
-        return
-    elif op == "partial_ddim_step_":
-        z, x0, observed = (*torch.zeros(2, batch, m, 8, 24, 24, 8, dtype=dtype).unbind(0), torch.zeros(batch, m) > 0)
-        ops.partial_ddim_step_(z, x0, observed, torch.zeros(200, 2), torch.zeros((), dtype=torch.int64))
-        return
-    else:
-        raise ValueError(op)
-    if grad:
-        torch.autograd.backward(out, [torch.zeros_like(y) for y in out])
+def run(case: dict[str, Any]) -> None:
+    """Forward and, where there are gradients, backward of one operator."""
+    row = OPERATORS[case["op"]]
+    sizes = row.sizes(PRESETS["brain-brats"], 2) | case.get("sizes", {})
+    inputs = row.inputs(sizes, Zeros(getattr(torch, case["dtype"])), **case.get("variant", {}))
+    for name in row.learn:
+        if inputs[name] is not None:
+            inputs[name].requires_grad_()
+    ours = row.contestants[case.get("ours", "ours")]
+    with ours.context():
+        out = ours.call(*inputs.values())
+        if row.learn:
+            outputs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(outputs, [torch.zeros_like(y) for y in outputs])
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -157,7 +138,7 @@ def main() -> None:
         architecture = case["architecture"]
         launched.clear()
         start = time.process_time()
-        launch(case)
+        run(case)
         seconds = time.process_time() - start
         answers.append({"case": case, "seconds": seconds, "kernels": [figures(*item) for item in launched]})
     json.dump(answers, sys.stdout)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import Layout, assert_rule, layouts, normal, place, poisoned_memory, rows
+from checks import Layout, assert_rule, layouts, normal, place, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +46,7 @@ def test_a_placed_tensor_keeps_its_values_and_touches_no_poison(data: st.DataObj
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     n = len(shape)
     layout = data.draw(layouts(n, data.draw(st.integers(0, 1)), tuple(range(n - 1))))
-    x = rows(*shape)
+    x = normal(*shape)
     view = place(x, layout)
     for d in layout.expanded:
         x = x.narrow(d, 0, 1).expand_as(x)

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from checks import HAS_TRITON
 
+from copedit_bench.operators.cases import OPERATORS
+from copedit_rt.config import PRESETS
+
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
@@ -80,100 +83,58 @@ def test_the_gates_themselves() -> None:
     assert complaints(case | {"architecture": 90}, {"kernel": "token_forward", **good}) == ["token_forward: no wgmma"]
 
 
-def crossed(**choices: tuple) -> list[dict[str, Any]]:
-    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+DTYPES = (*HALF, "float32")
 
 
-DIMS, DTYPES = (32, 48, 64, 96), (*HALF, "float32")
-# Every operator, dtype and head dim; the product with every shape and flag is below.
-TOKEN = [
-    *crossed(dtype=DTYPES, dim=DIMS, rope=(True,)),
-    {"dtype": "float16", "dim": 96, "rope": False},
-    {"dtype": "float32", "dim": 96, "rope": False},
-    {"dtype": "float16", "dim": 64, "rope": True, "before": True},
-]
-ELEMENT = [
-    *crossed(dtype=DTYPES, dim=DIMS, rope=(False,), m=(4,)),
-    {"dtype": "bfloat16", "dim": 48, "rope": True, "m": 3},
-    {"dtype": "float32", "dim": 32, "rope": False, "m": 8},
-    {"dtype": "float32", "dim": 96, "rope": True, "m": 2},
-]
-NORMS = ("ada_norm", "gated_residual_ada_norm")
-NORM = [
-    *crossed(op=NORMS, kind=("rms",), channels=(768,), dtype=DTYPES, parameters=("float32",), weight=(True,)),
-    *crossed(op=NORMS, kind=("rms",), channels=(768,), dtype=("bfloat16",), parameters=("bfloat16",), weight=(True,)),
-    *crossed(op=NORMS, kind=("layer",), channels=(1152,), dtype=DTYPES, parameters=("float32",), weight=(False,)),
-    *crossed(op=NORMS[1:], kind=("rms",), channels=(192, 384), dtype=DTYPES, parameters=("float32",), weight=(True,)),
-]
-FLAT = [
-    *crossed(op=("swiglu",), channels=(2048,), dtype=DTYPES),
-    *crossed(op=("nearest_code", "partial_ddim_step_"), dtype=DTYPES),
-]
+def cases(op: str, everything: bool = False) -> list[dict[str, Any]]:
+    """The usual variant at every size and dtype; the others, and our other ways, at the last size, or everywhere."""
+    row, found = OPERATORS[op], []
+    for ours, variant, sizes, dtype in product(row.ours, row.variants, row.gates, DTYPES):
+        usual = ours == "ours" and variant == row.variants[0]
+        if everything or usual or (sizes == row.gates[-1] and dtype != "bfloat16"):
+            found.append({"op": op, "ours": ours, "variant": variant, "sizes": sizes, "dtype": dtype})
+    return found
 
 
-def on_both(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"architecture": architecture, **case} for architecture in (80, 90) for case in cases]
+def on(architecture: int, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"architecture": architecture} | case for case in found]
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_token_attention(architecture: int) -> None:
-    case = {"architecture": architecture, "op": "axis_attention", "axis": "token"}
-    hold([case | c for c in TOKEN], launches=3)
+    hold(on(architecture, cases("axis_attention_token")), launches=3)
 
 
-def test_element_attention_and_rows() -> None:
-    element = [{"op": "axis_attention", "axis": "element"} | c for c in ELEMENT]
-    hold(on_both([*element, *NORM, *FLAT]))
+def test_the_others() -> None:
+    found = [case for op in OPERATORS if op != "axis_attention_token" for case in cases(op)]
+    hold([*on(80, found), *on(90, found)])
 
 
 def test_one_compilation_for_every_batch_size() -> None:
     """Triton compiles again where an integer argument becomes 1 or stops being a multiple of 16."""
-    base = [
-        {"op": "axis_attention", "axis": "token", "dim": 64, "rope": True, "heads": 12},
-        {"op": "axis_attention", "axis": "element", "dim": 64, "heads": 12},
-        {"op": "gated_residual_ada_norm", "kind": "rms", "channels": 768},
-        {"op": "swiglu", "channels": 2048},
-        {"op": "nearest_code", "dtype": "float32"},
-        {"op": "partial_ddim_step_", "dtype": "float32"},
-    ]
-    for case, group in zip(base, _by_batch(base), strict=True):
-        variants = [{kernel["kernel"]: kernel["variants"] for kernel in answer["kernels"]} for answer in group]
-        assert variants[0] and all(v == variants[0] for v in variants), f"{case}: {variants}"
+    batches = (4, 1, 3, 32)
+    found = []
+    for op, row in OPERATORS.items():
+        dtype = "float32" if row.dtype else "float16"
+        for batch in batches:
+            sizes = row.sizes(PRESETS["brain-brats"], batch) | {"T": 64}
+            found.append({"architecture": 90, "op": op, "sizes": sizes, "dtype": dtype})
+    answers = compiled(found)
+    for i in range(0, len(answers), len(batches)):
+        variants = [{k["kernel"]: k["variants"] for k in answer["kernels"]} for answer in answers[i : i + len(batches)]]
+        assert variants[0] and all(v == variants[0] for v in variants), f"{answers[i]['case']}: {variants}"
 
 
-def _by_batch(base: list[dict[str, Any]], batches: tuple[int, ...] = (4, 1, 3, 32)) -> list[list[dict[str, Any]]]:
-    cases = [{"architecture": 90, "batch": batch, "tokens": 64, **case} for case in base for batch in batches]
-    answers = compiled(cases)
-    return [answers[i : i + len(batches)] for i in range(0, len(answers), len(batches))]
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_everything(op: str, architecture: int) -> None:
+    hold(on(architecture, cases(op, everything=True)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("dim", [32, 48, 64, 96])
-def test_every_attention(architecture: int, dim: int) -> None:
-    flags = {"architecture": (architecture,), "op": ("axis_attention",), "dim": (dim,), "rope": (True, False)}
-    dtypes = (*HALF, "float32")
-    ragged = crossed(**flags, axis=("token",), dtype=dtypes, tokens=(576, 577, 2304))
-    before = crossed(**flags | {"rope": (True,)}, axis=("token",), dtype=dtypes, before=(True,))
-    hold(ragged + before + crossed(**flags, axis=("element",), dtype=dtypes, m=(2, 3, 4, 8)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_every_row_wise_kernel(architecture: int) -> None:
-    dtypes = (*HALF, "float32")
-    norms = crossed(
-        architecture=(architecture,),
-        op=("ada_norm", "gated_residual_ada_norm"),
-        kind=("rms", "layer"),
-        channels=(192, 288, 384, 576, 768, 1152),
-        dtype=dtypes,
-        parameters=dtypes,
-        weight=(True, False),
-    )
-    mixed = [c for c in norms if c["parameters"] in (c["dtype"], "float32")]
-    gates = crossed(
-        architecture=(architecture,), op=("swiglu",), channels=(512, 768, 1024, 1536, 2048, 3072), dtype=dtypes
-    )
-    flat = crossed(architecture=(architecture,), op=("nearest_code", "partial_ddim_step_"), dtype=dtypes)
-    hold(mixed + gates + flat)
+def test_token_attention_of_any_length(dim: int, architecture: int) -> None:
+    found = [c | {"sizes": c["sizes"] | {"T": T}} for T in (577, 2304) for c in cases("axis_attention_token", True)]
+    hold(on(architecture, [c for c in found if c["sizes"]["D"] == dim]))

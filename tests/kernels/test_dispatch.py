@@ -1,5 +1,6 @@
 """Which implementation runs: what COPEDIT_KERNELS means, and that nothing falls back in silence."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import interpreted, normal
-from torch.utils._python_dispatch import TorchDispatchMode
+from checks import Recorder, interpreted
 
 import copedit_kernels as ops
+from copedit_bench.operators.cases import OPERATORS, Fill
 from copedit_kernels import dispatch, reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,34 +25,19 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-class Recorder(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def run_all() -> list[str]:
     """Every public operator once; the registered operators that ran."""
-    x, s = normal(2, 2, 3, 16, dtype=torch.float32), normal(2, 16, dtype=torch.float32)
-    with Recorder() as recorder:
-        ops.axis_attention(normal(1, 2, 3, 3, 1, 32, dtype=torch.float32), None, "token")
-        ops.axis_attention(normal(1, 2, 3, 3, 1, 32, dtype=torch.float32), None, "element")
-        ops.ada_norm(x, s, s)
-        ops.gated_residual_ada_norm(x, x, s, s, s)
-        ops.swiglu(x)
-        ops.nearest_code(x.view(-1, 16), x.view(-1, 16))
-        ops.partial_ddim_step_(x.clone(), x, torch.zeros(2, 2).bool(), normal(3, 2, dtype=torch.float32), 1)
-    return [name.removeprefix("copedit::") for name in recorder.names if name.startswith("copedit::")]
+    names = []
+    for row in OPERATORS.values():
+        with Recorder() as recorder:
+            getattr(ops, row.function)(*row.inputs(row.small, Fill(torch.float32)).values())
+        names += [func.name().removeprefix("copedit::") for func, _ in recorder.calls]
+    return names
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("COPEDIT_KERNELS", "TRITON_INTERPRET")}
+    kept["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=120)
 
@@ -84,10 +70,7 @@ def test_the_reference_runs_on_cpu_tensors(choice: str, monkeypatch: pytest.Monk
 def test_triton_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COPEDIT_KERNELS", "triton")
     assert dispatch.use_triton(torch.zeros(1))
-    public = {"axis_attention", "ada_norm", "gated_residual_ada_norm", "swiglu", "nearest_code", "partial_ddim_step_"}
-    ran = run_all()
-    assert len(ran) == 7, ran
-    assert {name for name in public if any(r.startswith(name.rstrip("_")) for r in ran)} == public, ran
+    assert run_all() == [row.function for row in OPERATORS.values()]
 
 
 def test_a_tensor_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +84,7 @@ def test_a_tensor_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_triton_without_gpu_and_interpreter_is_refused() -> None:
     pytest.importorskip("triton")
-    code = "import torch, kernels; ops.swiglu(torch.zeros(2, 4))"
+    code = "import torch, copedit_kernels as ops; ops.swiglu(torch.zeros(2, 4))"
     assert python(code).returncode == 0
     done = python(code, COPEDIT_KERNELS="triton", CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
@@ -113,8 +96,8 @@ def test_without_triton_the_reference_runs() -> None:
     """macOS and Windows have no triton: everything imports and computes, `triton` is refused with the reason."""
     code = (
         BLOCKED
-        + "import torch, kernels\n"
-        + "from copedit_rt import denoiser, tokenizer\n"
+        + "import torch, copedit_kernels as ops\n"
+        + "from copedit_rt.networks import denoiser, tokenizer\n"
         + "assert 'triton' not in sys.modules\n"
         + "h = torch.randn(3, 8)\n"
         + "assert torch.equal(ops.swiglu(h), ops.reference.swiglu(h))\n"
@@ -130,11 +113,8 @@ def test_without_triton_the_reference_runs() -> None:
 
 
 def test_the_public_names_have_the_signatures_of_the_reference() -> None:
-    import inspect
-
-    for name in ("axis_attention", "ada_norm", "gated_residual_ada_norm", "swiglu", "partial_ddim_step_", "rotate"):
+    for name in {row.function for row in OPERATORS.values()} - {"nearest_code"}:  # whose reference takes pieces
         public, plain = (inspect.signature(getattr(module, name)) for module in (ops, reference))
         assert [(p.name, p.default) for p in public.parameters.values()] == [
             (p.name, p.default) for p in plain.parameters.values()
         ], name
-    assert next(iter(inspect.signature(ops.nearest_code).parameters)) == "z"

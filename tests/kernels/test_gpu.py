@@ -3,56 +3,38 @@
 pytest -m gpu tests/kernels
 """
 
-import importlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checks import (
-    HAS_TRITON,
-    Layout,
-    attention,
-    compare,
-    gated_norm,
-    leaf,
-    norm,
-    normal,
-    place,
-    rope_table,
-    rows,
-    swiglu,
-)
+from checks import HAS_TRITON, Layout, compare, inputs_of, normal, strided, using
 from torch import Tensor
 
 import copedit_kernels as ops
+from copedit_bench.operators.cases import DIMS, OPERATORS, Fill
 from copedit_kernels import reference
 from copedit_rt.config import PRESETS
-from copedit_rt.networks.denoiser import rope_table as model_rope
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def shape_of(preset: str) -> tuple[int, int, int, int, int]:
-    """m, tokens, heads, head dim and hidden width of a preset."""
-    config = PRESETS[preset]
-    c = config.denoiser
-    tokens = 1
-    for size, patch in zip(config.latent, c.patch, strict=True):
-        tokens *= size // patch
-    return len(config.elements), tokens, c.heads, c.head_dim, c.hidden
-
-
-def preset_rope(preset: str) -> Tensor:
-    config = PRESETS[preset]
-    grid = tuple(n // p for n, p in zip(config.latent, config.denoiser.patch, strict=True))
-    return model_rope(grid, config.denoiser.head_dim).cuda()  # type: ignore[arg-type]
+def once(op: str, sizes: dict[str, int], dtype: torch.dtype, device: str = "cuda", **variant: Any) -> list[Tensor]:
+    """Outputs and gradients."""
+    row = OPERATORS[op]
+    inputs = inputs_of(op, sizes, row.dtype or dtype, device=device, **variant)
+    with using("triton"):
+        out = getattr(ops, row.function)(*inputs.values())
+        outputs = out if isinstance(out, tuple) else (out,)
+        leaves = [inputs[name] for name in row.learn if inputs[name] is not None]
+        fill = Fill(dtype, device)
+        return [*outputs, *(torch.autograd.grad(outputs, leaves, [fill(*y.shape) for y in outputs]) if leaves else ())]
 
 
 # Precision
@@ -60,50 +42,23 @@ def preset_rope(preset: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("axis", ["token", "element"])
-def test_attention(axis: str, preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    m, tokens, heads, dim, _ = shape_of(preset)
-    qkv = leaf(normal(1, m, tokens, 3, heads, dim, dtype=dtype, device="cuda"))
-    for rope in (preset_rope(preset), None):
-        compare(attention(axis), (qkv, rope))
-    monkeypatch.setattr(importlib.import_module("copedit_kernels.attention"), "ROTATE_BEFORE", True)
-    compare(attention(axis), (qkv, preset_rope(preset)))
+@pytest.mark.parametrize("op", [op for op, row in OPERATORS.items() if not row.judge])
+def test_every_preset(op: str, preset: str, dtype: torch.dtype) -> None:
+    row = OPERATORS[op]
+    for variant in row.variants:
+        for ours in row.ours:
+            for layout in (lambda name, x: Layout.plain(x.ndim), lambda name, x: Layout.inside(x.ndim)):
+                inputs = inputs_of(op, row.sizes(PRESETS[preset], 2), dtype, layout, "cuda", **variant)
+                compare(op, inputs, ours=ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [32, 48, 64, 96])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("m", "tokens"), [(2, 130), (8, 577), (4, 2304)])
-def test_attention_at_every_head_dimension(m: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
-    layout = Layout((2, 1, 0, 4, 3, 5), (1, 0, 2, 0, 1, 8), (0, 1, 0, 1, 0, 8), (1, 1, 2, 1, 1, 1))
-    qkv = leaf(normal(1, m, tokens, 3, 2, dim, dtype=dtype, device="cuda"), layout)
-    for axis in ("token", "element"):
-        compare(attention(axis), (qkv, rope_table(tokens, dim).cuda()), Layout.inside(5))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norms(kind: str, preset: str, dtype: torch.dtype) -> None:
-    m, tokens, heads, dim, _ = shape_of(preset)
-    batch, channels = 2, heads * dim
-    packed = normal(batch, 6 * channels, seed=1, dtype=dtype, device="cuda")
-    scale, shift, gate = (v.requires_grad_() for v in packed.chunk(6, dim=-1)[1:4])
-    x, branch = (leaf(rows(batch, m, tokens, channels, seed=s, dtype=dtype, device="cuda")) for s in (2, 3))
-    for other in {dtype, torch.float32}:  # float32 parameters, as under autocast
-        weight = leaf(1 + normal(channels, seed=4, device="cuda").to(other))
-        for last in ((weight,), ()):
-            compare(norm(kind, 1e-4), (x, scale, shift, *last))
-            compare(gated_norm(kind, 1e-4), (x, branch, gate, scale, shift, *last))
-    compare(norm(kind, 1e-4), (leaf(x.detach().float()), scale, shift, weight))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_swiglu(preset: str, dtype: torch.dtype) -> None:
-    m, tokens, _, _, hidden = shape_of(preset)
-    h = rows(1, m, tokens, 2 * hidden, dtype=dtype, device="cuda")
-    for layout in (Layout.plain(4), Layout.inside(4)):
-        compare(swiglu, (leaf(h, layout),))
+@pytest.mark.parametrize("op", ["axis_attention_token", "axis_attention_element"])
+def test_attention_at_every_head_dimension(op: str, m: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
+    sizes = {"B": 1, "m": m, "T": tokens, "H": 2, "D": dim}
+    compare(op, inputs_of(op, sizes, dtype, strided, "cuda", turned=True), Layout.inside(5))
 
 
 @pytest.mark.parametrize("codes", [1024, 8192])
@@ -118,23 +73,6 @@ def test_nearest_code(codes: int, offset: float, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(ops.nearest_code(z, book), expected)
         assert torch.equal(ops.nearest_code(z.T.contiguous().T, book), expected)  # channels first, as latents come
         assert torch.equal(ops.nearest_code(book, torch.cat((book, book))), torch.arange(codes, device="cuda"))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_partial_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COPEDIT_KERNELS", "triton")
-    z = place(normal(3, 4, 8, 24, 24, 8, dtype=dtype, device="cuda"), Layout.inside(6))
-    x0 = normal(3, 4, 8, 24, 24, 8, seed=1, dtype=dtype, device="cuda")
-    observed = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]], device="cuda").bool()
-    x0[observed] = torch.nan
-    table, step = normal(20, 2, dtype=torch.float32, device="cuda"), torch.tensor(7, device="cuda")
-    before = z.clone()
-    expected = reference.partial_ddim_step_(z.clone(), x0, observed, table, step)
-    exact = table[7, 0].double() * before.double() + table[7, 1].double() * x0.double()
-    ops.partial_ddim_step_(z, x0, observed, table, step)
-    assert torch.equal(z[observed], before[observed])
-    error, allowed = ((v.double() - exact)[~observed].abs().max() for v in (z, expected))
-    assert error <= 2 * allowed + torch.finfo(dtype).eps * exact[~observed].abs().max()
 
 
 def test_a_captured_loop_counts_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,127 +97,58 @@ def test_a_captured_loop_counts_its_steps(monkeypatch: pytest.MonkeyPatch) -> No
 # Repeatability
 
 
-def everything(dtype: torch.dtype, batch: int = 2, tokens: int = 576) -> list[Callable[[], list[Tensor]]]:
-    """Each operator, forward and backward, as a function that returns outputs and gradients."""
-    m, heads, dim = 4, 12, 64
-    channels = heads * dim
-    qkv = leaf(normal(batch, m, tokens, 3, heads, dim, dtype=dtype, device="cuda"))
-    x, branch = (leaf(normal(batch, m, tokens, channels, seed=s, dtype=dtype, device="cuda")) for s in (1, 2))
-    scale, shift, gate = (leaf(normal(batch, channels, seed=s, dtype=dtype, device="cuda")) for s in (3, 4, 5))
-    weight = leaf(normal(channels, seed=6, dtype=dtype, device="cuda"))
-    h = leaf(normal(batch, m, tokens, 4096, seed=7, dtype=dtype, device="cuda"))
-    rope = rope_table(tokens, dim).cuda()
-    z = normal(batch * 1000, 8, dtype=torch.float32, device="cuda")
-    book = normal(1024, 8, dtype=torch.float32, device="cuda")
-    observed = torch.arange(batch * m, device="cuda").view(batch, m) % 3 == 0
-    table = normal(20, 2, dtype=torch.float32, device="cuda")
-
-    def gradients(call: Callable, *inputs: Tensor) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            out = call(ops, *inputs)
-            outputs = out if isinstance(out, tuple) else (out,)
-            cotangents = [normal(*y.shape, seed=8, device="cuda").to(y.dtype) for y in outputs]
-            leaves = [v for v in inputs if v.requires_grad]
-            return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
-
-        return run
-
-    return [
-        gradients(attention("token"), qkv, rope),
-        gradients(attention("element"), qkv),
-        gradients(norm("rms", 1e-4), x, scale, shift, weight),
-        gradients(norm("layer", 1e-4), x, scale, shift, weight),
-        gradients(gated_norm("rms", 1e-4), x, branch, gate, scale, shift, weight),
-        gradients(swiglu, h),
-        lambda: [ops.nearest_code(z, book)],
-        lambda: [ops.partial_ddim_step_(x.detach().clone(), branch.detach(), observed, table, 3)],
-    ]
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_twenty_runs_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COPEDIT_KERNELS", "triton")
-    for run in everything(dtype):
-        first = run()
-        for _ in range(19):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+@pytest.mark.parametrize("op", OPERATORS)
+def test_twenty_runs_give_the_same_bits(op: str, dtype: torch.dtype) -> None:
+    row = OPERATORS[op]
+    for variant in row.variants:
+        first, *others = (once(op, row.sizes(PRESETS["brain-brats"], 2), dtype, **variant) for _ in range(20))
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 # Compilations
 
 
-def test_no_compilation_for_another_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compilation_for_another_batch_size() -> None:
     from triton.runtime.jit import JITFunction
 
-    monkeypatch.setenv("COPEDIT_KERNELS", "triton")
     jitted = {
         id(value): value
         for name, module in list(sys.modules.items())
-        if name.startswith("kernels.")
+        if name.startswith("copedit_kernels.")
         for value in vars(module).values()
         if isinstance(value, JITFunction)
     }
 
-    def compiled() -> int:
+    def compiled(batch: int) -> int:
+        for op, row in OPERATORS.items():
+            for variant in row.variants:
+                once(op, row.sizes(PRESETS["brain-brats"], batch) | {"T": 64}, torch.float16, **variant)
         return sum(len(cache[0]) for kernel in jitted.values() for cache in kernel.device_caches.values())
 
-    for run in everything(torch.float16, batch=4, tokens=64):
-        run()
-    before = compiled()
+    before = compiled(4)
     assert before > 0
     for batch in (1, 2, 3, 16, 32):
-        for run in everything(torch.float16, batch, tokens=64):
-            run()
-        assert compiled() == before, f"batch {batch} compiled {compiled() - before} more kernels"
+        found = compiled(batch)
+        assert found == before, f"batch {batch} compiled {found - before} more kernels"
 
 
 # Memory accesses
 
 
-SANITIZED = {
-    "axis_attention": """
-for axis in ("token", "element"):
-    for dim in (48, 64):
-        qkv = torch.randn(1, 3, 67, 3, 2, dim, device="cuda", dtype=torch.float16, requires_grad=True)
-        rope = torch.randn(2, 67, dim // 2, device="cuda")
-        ops.axis_attention(qkv, rope, axis).square().sum().backward()
-""",
-    "ada_norm": """
-x = torch.randn(2, 3, 7, 288, device="cuda", dtype=torch.float16, requires_grad=True)
-s = torch.randn(2, 288, device="cuda", dtype=torch.float16, requires_grad=True)
-w = torch.randn(288, device="cuda", dtype=torch.float16, requires_grad=True)
-for kind in ("rms", "layer"):
-    ops.ada_norm(x, s, s, w, kind).square().sum().backward()
-""",
-    "gated_residual_ada_norm": """
-x = torch.randn(2, 3, 7, 288, device="cuda", dtype=torch.float16, requires_grad=True)
-s = torch.randn(2, 288, device="cuda", dtype=torch.float16, requires_grad=True)
-y, n = ops.gated_residual_ada_norm(x, x, s, s, s, None)
-(y * n).sum().backward()
-""",
-    "swiglu": """
-h = torch.randn(2, 3, 7, 2 * 1023, device="cuda", dtype=torch.float16, requires_grad=True)
-ops.swiglu(h).square().sum().backward()
-""",
-    "nearest_code": """
-ops.nearest_code(torch.randn(1001, 8, device="cuda"), torch.randn(777, 8, device="cuda"))
-""",
-    "partial_ddim_step_": """
-z = torch.randn(3, 4, 8, 5, 7, 3, device="cuda")
-observed = torch.rand(3, 4, device="cuda") < 0.5
-ops.partial_ddim_step_(z, z.clone(), observed, torch.randn(5, 2, device="cuda"), 2)
-""",
-}
-
-
-@pytest.mark.parametrize("op", SANITIZED)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_no_access_out_of_bounds(op: str) -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("needs compute-sanitizer, of the CUDA toolkit, on PATH")
-    code = "import torch, kernels\n" + SANITIZED[op] + "torch.cuda.synchronize()\n"
+    folders = [HERE.parents[1] / folder for folder in ("", "kernels", "training", "bench", "tests/kernels")]
+    code = f"import sys; sys.path[:0] = {list(map(str, folders))}; import torch, test_gpu\n"
+    code += f"for variant in test_gpu.OPERATORS[{op!r}].variants:\n"
+    code += f"    test_gpu.once({op!r}, test_gpu.OPERATORS[{op!r}].small, torch.float16, **variant)\n"
+    code += "torch.cuda.synchronize()\n"
     # Without torch's caching allocator every tensor is an allocation of its own, whose ends the tool knows.
-    environment = os.environ | {"COPEDIT_KERNELS": "triton", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-c", code]
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

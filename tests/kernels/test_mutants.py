@@ -1,42 +1,27 @@
 """Kernels broken on purpose: the comparisons that the other tests rest on must notice."""
 
-import importlib
 import importlib.util
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checks import (
-    Layout,
-    attention,
-    compare,
-    gated_norm,
-    interpreted,
-    leaf,
-    norm,
-    normal,
-    place,
-    rope_table,
-    swiglu,
-    using,
-)
+from checks import compare, inputs_of, interpreted, strided
 
-import copedit_kernels as ops
-from copedit_kernels import dispatch, reference
+from copedit_bench.operators.cases import OPERATORS
+from copedit_kernels import dispatch, norm
 
 pytestmark = interpreted
-INSIDE = Layout.inside(4)
 
 
 def break_kernels(patch: pytest.MonkeyPatch, folder: Path, name: str, old: str, new: str) -> None:
-    """The kernels of kernels/NAME.py with `old` replaced by `new` wherever it stands; launchers stay as they are."""
+    """Replaces `old` by `new` in the kernels of copedit_kernels.NAME; launchers stay as they are."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    module = importlib.import_module(f"kernels.{name}")
+    module = sys.modules[f"copedit_kernels.{name}"]
     assert module.__file__ is not None
     source = Path(module.__file__).read_text("utf-8")
-    assert old in source, f"kernels/{name}.py has no {old!r} any more: give this test another mutation"
+    assert old in source, f"copedit_kernels/{name}.py has no {old!r} any more: give this test another mutation"
     path = folder / f"broken_{name}.py"  # a file, because Triton reads the source of a kernel from it
     path.write_text(source.replace(old, new), "utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -46,73 +31,45 @@ def break_kernels(patch: pytest.MonkeyPatch, folder: Path, name: str, old: str, 
         alone.setattr(dispatch, "register", lambda *_, **__: None)  # the operators are registered already
         spec.loader.exec_module(broken)
     for attribute, value in vars(broken).items():
-        if isinstance(value, InterpretedFunction):
-            patch.setattr(module, attribute, value)
+        if isinstance(value, InterpretedFunction) and value.fn.__module__ == broken.__name__:
+            replace_everywhere(patch, getattr(module, attribute), attribute, value)
 
 
-def token() -> None:
-    """Ragged tiles of queries and keys; large enough scores that a softmax differs from a mean."""
-    qkv = leaf(2 * normal(1, 2, 35, 3, 1, 48, dtype=torch.float32), Layout.inside(6))
-    compare(attention("token"), (qkv, rope_table(35, 48)), Layout.inside(5))
+def replace_everywhere(patch: pytest.MonkeyPatch, old: object, name: str, new: object) -> None:
+    for module in [m for n, m in sys.modules.items() if n.startswith("copedit_kernels.")]:
+        if getattr(module, name, None) is old:
+            patch.setattr(module, name, new)
 
 
-def element() -> None:
-    qkv = leaf(2 * normal(2, 3, 5, 3, 2, 48), Layout.inside(6))
-    compare(attention("element"), (qkv, rope_table(5, 48)), Layout.inside(5))
-
-
-def norms() -> None:
-    """24 of 32 columns, a last tile of tokens that is not full, and backward programs that walk over two tiles."""
-    module = importlib.import_module("copedit_kernels.norm")
-    scale, shift, gate = (leaf(normal(2, 24, seed=s, dtype=torch.float32), Layout.inside(2)) for s in (1, 2, 3))
-    weight = leaf(normal(24, seed=4, dtype=torch.float32))
-    x, branch = (leaf(1 + normal(2, 3, 5, 24, seed=s, dtype=torch.float32), INSIDE) for s in (5, 6))
+def check(op: str) -> None:
+    """A few ragged tiles in every variant, strided; large enough scores that a softmax differs from a mean, and
+    backward programs of the norms that walk over two tiles."""
+    row, dtype = OPERATORS[op], torch.float32
+    more = {"size": 2.0} if row.function == "axis_attention" else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILES", {80: module.TILES[80]._replace(programs=8)})
-        compare(norm("layer", 0.1), (x, scale, shift, weight), INSIDE)
-        compare(gated_norm("rms", 0.1), (x, branch, gate, scale, shift, weight), INSIDE)
+        patch.setattr(norm, "TILES", {80: norm.TILES[80]._replace(programs=8)})
+        for variant in row.variants:
+            compare(op, inputs_of(op, row.small, dtype, strided, **variant, **more))
 
 
-def gated_linear() -> None:
-    compare(swiglu, (leaf(normal(2, 3, 5, 38, dtype=torch.float32), INSIDE),), INSIDE)
-
-
-def codes() -> None:
-    """Whole numbers, so that many codes are equally near; then codes that all are far away."""
-    generator = torch.Generator().manual_seed(0)
-    z, book = (torch.randint(-2, 3, (n, 4), generator=generator).float() for n in (150, 300))
-    for codebook in (book, book + 5):
-        with using("triton"):
-            index = ops.nearest_code(place(z, Layout.inside(2)), codebook)
-        assert torch.equal(index, reference.nearest_code(z, codebook))
-
-
-def step() -> None:
-    z = place(normal(2, 3, 4, 7, dtype=torch.float32), INSIDE)
-    x0 = place(normal(2, 3, 4, 7, seed=1, dtype=torch.float32), Layout.plain(4))
-    observed, table = torch.tensor([[1, 0, 1], [0, 0, 1]]).bool(), normal(4, 2, dtype=torch.float32)
-    expected = reference.partial_ddim_step_(z.clone(), x0, observed, table, 2)
-    with using("triton"):
-        ops.partial_ddim_step_(z, x0, observed, table, torch.tensor(2))
-    torch.testing.assert_close(z, expected)
-
-
-# File and what notices -> what is broken -> text and replacement
-MUTATIONS: dict[tuple[str, Callable[[], None]], dict[str, tuple[str, str]]] = {
-    ("axis_attention", token): {
+# Module and operator -> what is broken -> text and replacement
+MUTATIONS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
+    ("attention_token", "axis_attention_token"): {
         "the mask of keys beyond the last": ('s = tl.where(there[None, :], s, float("-inf"))', "s = s"),
         "the scale of the scores": ("1.4426950408889634 * D**-0.5", "1.4426950408889634"),
         "the place of v": ("v = k + x_c", "v = k"),
-        "the rotation of the gradient": ("(a * cos + b * sin)", "(a * cos - b * sin)"),
         "the scale of dk": ("dk0 * D**-0.5", "dk0"),
-        "the softmax's share in dq": ("p * (dp - rest[:, None])", "p * dp"),
+        "the softmax's share in dq": ("p * (dp - delta_i[:, None])", "p * dp"),
     },
-    ("axis_attention", element): {
+    ("attention_element", "axis_attention_element"): {
         "base e for base 2": ("1.4426950408889634 * D**-0.5", "D**-0.5"),
         "strides of token and head": ("token * x_t + head * x_h", "token * x_h + head * x_t"),
-        "the sense of the rotation": ("a_wide * cos - b_wide * sin", "a_wide * cos + b_wide * sin"),
     },
-    ("ada_norm", norms): {
+    ("rotary", "axis_attention_element"): {
+        "the sense of the rotation": ("a_wide * cos - b_wide * sin", "a_wide * cos + b_wide * sin"),
+        "the rotation of the gradient": ("(a * cos + b * sin)", "(a * cos - b * sin)"),
+    },
+    ("norm", "gated_residual_ada_norm"): {
         "1 + scale": ("gain = 1.0 + load_row", "gain = load_row"),
         "the mask of the mean": ("tl.where(inside[None, :], v - ", "tl.where(C > 0, v - "),
         "strides of element and token": ("x + b * x_b + i * x_i, t, x_t", "x + b * x_b + i * x_t, t, x_i"),
@@ -121,36 +78,36 @@ MUTATIONS: dict[tuple[str, Callable[[], None]], dict[str, tuple[str, str]]] = {
         "the sum of dshift": ("shift_sum += tl.sum(g, 0)", "shift_sum = tl.sum(g, 0)"),
         "eps": ("/ C + EPS)", "/ C)"),
     },
-    ("swiglu", gated_linear): {
+    ("activation", "swiglu"): {
         "strides of h": ("at_1 * h_1 + at_2 * h_2", "at_1 * h_2 + at_2 * h_1"),
         "the sigmoid's derivative": ("(1.0 + a * (1.0 - s))", "(1.0 + a * s)"),
     },
-    ("nearest_code", codes): {
+    ("codes", "nearest_code"): {
         "the leftmost of equals": ("closer = distance < best", "closer = distance <= best"),
         "the mask of codes": ('other=float("inf")', "other=0.0"),
         "strides of z": ("z + row * z_n", "z + row * (z_n - 1)"),
     },
-    ("partial_ddim", step): {
+    ("sampler_step", "partial_ddim_step_"): {
         "which elements move": ("observed_i) == 0", "observed_i) != 0"),
         "strides of x0": ("b * x_b + i * x_i", "b * z_b + i * x_i"),
     },
 }
 CASES = [
-    pytest.param(name, check, *change, id=f"{name}: {what}")
-    for (name, check), changes in MUTATIONS.items()
+    pytest.param(module, op, *change, id=f"{module}: {what}")
+    for (module, op), changes in MUTATIONS.items()
     for what, change in changes.items()
 ]
 
 
-@pytest.mark.parametrize("check", [token, element, norms, gated_linear, codes, step])
-def test_the_kernels_as_they_are_pass(check: Callable[[], None]) -> None:
-    check()
+@pytest.mark.parametrize("op", sorted({op for _, op in MUTATIONS}))
+def test_the_kernels_as_they_are_pass(op: str) -> None:
+    check(op)
 
 
-@pytest.mark.parametrize(("name", "check", "old", "new"), CASES)
+@pytest.mark.parametrize(("module", "op", "old", "new"), CASES)
 def test_a_broken_kernel_is_noticed(
-    name: str, check: Callable[[], None], old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: str, op: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_kernels(monkeypatch, tmp_path, name, old, new)
-    with pytest.raises(AssertionError, match=r"error|not close|equal"):
-        check()
+    break_kernels(monkeypatch, tmp_path, module, old, new)
+    with pytest.raises(AssertionError, match=r"error|equal"):
+        check(op)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copedit_rt import checkpoint
-from copedit_rt.cli import synthesise
+from copedit_rt.cohort import synthesise
 from copedit_rt.config import ModelConfig
 from copedit_rt.images import preview
 from copedit_rt.images.names import STACK
 from copedit_rt.images.nifti import Volume, read_volume
 from copedit_rt.images.study import Study
+from copedit_rt.listener import Listener
 from copedit_training.data import prepared
 from copedit_training.evaluation import evaluate
 
@@ -32,6 +33,7 @@ def run(
     seed: int = 12,
     device: str = "auto",
     models: Mapping[str, str | Path] = MODELS,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Write, synthesise and score `subjects` brains and as many hearts; JSON-able.
 
@@ -44,7 +46,7 @@ def run(
     for model in models.values():
         config = checkpoint.read_config(checkpoint.locate(model))
         for i in range(subjects):
-            study, picture = _one(output, config, str(model), prepared.HELD_OUT + seed + i, i, device)
+            study, picture = _one(output, config, str(model), prepared.HELD_OUT + seed + i, i, device, listener)
             studies.append(study)
             if i == 0:
                 pictures.append(picture)
@@ -59,7 +61,7 @@ def run(
 
 
 def _one(
-    output: Path, config: ModelConfig, model: str, seed: int, index: int, device: str
+    output: Path, config: ModelConfig, model: str, seed: int, index: int, device: str, listener: Listener | None
 ) -> tuple[dict[str, Any], preview.Image.Image]:
     """One subject from phantom to scores and picture."""
     phantom = prepared.phantom_subject(config, seed)
@@ -81,7 +83,8 @@ def _one(
             volume.data[..., slices] = 0
             volume.save(given / file)
 
-    summary = synthesise([given], output / "output" / name, model=model, device=device, overwrite=True)
+    results = output / "output" / name
+    summary = synthesise([given], results, model=model, device=device, overwrite=True, listener=listener)
     (entry,) = summary["studies"]
 
     images = {element: read_volume(truth / file).data for element, file in files.items()}

@@ -135,7 +135,7 @@ def _commands(race: Race, model: str, onnx: Path | None, temporary: Path) -> Non
         if which is None:
             continue
         words = ("synth", "-i", str(study), "-o", str(temporary / "made"), "--model", str(which), "--overwrite")
-        command = (sys.executable, "-m", "copedit_rt.cli", *words, "--engine", engine, "--device", "cpu")
+        command = (sys.executable, "-m", "copedit_rt", *words, "--engine", engine, "--device", "cpu")
         wall, processor = _repeat(command)
         row = {"model": model, "engine": engine, "wall_s": wall, "processor_s": processor}
         race.extra.setdefault("commands", []).append(row)

@@ -1,12 +1,11 @@
-"""The operators and, side by side, what computes the same: ours, PyTorch as users write it, compilers, libraries."""
+"""What computes the same as an operator: ours, PyTorch as users write it, compilers, libraries."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,14 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 import copedit_kernels
-from copedit_kernels import reference
+from copedit_kernels import attention_token
 
 EPS = 1e-4  # of the norms, as in the denoiser
-STEPS, STEP = 20, 3  # of the sampler's table, and the row that is used
 
 
 @dataclass(frozen=True)
-class Provider:
+class Contestant:
     """One way to compute an operator.
 
     tier: the costliest `Case.tier` that it is measured at (2: everywhere). options: passed to torch.compile; None runs
@@ -36,26 +34,6 @@ class Provider:
     options: Mapping[str, Any] | None = None
     missing: Callable[[torch.device], str | None] = lambda device: None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-@dataclass(frozen=True)
-class Operator:
-    """An operator: what goes in, what is exact, and who computes it.
-
-    inputs: (sizes, dtype, device, generator) -> arguments by name. learn: the arguments that get gradients. mutated:
-    those that a call writes to. baseline: the provider whose error in low precision sets the tolerance. dtype: the only
-    one that is measured, None for all. judge: None for the usual comparison of values.
-    """
-
-    inputs: Callable[..., dict[str, Any]]
-    exact: Callable[..., Any]
-    providers: Mapping[str, Provider]
-    baseline: str = "eager"
-    learn: tuple[str, ...] = ()
-    mutated: tuple[str, ...] = ()
-    dtype: torch.dtype | None = None
-    judge: Callable[..., Verdict] | None = None
-    tiny: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,26 +69,18 @@ def library(name: str) -> Callable[[torch.device], str | None]:
     return missing
 
 
-def normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+def four(ours: Callable[..., Any], eager: Callable[..., Any], **others: Callable[..., Any]) -> dict[str, Contestant]:
+    """Ours, plain PyTorch, the others, and what compilers make of plain PyTorch."""
+    return {
+        "ours": Contestant(ours),
+        "eager": Contestant(eager),
+        **{name: Contestant(call) for name, call in others.items()},
+        "compile": Contestant(eager, tier=1, options=DEFAULT),
+        "compile-max": Contestant(eager, tier=0, options=AUTOTUNE),
+    }
 
 
-def modulations(generator: torch.Generator, dtype: torch.dtype, batch: int, channels: int, count: int) -> list[Tensor]:
-    """[B, C] each, as the denoiser has them: slices of one [B, 6 C]."""
-    whole = normal(generator, dtype, batch, 6 * channels)
-    return [part.detach() for part in whole.chunk(6, dim=-1)[:count]]
-
-
-# -------------------------------------------------------------------------------------------------- attention
-
-
-def _qkv(axis: str, sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    b, m, t, h, d = (sizes[k] for k in "BmTHD")
-    qkv = normal(generator, dtype, b, m, t, 3, h, d)
-    if axis == "element":
-        return {"qkv": qkv, "rope": None}
-    angle = 3 * normal(generator, torch.float32, t, d // 2)
-    return {"qkv": qkv, "rope": torch.stack((angle.cos(), angle.sin()))}
+# Attention
 
 
 def _turned(qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +114,7 @@ def sdpa(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
     return _back(F.scaled_dot_product_attention(q, k, v).transpose(1, 2), qkv, axis)
 
 
-def unrolled(qkv: Tensor, rope: Tensor | None) -> Tensor:
+def unrolled(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
     """Attention across elements as products and sums, which a compiler fuses into one pass."""
     q, k, v = (x.float() for x in qkv.unbind(3))
     scores = (q[:, :, None] * k[:, None]).sum(-1) * q.shape[-1] ** -0.5
@@ -180,12 +150,11 @@ def xformers(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
 @contextmanager
 def rotated_before() -> Iterator[None]:
     """Ours with q or k turned once, into a buffer, instead of where each tile reads it."""
-    module: Any = importlib.import_module("copedit_kernels.attention")  # as an attribute it is the operator
-    usual, module.ROTATE_BEFORE = module.ROTATE_BEFORE, True
+    usual, attention_token.ROTATE_BEFORE = attention_token.ROTATE_BEFORE, True
     try:
         yield
     finally:
-        module.ROTATE_BEFORE = usual
+        attention_token.ROTATE_BEFORE = usual
 
 
 def triton_on_cuda(device: torch.device) -> str | None:
@@ -194,75 +163,44 @@ def triton_on_cuda(device: torch.device) -> str | None:
     return cuda_only(device)
 
 
-def _attention(axis: str) -> Operator:
-    call = partial(sdpa, axis=axis)
+def attention(axis: str) -> dict[str, Contestant]:
     backends = {
         "cudnn": (SDPBackend.CUDNN_ATTENTION, cuda_only),
         "flash": (SDPBackend.FLASH_ATTENTION, lambda device: None),
         "efficient": (SDPBackend.EFFICIENT_ATTENTION, cuda_only),
         "math": (SDPBackend.MATH, lambda device: None),
     }
-    providers = {"ours": Provider(partial(copedit_kernels.axis_attention, axis=axis))}
+    ours = copedit_kernels.axis_attention
+    found = {"ours": Contestant(ours)}
     if axis == "token":
-        ours = providers["ours"].call
-        providers["ours-rotated-before"] = Provider(ours, missing=triton_on_cuda, context=rotated_before)
+        found["ours-rotated-before"] = Contestant(ours, missing=triton_on_cuda, context=rotated_before)
     for name, (backend, missing) in backends.items():
-        providers[f"sdpa-{name}"] = Provider(call, missing=missing, context=partial(sdpa_kernel, backend))
-    providers["compile"] = Provider(call, tier=1, options=DEFAULT)
-    providers["compile-max"] = Provider(call, tier=0, options=AUTOTUNE)
+        found[f"sdpa-{name}"] = Contestant(sdpa, missing=missing, context=partial(sdpa_kernel, backend))
+    found["compile"] = Contestant(sdpa, tier=1, options=DEFAULT)
+    found["compile-max"] = Contestant(sdpa, tier=0, options=AUTOTUNE)
     if axis == "element":
-        providers["compile-unrolled"] = Provider(unrolled, tier=0, options=DEFAULT)
-    providers["flex"] = Provider(
-        partial(flex, axis=axis), tier=1 if axis == "token" else 0, options=DEFAULT, missing=cuda_only
-    )
-    providers["flash-attn"] = Provider(partial(flash_attn, axis=axis), missing=library("flash_attn"))
-    providers["xformers"] = Provider(partial(xformers, axis=axis), missing=library("xformers"))
-    return Operator(
-        inputs=partial(_qkv, axis),
-        exact=partial(reference.axis_attention, axis=axis),
-        providers=providers,
-        baseline="sdpa-math",
-        learn=("qkv",),
-        tiny={"B": 1, "m": 2, "T": 16, "H": 1, "D": 32},
-    )
+        found["compile-unrolled"] = Contestant(unrolled, tier=0, options=DEFAULT)
+    found["flex"] = Contestant(flex, tier=1 if axis == "token" else 0, options=DEFAULT, missing=cuda_only)
+    found["flash-attn"] = Contestant(flash_attn, missing=library("flash_attn"))
+    found["xformers"] = Contestant(xformers, missing=library("xformers"))
+    return found
 
 
-# -------------------------------------------------------------------------------------------------- row-wise
+# Rows
 
 
-def _ada_inputs(sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    b, m, t, c = (sizes[k] for k in "BmTC")
-    scale, shift = modulations(generator, dtype, b, c, 2)
-    return {
-        "x": normal(generator, dtype, b, m, t, c),
-        "scale": scale,
-        "shift": shift,
-        "weight": 1 + 0.1 * normal(generator, dtype, c),
-    }
-
-
-def _gated_inputs(sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    b, m, t, c = (sizes[k] for k in "BmTC")
-    gate, scale, shift = modulations(generator, dtype, b, c, 3)
-    return {
-        "x": normal(generator, dtype, b, m, t, c),
-        "branch": normal(generator, dtype, b, m, t, c),
-        "gate": gate,
-        "scale": scale,
-        "shift": shift,
-        "weight": 1 + 0.1 * normal(generator, dtype, c),
-    }
-
-
-def eager_ada_norm(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, EPS) * (1 + scale[:, None, None]) + shift[:, None, None]
+def eager_ada_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, kind: str = "rms", eps: float = EPS
+) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps) * (1 + scale[:, None, None]) + shift[:, None, None]
 
 
 def eager_gated(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor,
+    kind: str = "rms", eps: float = EPS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = x + gate[:, None, None] * branch
-    return y, eager_ada_norm(y, scale, shift, weight)
+    return y, eager_ada_norm(y, scale, shift, weight, kind, eps)
 
 
 def eager_swiglu(h: Tensor) -> Tensor:
@@ -270,25 +208,7 @@ def eager_swiglu(h: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
-def _swiglu_inputs(sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    return {"h": normal(generator, dtype, sizes["B"], sizes["m"], sizes["T"], 2 * sizes["F"])}
-
-
-def _four(ours: Callable[..., Any], eager: Callable[..., Any]) -> dict[str, Provider]:
-    return {
-        "ours": Provider(ours),
-        "eager": Provider(eager),
-        "compile": Provider(eager, tier=1, options=DEFAULT),
-        "compile-max": Provider(eager, tier=0, options=AUTOTUNE),
-    }
-
-
-# ---------------------------------------------------------------------------------------- codes, sampler step
-
-
-def _code_inputs(sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    n, k, d = (sizes[key] for key in "NKd")
-    return {"z": normal(generator, dtype, n, d), "codebook": normal(generator, dtype, k, d)}
+# Codes and the sampler's step
 
 
 def cdist_code(z: Tensor, codebook: Tensor) -> Tensor:
@@ -298,11 +218,6 @@ def cdist_code(z: Tensor, codebook: Tensor) -> Tensor:
 def product_code(z: Tensor, codebook: Tensor) -> Tensor:
     """|c|^2 - 2 z.c, as most vector quantisers do."""
     return torch.addmm(codebook.square().sum(1), z, codebook.T, alpha=-2).argmin(1)
-
-
-def exact_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """The reference in float32, which the contract is about, in larger pieces than the models need."""
-    return reference.nearest_code(z.float(), codebook.float(), rows=4096)
 
 
 def judge_code(found: Tensor, exact: Tensor, baseline: Tensor, z: Tensor, codebook: Tensor, name: str) -> Verdict:
@@ -318,76 +233,10 @@ def judge_code(found: Tensor, exact: Tensor, baseline: Tensor, z: Tensor, codebo
     return Verdict(float((excess / size).max()), 32 * torch.finfo(torch.float32).eps, note)
 
 
-def _step_inputs(sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    b, m, missing, e = (sizes[k] for k in ("B", "m", "M", "E"))
-    device = generator.device
-    keep = torch.linspace(0.95, 0.0, STEPS, dtype=torch.float64, device=device)
-    return {
-        "z": normal(generator, dtype, b, m, e),
-        "x0": normal(generator, dtype, b, m, e),
-        "observed": (torch.arange(m, device=device) >= missing).expand(b, m).contiguous(),
-        "table": torch.stack((keep, 1 - keep), dim=1),
-        "step": torch.tensor(STEP, device=device),
-    }
+STEP = 3  # the row of the table that a step uses
 
 
 def eager_step(z: Tensor, x0: Tensor, observed: Tensor, table: Tensor, step: Tensor) -> Tensor:
     """As a sampling loop in Python does it; its step is a Python integer."""
     keep, rate = table[STEP].to(z.dtype)
-    return z.copy_(torch.where(observed[..., None], z, keep * z + rate * x0))
-
-
-# ------------------------------------------------------------------------------------------------------- all
-
-OPERATORS: dict[str, Operator] = {
-    "axis_attention_token": _attention("token"),
-    "axis_attention_element": _attention("element"),
-    "ada_norm": Operator(
-        inputs=_ada_inputs,
-        exact=partial(reference.ada_norm, eps=EPS),
-        providers=_four(partial(copedit_kernels.ada_norm, eps=EPS), eager_ada_norm),
-        learn=("x", "scale", "shift", "weight"),
-        tiny={"B": 1, "m": 2, "T": 4, "C": 64},
-    ),
-    "gated_residual_ada_norm": Operator(
-        inputs=_gated_inputs,
-        exact=partial(reference.gated_residual_ada_norm, eps=EPS),
-        providers=_four(partial(copedit_kernels.gated_residual_ada_norm, eps=EPS), eager_gated),
-        learn=("x", "branch", "gate", "scale", "shift", "weight"),
-        tiny={"B": 1, "m": 2, "T": 4, "C": 64},
-    ),
-    "swiglu": Operator(
-        inputs=_swiglu_inputs,
-        exact=reference.swiglu,
-        providers=_four(copedit_kernels.swiglu, eager_swiglu),
-        learn=("h",),
-        tiny={"B": 1, "m": 2, "T": 4, "F": 64},
-    ),
-    "nearest_code": Operator(
-        inputs=_code_inputs,
-        exact=exact_code,
-        providers={
-            "ours": Provider(copedit_kernels.nearest_code),
-            "cdist": Provider(cdist_code),
-            "product": Provider(product_code),
-            "compile": Provider(product_code, tier=1, options=DEFAULT),
-            "compile-max": Provider(product_code, tier=0, options=AUTOTUNE),
-        },
-        baseline="cdist",
-        dtype=torch.float32,
-        judge=judge_code,
-        tiny={"N": 16, "K": 16, "d": 8},
-    ),
-    "partial_ddim_step_": Operator(
-        inputs=_step_inputs,
-        exact=reference.partial_ddim_step_,
-        providers={
-            "ours": Provider(copedit_kernels.partial_ddim_step_),
-            "eager": Provider(eager_step),
-            "compile": Provider(eager_step, tier=1, options=DEFAULT),
-        },
-        mutated=("z",),
-        dtype=torch.float32,
-        tiny={"B": 1, "m": 2, "M": 1, "E": 16},
-    ),
-}
+    return z.copy_(torch.where(observed.reshape(observed.shape + (1,) * (z.ndim - 2)), z, keep * z + rate * x0))

@@ -1,7 +1,7 @@
 """The body of `copedit bench kernels`: every operator at every preset shape, beside what it could be replaced by.
 
-Per case (an operator at one shape) every provider is checked against float64 first; one that is wrong is reported and
-not timed. Then all providers of a direction are timed in turns, call by call and, on CUDA, as a CUDA graph.
+Per case (an operator at one shape) every contestant is checked against float64 first; one that is wrong is reported and
+not timed. Then all contestants of a direction are timed in turns, call by call and, on CUDA, as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch._functorch.config
 from torch import Tensor
 
 from copedit_bench import machine
-from copedit_bench.operators.cases import Case, directions, floor, preset_cases
-from copedit_bench.operators.contestants import OPERATORS, Operator, Provider, Verdict
+from copedit_bench.operators.cases import OPERATORS, Case, Fill, Operator, directions, floor, preset_cases
+from copedit_bench.operators.contestants import Contestant, Verdict
 from copedit_bench.timing import (
     TIME_UP,
     Contender,
@@ -75,8 +75,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cases; JSON-able.
 
-    machine, settings, yardsticks; checks: one entry a case and provider, with its status ok, wrong, failed, unavailable
-    or skipped; timings: one entry a case, provider, direction and mode; overhead: microseconds of Python a call on tiny
+    machine, settings, yardsticks; checks: one entry a case and contestant, with its status ok, wrong, failed, unavailable
+    or skipped; timings: one entry a case, contestant, direction and mode; overhead: microseconds of Python a call on tiny
     tensors. seconds: what does not fit is listed as skipped. save: called with the report so far after every case.
     """
     if not cases:
@@ -126,20 +126,20 @@ class _Bench:
     # What one case is
 
     def measure(self, case: Case, remaining: int) -> None:
-        """Check and time every provider at one shape."""
+        """Check and time every contestant at one shape."""
         operator = self.operators[case.op]
         if self.left <= 0:
-            for name in operator.providers:
+            for name in operator.contestants:
                 self._check(case, name, "skipped", TIME_UP[0])
             return
         torch.compiler.reset()  # past eight shapes of one function, compilers would silently stop compiling
         try:
             setting = _Setting(case, operator, operator.dtype or self.dtype, self.watch)
         except Exception as error:
-            for name in operator.providers:
+            for name in operator.contestants:
                 self._check(case, name, "failed", f"inputs or reference: {sentence(error)}")
         else:
-            calls = {name: call for name in operator.providers if (call := self._checked(case, setting, name))}
+            calls = {name: call for name in operator.contestants if (call := self._checked(case, setting, name))}
             budget = CELL * min(1.0, self.left / (CASE * remaining))
             for direction in directions(case.op):
                 self._time(case, setting, calls, direction, budget)
@@ -148,22 +148,22 @@ class _Bench:
         self.sticks.measure()
 
     def _checked(self, case: Case, setting: _Setting, name: str) -> Callable[..., Any] | None:
-        """The provider's function if its answer is right, else None; the verdict goes into the report."""
-        provider = setting.operator.providers[name]
-        if reason := provider.missing(self.device):
+        """The contestant's function if its answer is right, else None; the verdict goes into the report."""
+        contestant = setting.operator.contestants[name]
+        if reason := contestant.missing(self.device):
             self._check(case, name, "unavailable", reason)
             return None
-        if case.tier > provider.tier:
+        if case.tier > contestant.tier:
             self._check(case, name, "skipped", "not measured at this shape: it takes seconds to compile")
             return None
-        options = provider.options
+        options = contestant.options
         if options is not None and self.compiling <= 0:
             self._check(case, name, "skipped", TIME_UP[1])
             return None
         start = time.perf_counter()
         try:
-            call = provider.call if options is None else torch.compile(partial(provider.call), **options)
-            with provider.context():
+            call = contestant.call if options is None else torch.compile(partial(contestant.call), **options)
+            with contestant.context():
                 verdict = setting.judge(name, call)
         except Exception as error:
             self._check(case, name, "failed", sentence(error))
@@ -178,7 +178,7 @@ class _Bench:
         return call if verdict.right else None
 
     def _check(self, case: Case, name: str, status: str, note: str, **numbers: float | None) -> None:
-        self.checks.append(_key(case) | {"provider": name, "status": status, "note": note} | numbers)
+        self.checks.append(_key(case) | {"contestant": name, "status": status, "note": note} | numbers)
 
     def _time(
         self, case: Case, setting: _Setting, calls: Mapping[str, Callable[..., Any]], direction: str, budget: float
@@ -207,7 +207,7 @@ class _Bench:
                 _key(case)
                 | {
                     "dtype": _plain(setting.dtype),
-                    "provider": name,
+                    "contestant": name,
                     "direction": direction,
                     "mode": mode,
                     "median_us": 1e6 * median,
@@ -224,7 +224,7 @@ class _Bench:
             )
 
     def _broken(self, case: Case, name: str, reason: str) -> None:
-        entry = next(c for c in reversed(self.checks) if (c["provider"], c["op"]) == (name, case.op))
+        entry = next(c for c in reversed(self.checks) if (c["contestant"], c["op"]) == (name, case.op))
         entry.setdefault("broken", []).append(reason)
         self.watch.free()
 
@@ -235,12 +235,12 @@ class _Bench:
         operator = self.operators[op]
         dtype = operator.dtype or self.dtype
         for name in ("ours", operator.baseline):
-            provider = operator.providers[name]
-            sample = _sample(operator, operator.tiny, dtype, self.device, SEED)
+            contestant = operator.contestants[name]
+            sample = _sample(operator, operator.small, dtype, self.device, SEED)
             for direction in ("forward", "both") if operator.learn else ("forward",):
                 try:
-                    with _within(provider, direction):
-                        step = _step(provider.call, operator, [sample], direction, [])
+                    with _within(contestant, direction):
+                        step = _step(contestant.call, operator, [sample], direction, [])
                         for _ in range(3):
                             step(0)
                         times = []
@@ -255,7 +255,7 @@ class _Bench:
                 else:
                     entry = {"us": 1e6 * quantile(times, 0.5), "low_us": 1e6 * quantile(times, 0.1)}
                     entry["high_us"] = 1e6 * quantile(times, 0.9)
-                self.overheads.append({"op": op, "provider": name, "direction": direction} | entry)
+                self.overheads.append({"op": op, "contestant": name, "direction": direction} | entry)
 
     def report(self) -> dict[str, Any]:
         """Everything so far, rates as shares of the yardsticks of the same run."""
@@ -290,11 +290,11 @@ class _Setting:
         sets = watch.rotation(sum(x.numel() * x.element_size() for x in first.tensors))
         others = (_sample(operator, case.sizes, dtype, watch.device, SEED + i) for i in range(1, sets))
         self.samples = [first, *others]
-        self.exact = _outcome(operator.exact, operator, first.double())
+        self.exact = _outcome(operator.exact or operator.reference, operator, first.double())
         self._low: dict[str, Tensor] | None = None
 
     def judge(self, name: str, call: Callable[..., Any]) -> Verdict:
-        """Compare a provider's results and gradients with the exact ones."""
+        """Compare a contestant's results and gradients with the exact ones."""
         found = _outcome(call, self.operator, self.samples[0])
         if self.operator.judge:
             exact, low = self.exact["output 0"], self.low()
@@ -306,18 +306,18 @@ class _Setting:
     def low(self) -> dict[str, Tensor] | None:
         """Results of the baseline, in the precision that is measured; None where it cannot run."""
         if self._low is None:
-            provider = self.operator.providers[self.operator.baseline]
+            contestant = self.operator.contestants[self.operator.baseline]
             try:
-                with provider.context():
-                    self._low = _outcome(provider.call, self.operator, self.samples[0])
+                with contestant.context():
+                    self._low = _outcome(contestant.call, self.operator, self.samples[0])
             except Exception:
                 self._low = {}
         return self._low or None
 
     def contender(self, name: str, call: Callable[..., Any], direction: str) -> tuple[Contender, int | None]:
-        """A provider ready to be timed, and its peak memory."""
-        provider = self.operator.providers[name]
-        context = partial(_within, provider, direction)
+        """A contestant ready to be timed, and its peak memory."""
+        contestant = self.operator.contestants[name]
+        context = partial(_within, contestant, direction)
         with context():
             retained = [_tuple(call(*s.arguments)) for s in self.samples] if direction == "backward" else []
             step = _step(call, self.operator, self.samples, direction, retained)
@@ -358,15 +358,15 @@ class _Sample:
 def _sample(
     operator: Operator, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int
 ) -> _Sample:
-    generator = torch.Generator(device).manual_seed(seed)
-    inputs = operator.inputs(sizes, dtype, generator)
+    fill = Fill(dtype, device, seed)
+    inputs = operator.inputs(sizes, fill)
     cotangents: list[Tensor] = []
     if operator.learn:
         # The shapes of the results, without computing them.
         fake = [x.to("meta") if isinstance(x, Tensor) else x for x in inputs.values()]
         with torch.no_grad():
-            shapes = [out.shape for out in _tuple(operator.exact(*fake))]
-        cotangents = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
+            shapes = [out.shape for out in _tuple(operator.reference(*fake))]
+        cotangents = [fill(*shape) for shape in shapes]
     return _Sample(operator, inputs, cotangents)
 
 
@@ -430,10 +430,10 @@ def judge_values(
 
 
 @contextmanager
-def _within(provider: Provider, direction: str) -> Iterator[None]:
-    """The provider's context, and no gradients in a forward pass by itself."""
+def _within(contestant: Contestant, direction: str) -> Iterator[None]:
+    """The contestant's context, and no gradients in a forward pass by itself."""
     with ExitStack() as stack:
-        stack.enter_context(provider.context())
+        stack.enter_context(contestant.context())
         if direction == "forward":
             stack.enter_context(torch.no_grad())
         yield

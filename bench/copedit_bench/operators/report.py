@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from copedit_bench.operators.cases import COMPUTE_BOUND, OPERATORS
+from copedit_bench.operators.cases import OPERATORS
 from copedit_bench.timing import TIME_UP
 from copedit_rt.files import write_atomically
 from copedit_training.evaluation.report import table
@@ -91,8 +91,8 @@ def description(report: Report) -> list[str]:
         f"Yardsticks of this run: {yardsticks(report)}.",
         "",
         "Median and half the distance between the deciles; the fastest is bold. Shares compare the floor of "
-        "`docs/kernels.md` with the yardstick. Providers take turns; inputs rotate so that none stays in the L2 cache; "
-        "every provider was checked against float64 before. torch.compile and FlexAttention compile for one shape each "
+        "`docs/kernels.md` with the yardstick. Contestants take turns; inputs rotate so that none stays in the L2 cache; "
+        "every contestant was checked against float64 before. torch.compile and FlexAttention compile for one shape each "
         "(dynamic=False), at the shapes that show a number.",
     ]
 
@@ -122,17 +122,17 @@ def modes(report: Report, op: str) -> list[str]:
     return sorted({row["mode"] for row in rows(report, op)}, reverse=True)
 
 
-def _providers(report: Report, op: str) -> list[str]:
-    timed = {row["provider"] for row in rows(report, op)}
-    return [p for p in dict.fromkeys(c["provider"] for c in report["checks"] if c["op"] == op) if p in timed]
+def _contestants(report: Report, op: str) -> list[str]:
+    timed = {row["contestant"] for row in rows(report, op)}
+    return [p for p in dict.fromkeys(c["contestant"] for c in report["checks"] if c["op"] == op) if p in timed]
 
 
 def _groups(found: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
-    """Rows of one shape and direction together, by provider; in the order of presets and batch."""
+    """Rows of one shape and direction together, by contestant; in the order of presets and batch."""
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for row in sorted(found, key=lambda r: (r["presets"], list(r["sizes"].values()))):
         key = json.dumps([row["sizes"], row["direction"]])
-        groups.setdefault(key, {})[row["provider"]] = row
+        groups.setdefault(key, {})[row["contestant"]] = row
     return list(groups.values())
 
 
@@ -149,7 +149,7 @@ def _cell(row: Mapping[str, Any] | None, key: str = "median_us", best: bool = Fa
 
 
 def _share(op: str) -> tuple[str, str]:
-    return ("product_share", "of product") if op in COMPUTE_BOUND else ("copy_share", "of copy")
+    return ("product_share", "of product") if OPERATORS[op].compute_bound else ("copy_share", "of copy")
 
 
 def _names(group: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -159,24 +159,24 @@ def _names(group: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def full_table(report: Report, op: str, mode: str) -> list[str]:
-    """Every shape, direction and provider."""
-    providers, (share, title) = _providers(report, op), _share(op)
+    """Every shape, direction and contestant."""
+    contestants, (share, title) = _contestants(report, op), _share(op)
     body = []
     for group in _groups(rows(report, op, mode)):
         best = min(group, key=lambda p: group[p]["median_us"])
         ours = f"{group['ours'][share]:.0%}" if "ours" in group else "–"
-        body.append([*_names(group), ours, *(_cell(group.get(p), best=p == best) for p in providers)])
-    return table(["used by", "shape", "pass", f"ours, {title}", *providers], body, 3)
+        body.append([*_names(group), ours, *(_cell(group.get(p), best=p == best) for p in contestants)])
+    return table(["used by", "shape", "pass", f"ours, {title}", *contestants], body, 3)
 
 
 def memory_table(report: Report, op: str) -> list[str]:
-    """Peak memory of every shape, direction and provider."""
-    providers = _providers(report, op)
+    """Peak memory of every shape, direction and contestant."""
+    contestants = _contestants(report, op)
     body = []
     for group in _groups(rows(report, op, "eager")):
-        cells = [_number(group[p]["peak_bytes"] / 2**20, 4) if p in group else "–" for p in providers]
+        cells = [_number(group[p]["peak_bytes"] / 2**20, 4) if p in group else "–" for p in contestants]
         body.append([*_names(group), *cells])
-    return table(["used by", "shape", "pass", *providers], body, 3)
+    return table(["used by", "shape", "pass", *contestants], body, 3)
 
 
 def short_table(report: Report, op: str, preset: str) -> list[str]:
@@ -207,9 +207,9 @@ def _presets(report: Report, op: str) -> set[str]:
     return {preset for row in rows(report, op) for preset in row["presets"]}
 
 
-def _plainest(providers: Sequence[str]) -> str | None:
+def _plainest(contestants: Sequence[str]) -> str | None:
     """The one that stands for PyTorch as users write it."""
-    return next((p for p in ("eager", "cdist", "sdpa-flash", "sdpa-math") if p in providers), None)
+    return next((p for p in ("eager", "cdist", "sdpa-flash", "sdpa-math") if p in contestants), None)
 
 
 def check_list(report: Report, op: str, everything: bool = True) -> list[str]:
@@ -225,12 +225,12 @@ def check_list(report: Report, op: str, everything: bool = True) -> list[str]:
         elif check["status"] == "failed" or (everything and check["status"] != "ok") or check["note"] in TIME_UP:
             reasons.append(f"{check['status']}, {check['note']}")
         for reason in reasons:
-            found.setdefault(reason, {}).setdefault(check["provider"], []).append(shape)
+            found.setdefault(reason, {}).setdefault(check["contestant"], []).append(shape)
     lines = []
-    for reason, providers in found.items():
-        shapes = list(dict.fromkeys(shape for own in providers.values() for shape in own))
+    for reason, contestants in found.items():
+        shapes = list(dict.fromkeys(shape for own in contestants.values() for shape in own))
         more = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
-        lines.append(f"- {', '.join(providers)}: {reason} ({shapes[0]}{more})")
+        lines.append(f"- {', '.join(contestants)}: {reason} ({shapes[0]}{more})")
     if everything:
         right = [check for check in checks if check["status"] == "ok"]
         worst = max((check["error"] / check["tolerance"] for check in right if check["tolerance"]), default=0.0)
@@ -243,8 +243,8 @@ def overhead_table(report: Report) -> list[str]:
     body = []
     for entry in report["overhead"]:
         text = entry.get("note", "–") if entry["us"] is None else _cell(entry, "us")
-        body.append([entry["op"], entry["provider"], entry["direction"], text])
-    return table(["operator", "provider", "pass", "µs"], body, 3)
+        body.append([entry["op"], entry["contestant"], entry["direction"], text])
+    return table(["operator", "contestant", "pass", "µs"], body, 3)
 
 
 # ------------------------------------------------------------------------------------------------------ plot
@@ -256,7 +256,7 @@ def _first(row: Mapping[str, Any]) -> int:
 
 
 def plot(report: Report) -> bytes:
-    """PNG: microseconds over the batch, one row of panels an operator, one line a provider."""
+    """PNG: microseconds over the batch, one row of panels an operator, one line a contestant."""
     from matplotlib.figure import Figure
 
     ops = measured(report)
@@ -269,8 +269,8 @@ def plot(report: Report) -> bytes:
         found = [row for row in rows(report, op, mode) if preset in row["presets"]]
         for panel, direction in zip(line, ("forward", "backward", "both"), strict=True):
             ticks = sorted({_first(row) for row in found})
-            for name in _providers(report, op):
-                mine = [row for row in found if (row["provider"], row["direction"]) == (name, direction)]
+            for name in _contestants(report, op):
+                mine = [row for row in found if (row["contestant"], row["direction"]) == (name, direction)]
                 mine.sort(key=_first)
                 if not mine:
                     continue

@@ -9,15 +9,17 @@ on a GPU. With --check nothing is written, and the exit code is 1 if the file is
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from copedit_bench.operators.cases import BATCHES, FLOORS, evaluate, sizes
+import torch
+
+from copedit_bench.operators.cases import BATCHES, OPERATORS, floor
 from copedit_bench.operators.report import PRESET, short_table, yardsticks
+from copedit_kernels import activation, attention_token, norm, rotary, sampler_step
 from copedit_rt.config import PRESETS
 from copedit_rt.files import write_atomically
 
@@ -26,11 +28,7 @@ DOCUMENT = ROOT / "docs/kernels.md"
 RESULTS = ROOT / "bench/results"
 NOTHING = "Not measured yet: no GPU run so far. `bench/gpu.sh` on a machine with a GPU fills this table."
 MARKED = re.compile(r"<!-- (floor|tiles|measured) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-MODULES = {
-    "axis_attention_token": "axis_attention",
-    "partial_ddim_step_": "partial_ddim",
-}  # where not the operator's name
-SINGLE = ("nearest_code", "partial_ddim_step_")  # always float32
+TILES = {"ada_norm": norm.TILES, "swiglu": activation.TILES, "partial_ddim_step_": sampler_step.TILES}
 
 
 def runs(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -41,45 +39,42 @@ def runs(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 def floor_table(op: str) -> list[str]:
     """Formulas, and their values for the brain at the smallest and largest batch."""
-    itemsize, name = (4, "float32") if op in SINGLE else (2, "bfloat16")
-    small, large = (sizes(op, PRESETS[PRESET], batch) for batch in (min(BATCHES), max(BATCHES)))
+    row, dtype = OPERATORS[op], OPERATORS[op].dtype or torch.bfloat16
+    small, large = (row.sizes(PRESETS[PRESET], batch) for batch in (min(BATCHES), max(BATCHES)))
     values = [f"{letter}={number}" if number == large[letter] else letter for letter, number in small.items()]
     lines = [
         f"| pass | bytes | operations | batch {min(BATCHES)} | batch {max(BATCHES)} |",
         "|---|---|---|--:|--:|",
     ]
-    for direction, (moved, computed) in FLOORS[op].items():
-        cells = [
-            f"{evaluate(moved, shape, itemsize) / 1e6:.4g} MB, {evaluate(computed, shape, itemsize) / 1e9:.4g} G"
-            for shape in (small, large)
-        ]
+    for direction, (moved, computed) in row.floors.items():
+        numbers = [floor(op, direction, shape, dtype.itemsize) for shape in (small, large)]
+        cells = [f"{size / 1e6:.4g} MB, {work / 1e9:.4g} G" for size, work in numbers]
         lines.append(f"| {direction} | `{moved}` | `{computed}` | {' | '.join(cells)} |")
+    name = str(dtype).removeprefix("torch.")
     return [*lines, "", f"Values for {PRESET} in {name}: {', '.join(values)}; G is 10⁹ operations."]
 
 
 def tiles_table(op: str) -> list[str]:
     """The named tile sizes of an operator, by architecture; those of attention also by head dimension."""
-    # Not as an attribute of the package, where the operator has the module's name.
-    module: Any = importlib.import_module(f"kernels.{MODULES.get(op, op)}")
     if op != "axis_attention_token":
-        fields = next(iter(module.TILES.values()))._fields
-        body = [[f"sm_{architecture}", *map(str, tile)] for architecture, tile in module.TILES.items()]
+        fields = next(iter(TILES[op].values()))._fields
+        body = [[f"sm_{architecture}", *map(str, tile)] for architecture, tile in TILES[op].items()]
         return [f"| | {' | '.join(fields)} |", f"|---|{'--:|' * len(fields)}", *(f"| {' | '.join(r)} |" for r in body)]
 
-    def text(tile: Any) -> str:
+    def text(tile: attention_token.Tile) -> str:
         return f"{tile.BQ} × {tile.BK}, {tile.warps}, {tile.stages}"
 
-    lines = [f"| queries × keys, warps, stages | {' | '.join(f'D = {dim}' for dim in module.HALVES)} |"]
-    lines += [f"|---|{'---|' * len(module.HALVES)}"]
+    lines = [f"| queries × keys, warps, stages | {' | '.join(f'D = {dim}' for dim in rotary.HALVES)} |"]
+    lines += [f"|---|{'---|' * len(rotary.HALVES)}"]
     for title, table in (
-        ("forward", "FORWARD"),
-        ("backward, dq", "BACKWARD_Q"),
-        ("backward, dk and dv", "BACKWARD_KV"),
-        ("float32 forward", "FORWARD_32"),
-        ("float32 backward, both", "BACKWARD_32"),
+        ("forward", attention_token.FORWARD),
+        ("backward, dq", attention_token.BACKWARD_Q),
+        ("backward, dk and dv", attention_token.BACKWARD_KV),
+        ("float32 forward", attention_token.FORWARD_32),
+        ("float32 backward, both", attention_token.BACKWARD_32),
     ):
-        for architecture, dims in getattr(module, table).items():
-            lines.append(f"| {title}, sm_{architecture} | {' | '.join(text(dims[dim]) for dim in module.HALVES)} |")
+        for architecture, dims in table.items():
+            lines.append(f"| {title}, sm_{architecture} | {' | '.join(text(dims[dim]) for dim in rotary.HALVES)} |")
     return [*lines, "", "Types of 16 bits where a row does not say float32."]
 
 

@@ -1,10 +1,10 @@
 """The benchmark's own correctness: floors counted by hand, wrong answers caught, fair turns, complete reports."""
 
-import importlib
 import json
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ from copedit_bench import timing
 from copedit_bench.operators import measure as body
 from copedit_bench.operators import report as pages
 from copedit_bench.operators import tables
-from copedit_bench.operators.cases import BATCHES, FLOORS, Case, directions, floor, preset_cases
-from copedit_bench.operators.contestants import OPERATORS, Provider
+from copedit_bench.operators.cases import BATCHES, OPERATORS, Case, Fill, directions, floor, preset_cases
+from copedit_bench.operators.contestants import Contestant
+from copedit_kernels import activation, attention_token
 from copedit_rt import cli
 from copedit_rt.config import PRESETS
 from copedit_rt.networks import denoiser, tokenizer
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(op: str, tier: int = 2) -> Case:
-    return Case(op, ("tiny",), dict(OPERATORS[op].tiny), tier)
+    return Case(op, ("tiny",), dict(OPERATORS[op].small), tier)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,30 +59,25 @@ def report():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_shapes_are_those_that_the_models_use(preset, monkeypatch):
     """Run the preset's models on the meta device and compare what they hand to the operators with the cases."""
-    used: dict[str, list[tuple[int, ...]]] = {}
+    config, batch = PRESETS[preset], 4
+    used: dict[str, set[tuple]] = {}
 
-    def record(module, name, key):
+    def shapes(values):
+        return tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in values)
+
+    def record(module, name):
         original = getattr(ops, name)
 
-        def call(*args, **kwargs):
+        def call(*args):
             label = f"{name}_{args[2]}" if name == "axis_attention" else name
-            used.setdefault(label, []).append(tuple(key(*args)))
-            return original(*args, **kwargs)
+            used.setdefault(label, set()).add(shapes(args))
+            return original(*args) if name != "nearest_code" else args[0].new_zeros(len(args[0])).long()
 
         monkeypatch.setattr(module, name, call)
 
-    record(denoiser, "axis_attention", lambda qkv, rope, axis: qkv.shape)
-    record(denoiser, "ada_norm", lambda x, *rest: x.shape)
-    record(denoiser, "gated_residual_ada_norm", lambda x, *rest: x.shape)
-    record(denoiser, "swiglu", lambda h: h.shape)
-    monkeypatch.setattr(
-        tokenizer,
-        "nearest_code",
-        lambda z, codebook: (
-            used.setdefault("nearest_code", []).append((*z.shape, len(codebook))) or z.new_zeros(len(z)).long()
-        ),
-    )
-    config, batch = PRESETS[preset], 4
+    for name in ("axis_attention", "ada_norm", "gated_residual_ada_norm", "swiglu"):
+        record(denoiser, name)
+    record(tokenizer, "nearest_code")
     with torch.device("meta"):
         network = MDiT3D(replace(config, denoiser=replace(config.denoiser, blocks=2)))
         vae = CoPeVAE(config.tokenizer, len(config.elements))
@@ -89,32 +85,24 @@ def test_shapes_are_those_that_the_models_use(preset, monkeypatch):
         observed = torch.ones(z.shape[:2], dtype=torch.bool)
         network(z, torch.zeros(batch), torch.randn(batch, 3, config.tokenizer.prompt_dim), observed)
         vae.quantise(z)
-
-    def shape(op, s):
-        if op.startswith("axis"):
-            return (s["B"], s["m"], s["T"], 3, s["H"], s["D"])
-        if op == "nearest_code":
-            return (s["N"], s["d"], s["K"])
-        return (s["B"], s["m"], s["T"], s["C"] if "C" in s else 2 * s["F"])
-
-    for op, shapes in used.items():
-        wanted = [shape(op, case.sizes) for case in preset_cases([op], [preset], [batch])]
-        assert set(shapes) <= set(wanted), op
-    assert set(used) == set(FLOORS) - {"partial_ddim_step_"}
-    step = preset_cases(["partial_ddim_step_"], [preset], [batch])[0].sizes
+    assert len(used) == 6
+    for op, found in used.items():
+        row = OPERATORS[op]
+        assert shapes(row.inputs(row.sizes(config, batch), Fill(torch.float16)).values()) in found, op
+    step = OPERATORS["partial_ddim_step_"].sizes(config, batch)
     assert math.prod(z.shape) == step["B"] * step["m"] * step["E"]
 
 
 def test_cases_cover_every_operator_preset_and_batch():
     cases = preset_cases()
     seen = {(case.op, preset) for case in cases for preset in case.presets}
-    assert seen == {(op, preset) for op in FLOORS for preset in PRESETS}
-    for op in set(FLOORS) - {"nearest_code"}:
+    assert seen == {(op, preset) for op in OPERATORS for preset in PRESETS}
+    for op in [op for op in OPERATORS if op != "nearest_code"]:
         assert {case.sizes["B"] for case in cases if case.op == op} == set(BATCHES)
     assert len({(case.op, case.label) for case in cases}) == len(cases)
     assert [case.tier for case in cases] == sorted(case.tier for case in cases)
     full = {case.op for case in cases if case.tier == 0}
-    assert full == set(FLOORS)
+    assert full == set(OPERATORS)
     assert any(case.op == "nearest_code" and case.sizes["N"] == 36_864 for case in cases)
 
 
@@ -158,15 +146,15 @@ def test_floors_counted_by_hand():
 # The report
 
 
-def test_every_right_provider_is_timed_in_every_direction(report):
-    right = {(c["op"], c["provider"]) for c in report["checks"] if c["status"] == "ok"}
+def test_every_right_contestant_is_timed_in_every_direction(report):
+    right = {(c["op"], c["contestant"]) for c in report["checks"] if c["status"] == "ok"}
     assert {(op, "ours") for op in OPERATORS} <= right
     assert {(op, OPERATORS[op].baseline) for op in OPERATORS} <= right
-    timed = {(t["op"], t["provider"], t["direction"]) for t in report["timings"]}
+    timed = {(t["op"], t["contestant"], t["direction"]) for t in report["timings"]}
     assert timed == {(op, name, direction) for op, name in right for direction in directions(op)}
     assert {c["status"] for c in report["checks"]} == {"ok", "skipped", "unavailable"}
-    assert {(c["op"], c["provider"]) for c in report["checks"]} == {
-        (op, name) for op, operator in OPERATORS.items() for name in operator.providers
+    assert {(c["op"], c["contestant"]) for c in report["checks"]} == {
+        (op, name) for op, operator in OPERATORS.items() for name in operator.contestants
     }
 
 
@@ -180,7 +168,7 @@ def test_fields_and_rates(report):
         assert row["tflop_s"] == pytest.approx(computed / row["median_us"] / 1e6)
         assert row["copy_share"] == pytest.approx(row["gb_s"] * 1e9 / copy)
         assert row["peak_bytes"] is None  # not known on a CPU
-    assert {(e["op"], e["provider"]) for e in report["overhead"]} == {
+    assert {(e["op"], e["contestant"]) for e in report["overhead"]} == {
         (op, name) for op in OPERATORS for name in ("ours", OPERATORS[op].baseline)
     }
     assert all(e["us"] > 0 for e in report["overhead"])
@@ -198,7 +186,7 @@ def test_files(report, tmp_path, monkeypatch):
     for op in OPERATORS:
         assert f"## {op}" in text
     assert "skipped" in text and "sdpa-cudnn, sdpa-efficient, flex: unavailable, needs CUDA" in text
-    first = next(t for t in report["timings"] if (t["op"], t["provider"]) == ("swiglu", "ours"))
+    first = next(t for t in report["timings"] if (t["op"], t["contestant"]) == ("swiglu", "ours"))
     assert f"{first['median_us']:.4g} ±" in text or first["median_us"] >= 1e4
     assert "swiglu" in pages.summary(report)
 
@@ -211,25 +199,25 @@ def test_plot(report, tmp_path):
 # Wrong answers
 
 
-def altered(op: str, **providers: Provider):
+def altered(op: str, **contestants: Contestant):
     operator = OPERATORS[op]
-    kept = {name: operator.providers[name] for name in ("ours", operator.baseline)}
-    return {op: replace(operator, providers=kept | providers)}
+    kept = {name: operator.contestants[name] for name in ("ours", operator.baseline)}
+    return {op: replace(operator, contestants=kept | contestants)}
 
 
 def statuses(found):
-    return {c["provider"]: c["status"] for c in found["checks"]}
+    return {c["contestant"]: c["status"] for c in found["checks"]}
 
 
-def eager(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    return OPERATORS["ada_norm"].providers["eager"].call(x, scale, shift, weight)
+def eager(*inputs: Any) -> Tensor:
+    return OPERATORS["ada_norm"].contestants["eager"].call(*inputs)
 
 
 def boom(*args: Tensor) -> Tensor:
     raise RuntimeError("no such kernel\nsecond line")
 
 
-def test_wrong_providers_are_reported_and_not_timed(tmp_path):
+def test_wrong_contestants_are_reported_and_not_timed(tmp_path):
     wrong = {
         "scaled": lambda *a: eager(*a) * 1.001,
         "nan": lambda *a: eager(*a).index_fill(2, torch.tensor(0), math.nan),
@@ -240,23 +228,23 @@ def test_wrong_providers_are_reported_and_not_timed(tmp_path):
         "double": lambda *a: eager(*a).double(),
         "boom": boom,
     }
-    operators = altered("ada_norm", **{name: Provider(call) for name, call in wrong.items()})
+    operators = altered("ada_norm", **{name: Contestant(call) for name, call in wrong.items()})
     found = body.run([tiny("ada_norm")], CPU, torch.float32, 60, operators=operators)
     failed = {"shape": "failed", "boom": "failed"}  # a gradient of another shape cannot be taken
     expected = dict.fromkeys(wrong, "wrong") | failed | {"ours": "ok", "eager": "ok"}
     assert statuses(found) == expected
-    assert {t["provider"] for t in found["timings"]} == {"ours", "eager"}
-    notes = {c["provider"]: c["note"] for c in found["checks"]}
+    assert {t["contestant"] for t in found["timings"]} == {"ours", "eager"}
+    notes = {c["contestant"]: c["note"] for c in found["checks"]}
     assert notes["boom"] == "RuntimeError: no such kernel"
     assert notes["no gradient of scale"] == "d scale"
-    assert notes["double"] == "output 0 is (1, 2, 4, 64) float64, not (1, 2, 4, 64) float32"
+    assert notes["double"] == "output 0 is (2, 3, 5, 24) float64, not (2, 3, 5, 24) float32"
     text = pages.markdown(found)
     assert "scaled: WRONG, not timed" in text and "error not finite, allowed" in text
     pages.write_json(found, tmp_path / "kernels.json")
 
 
 def test_a_wrong_baseline_is_caught():
-    operators = altered("swiglu", eager=Provider(lambda h: OPERATORS["swiglu"].providers["eager"].call(h) * 1.001))
+    operators = altered("swiglu", eager=Contestant(lambda h: OPERATORS["swiglu"].contestants["eager"].call(h) * 1.001))
     found = body.run([tiny("swiglu")], CPU, torch.float32, 60, operators=operators)
     assert statuses(found)["eager"] == "wrong"
 
@@ -279,8 +267,8 @@ def test_codes_of_ours_must_be_identical_and_of_others_as_near():
     """Equal codes: the leftmost is ours to find; the others may take any of them, but no farther one."""
     operator = OPERATORS["nearest_code"]
 
-    def inputs(sizes, dtype, generator):
-        made = operator.inputs(sizes, dtype, generator)
+    def inputs(sizes, fill):
+        made = operator.inputs(sizes, fill)
         return {"z": made["z"], "codebook": made["codebook"].repeat(2, 1)}
 
     def rightmost(z, codebook):
@@ -290,8 +278,8 @@ def test_codes_of_ours_must_be_identical_and_of_others_as_near():
         return (ops.nearest_code(z, codebook) + 1) % len(codebook)
 
     def run(ours):
-        providers = {"ours": ours, "cdist": operator.providers["cdist"].call, "other": rightmost, "wrong": next_one}
-        changed = replace(operator, inputs=inputs, providers={n: Provider(c) for n, c in providers.items()})
+        contestants = {"ours": ours, "cdist": operator.contestants["cdist"].call, "other": rightmost, "wrong": next_one}
+        changed = replace(operator, inputs=inputs, contestants={n: Contestant(c) for n, c in contestants.items()})
         return statuses(body.run([tiny("nearest_code")], CPU, torch.float32, 60, operators={"nearest_code": changed}))
 
     assert run(ops.nearest_code) == {"ours": "ok", "cdist": "ok", "other": "ok", "wrong": "wrong"}
@@ -302,7 +290,7 @@ def test_the_step_is_checked_on_copies_and_must_keep_observed_bits():
     def everything(z, x0, observed, table, step):
         return z.copy_(table[step, 0].float() * z + table[step, 1].float() * x0)
 
-    operators = altered("partial_ddim_step_", everything=Provider(everything))
+    operators = altered("partial_ddim_step_", everything=Contestant(everything))
     found = body.run([tiny("partial_ddim_step_")], CPU, torch.float32, 60, operators=operators)
     assert statuses(found) == {"ours": "ok", "eager": "ok", "everything": "wrong"}
 
@@ -359,38 +347,37 @@ def test_what_does_not_fit_the_time_is_listed():
 def test_compilers_have_a_share_of_the_time(monkeypatch):
     monkeypatch.setattr(body, "COMPILING", 0.0)
     found = body.run([tiny("swiglu", tier=0)], CPU, torch.float32, 60)
-    notes = {c["provider"]: c["note"] for c in found["checks"]}
+    notes = {c["contestant"]: c["note"] for c in found["checks"]}
     assert notes["compile"] == notes["compile-max"] == "the time for compilers was up"
 
 
-# Providers
+# Contestants
 
 
 def test_the_other_rotation_is_switched_on_and_off():
-    module = importlib.import_module("copedit_kernels.attention")
-    usual = module.ROTATE_BEFORE
-    with OPERATORS["axis_attention_token"].providers["ours-rotated-before"].context():
-        assert module.ROTATE_BEFORE is True
-    assert module.ROTATE_BEFORE is usual
+    usual = attention_token.ROTATE_BEFORE
+    with OPERATORS["axis_attention_token"].contestants["ours-rotated-before"].context():
+        assert attention_token.ROTATE_BEFORE is True
+    assert attention_token.ROTATE_BEFORE is usual
 
 
 def compiled_statuses(operators=OPERATORS):
     ops = ("ada_norm", "axis_attention_token", "partial_ddim_step_")
     found = body.run([tiny(op, tier=1) for op in ops], CPU, torch.float32, 300, operators=operators)
-    checks = {c["op"]: (c["status"], c["note"]) for c in found["checks"] if c["provider"] == "compile"}
-    timed = {(t["op"], t["direction"]) for t in found["timings"] if t["provider"] == "compile"}
+    checks = {c["op"]: (c["status"], c["note"]) for c in found["checks"] if c["contestant"] == "compile"}
+    timed = {(t["op"], t["direction"]) for t in found["timings"] if t["contestant"] == "compile"}
     assert timed == {(op, direction) for op in ops for direction in directions(op)}
     return {op: status for op, (status, _) in checks.items()}
 
 
-def test_compiled_providers(monkeypatch):
+def test_compiled_contestants(monkeypatch):
     """Dynamo and AOTAutograd, with retained graphs; the code generator is the next test's."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     assert set(compiled_statuses().values()) == {"ok"}
 
 
 @pytest.mark.slow
-def test_compiled_providers_for_real():
+def test_compiled_contestants_for_real():
     assert set(compiled_statuses().values()) == {"ok"}
 
 
@@ -423,21 +410,16 @@ def test_plan_on_a_cpu_is_small():
 def test_document_is_up_to_date():
     """`python -m copedit_bench.operators.tables` writes the tables in docs/kernels.md."""
     assert tables.main(["--check"]) == 0
-    text = tables.DOCUMENT.read_text("utf-8")
-    marked = set(tables.MARKED.findall(text))
-    assert {(kind, op) for kind, op in marked if kind != "tiles"} == {
-        (kind, op) for kind in ("floor", "measured") for op in OPERATORS
-    }
-    tiled = {op for kind, op in marked if kind == "tiles"}
-    assert tiled == {"axis_attention_token", "ada_norm", "swiglu", "partial_ddim_step_"}
+    marked = tables.MARKED.findall(tables.DOCUMENT.read_text("utf-8"))
+    assert {op for kind, op in marked if kind == "floor"} == {op for kind, op in marked if kind == "measured"}
+    assert {op for kind, op in marked if kind == "tiles"} == {"axis_attention_token", *tables.TILES}
 
 
 def test_tiles_come_from_the_modules(monkeypatch):
-    module = importlib.import_module("copedit_kernels.activation")
-    monkeypatch.setattr(module, "TILES", {80: module.TILES[80]._replace(rows=7)})
+    monkeypatch.setitem(activation.TILES, 80, activation.TILES[80]._replace(rows=7))
     assert tables.tiles_table("swiglu")[2].startswith("| sm_80 | 7 |")
     rows = tables.tiles_table("axis_attention_token")
-    tile = importlib.import_module("copedit_kernels.attention").BACKWARD_KV[80][96]
+    tile = attention_token.BACKWARD_KV[80][96]
     line = next(row for row in rows if row.startswith("| backward, dk and dv, sm_80"))
     assert line.endswith(f"| {tile.BQ} × {tile.BK}, {tile.warps}, {tile.stages} |")
 
@@ -485,9 +467,9 @@ def test_as_on_a_gpu(monkeypatch):
     assert all(
         t["peak_bytes"] == 3 << 20 and t["dtype"] == "bfloat16" and t["bytes"] % 2 == 0 for t in found["timings"]
     )
-    ours = next(c for c in found["checks"] if c["provider"] == "ours")
+    ours = next(c for c in found["checks"] if c["contestant"] == "ours")
     assert ours["broken"] == ["forward, capture: RuntimeError: cannot be captured"]
-    assert len([t for t in found["timings"] if t["provider"] == "ours"]) == 5  # three passes, one not captured
+    assert len([t for t in found["timings"] if t["contestant"] == "ours"]) == 5  # three passes, one not captured
     about = dict.fromkeys(("driver", "cuda", "cudnn", "power_limit_w", "sm_clock_mhz", "sm_clock_max_mhz"), "7")
     found |= {"machine": found["machine"] | about | {"device": "cuda", "memory_clock_mhz": "7"}, "clocks_after": {}}
     text = pages.markdown(found)
@@ -501,9 +483,9 @@ def test_as_on_a_gpu(monkeypatch):
 def test_on_a_gpu(tmp_path):
     cases = [tiny(op, tier=1 if op == "swiglu" else 2) for op in OPERATORS]
     found = body.run(cases, torch.device("cuda"), torch.bfloat16, 120)
-    ours = {c["op"]: (c["status"], c["note"], c.get("broken")) for c in found["checks"] if c["provider"] == "ours"}
+    ours = {c["op"]: (c["status"], c["note"], c.get("broken")) for c in found["checks"] if c["contestant"] == "ours"}
     assert all(status == "ok" and not broken for status, _, broken in ours.values()), ours
-    timed = {(t["op"], t["direction"], t["mode"]) for t in found["timings"] if t["provider"] == "ours"}
+    timed = {(t["op"], t["direction"], t["mode"]) for t in found["timings"] if t["contestant"] == "ours"}
     assert timed == {(op, d, mode) for op in OPERATORS for d in directions(op) for mode in ("eager", "graph")}
     assert all(t["peak_bytes"] >= 0 for t in found["timings"])
     assert found["machine"]["l2_bytes"] > 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small import BRAIN, exported, saved, study, write
 
-from copedit_rt import checkpoint, cli, schedule, synthesizer
+from copedit_rt import checkpoint, cli, cohort, schedule, synthesizer
 from copedit_rt.config import ModelConfig
 from copedit_rt.engines import onnx_engine, onnx_export
 from copedit_rt.engines.onnx_engine import DECODER, ENCODER, MANIFEST, STEP, OnnxEngine
@@ -25,6 +25,7 @@ from copedit_rt.networks import sampler
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.terminal import Screen
 
 onnx = pytest.importorskip("onnx", reason="needs the extra export")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra export")
@@ -414,7 +415,8 @@ def test_weights_of_another_training_are_noticed(copy):
 def test_the_command_line_says_that_torch_took_over(copy, tmp_path, capsys):
     damage(copy / STEP)
     folder = write(study(BRAIN, "t1", "t2"), tmp_path)
-    summary = cli.synthesise([folder], tmp_path / "out", model=str(copy), engine="onnxruntime")
+    with Screen() as screen:
+        summary = cohort.synthesise([folder], tmp_path / "out", model=str(copy), engine="onnxruntime", listener=screen)
     assert summary["studies"][0]["record"]["engine"] == "torch"
     assert capsys.readouterr().err.startswith(f"copedit: {copy / STEP}: damaged")
 

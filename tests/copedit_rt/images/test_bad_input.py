@@ -312,7 +312,7 @@ def test_two_files_for_one_modality(tmp_path):
     save(tmp_path / "sub-1_run-1_T1w.nii.gz")
     save(tmp_path / "sub-1_run-2_T1w.nii.gz")
     (files,) = find_studies(tmp_path)
-    refuses("two files for t1: .*run-1_T1w.nii.gz and .*run-2_T1w.nii.gz; remove one", Study.read, files)
+    refuses("two files for t1: .*run-1_T1w.nii.gz and .*run-2_T1w.nii.gz; choose with", Study.read, files)
     one, two = tmp_path.iterdir()
     refuses("two files for t1ce", find_studies, (), {"t1c": one, "T1Gd": two})
     refuses("one file was given for several modalities", find_studies, (), {"t1": one, "t2": one})
@@ -331,8 +331,8 @@ def test_unknown_modality(tmp_path):
     known = "known modalities are t1, t1ce, t2, flair, pd"
     refuses(f"unknown modality 'swi'; {known}", find_studies, (), {"swi": path})
     refuses(f"no images found .*A_swi.nii.gz: unknown modality 'swi'; {known}", find_studies, tmp_path)
-    save(tmp_path / "A_t1_brain.nii.gz")
-    refuses("A_t1_brain.nii.gz: its name does not end in its modality; rename", find_studies, tmp_path)
+    save(tmp_path / "A_t1_odd.nii.gz")
+    refuses("A_t1_odd.nii.gz: its name holds t1 and words that may change .* --file t1=FILE", find_studies, tmp_path)
 
 
 def test_only_labels(tmp_path):

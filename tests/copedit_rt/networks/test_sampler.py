@@ -25,7 +25,7 @@ BRAIN = ModelConfig(
         channels=(4, 4), strides=((2, 2, 2), (2, 2, 2)), residual_units=1, residual_channels=4, codes=16,
         latent_channels=3, prompt_channels=(4, 4), prompt_dim=12, contrast_dim=4,
     ),
-    DenoiserConfig(width=48, heads=2, blocks=4),
+    DenoiserConfig(width=96, heads=3, blocks=4),  # heads of 32 channels, which the kernels take
     DiffusionConfig(steps=4),
 )  # fmt: skip
 IXI = replace(BRAIN, name="tiny-ixi", elements=("t1", "t2", "pd"))
@@ -154,7 +154,7 @@ def test_nothing_is_computed_for_observed_elements_that_nobody_reads() -> None:
             plan._advance()
         return counter.get_total_flops()
 
-    c, hidden, values = 48, 128, 3 * 8
+    c, hidden, values = 96, 256, 3 * 8
     tokens = 2 * 2 * 1 * int(RAGGED.sum())
     assert flops(every) - flops(some) == 2 * tokens * (c * c + 3 * c * hidden + c * values)
     assert flops(some) < flops(every)

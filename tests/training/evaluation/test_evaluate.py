@@ -200,29 +200,25 @@ def test_heads_count_what_is_right():
 
 
 def test_the_command(model_folder, tmp_path):
-    command = [
-        "evaluate",
-        "--model",
-        str(model_folder("demo-cardiac")),
-        "-o",
-        str(tmp_path / "out"),
-        "--subjects",
-        "1",
-    ]
-    result = CliRunner().invoke(app, [*command, "--patterns", "1", "--json"])
+    options = ["--model", str(model_folder("demo-cardiac")), "-o", str(tmp_path / "out"), "--subjects", "1"]
+    result = CliRunner().invoke(app, ["evaluate", *options, "--patterns", "1", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["task"] == "cardiac"
     names = ["counts", "heads", "patterns", "reconstruction"]
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"{name}.png" for name in names}
-    result = CliRunner().invoke(app, [*command, "--patterns", "1", "--sweep", "1-2"])
+    result = CliRunner().invoke(app, ["sweep", *options, "--patterns", "1", "--steps", "1-2"])
     assert result.exit_code == 0, result.output
     assert {p.name for p in (tmp_path / "out").glob("sweep*")} == {"sweep.json", "sweep.md", "sweep.png"}
     assert "| dpm2m | 2 |" in result.stdout
-    for options in (["--sweep", "few"], ["--sweep", "2", "--solver", "ddim"], ["--sweep", "2", "--samples", "2"]):
-        refused = CliRunner().invoke(app, [*command, *options])
-        assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "--sweep" in refused.stderr
-    refused = CliRunner().invoke(app, [*command, "--data", "brats"])
-    assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "brats" in refused.stderr
+    refused = [
+        (["sweep", "--steps", "few"], "--steps few"),
+        (["sweep", "--steps", "2", "--split", "all"], "--split all"),
+        (["evaluate", "--data", "brats"], "brats"),
+        (["evaluate", "--split", "all"], "--split all"),
+    ]
+    for command, named in refused:
+        result = CliRunner().invoke(app, [*command, *options])
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1 and named in result.stderr
 
 
 # ---- a data set ------------------------------------------------------------------------------------------------------

@@ -241,9 +241,17 @@ def test_what_is_refused(experiment, tmp_path):
     with pytest.raises(CopeditError, match="its tokenizer is not the one of preset"):
         experiment(config=replace(made.config, image=(32, 32, 8)), where=tmp_path / "other")
     assert Variant("x", "x", {}).changes == {}
-    refused = CliRunner().invoke(app, ["evaluate", "--ablation", "depth", "-o", str(tmp_path / "o")])
+    refused = CliRunner().invoke(app, ["ablate", "depth", "-o", str(tmp_path / "o")])
     assert refused.exit_code == 1 and "prompts, injection, backbone" in refused.stderr
-    refused = CliRunner().invoke(
-        app, ["evaluate", "--ablation", "prompts", "--segmentation", "-o", str(tmp_path / "o")]
-    )
-    assert refused.exit_code == 1 and "choose one" in refused.stderr
+
+
+def test_the_command_hands_over_data_and_device(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(ablation, "Experiment", lambda *given, **more: seen.update(more, given=given))
+    monkeypatch.setattr(ablation, "ablate", lambda kind, experiment: seen.update(kind=kind) or {})
+    monkeypatch.setattr(ablation, "markdown", lambda report: "")
+    monkeypatch.setattr(ablation, "write_report", lambda report, folder: [])
+    command = ["ablate", "backbone", "-o", str(tmp_path), "--data", "brats", "--device", "cpu", "--set", "lr=1.0"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert seen["kind"] == "backbone" and seen["given"] == (tmp_path, "demo-brain", ["lr=1.0", "device=cpu"])
+    assert seen["data"] == "brats" and seen["test_subjects"] == 16 and not seen["full"] and seen["runs"] is None

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from copedit_rt import checkpoint
 from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
-from copedit_training.data import phantom
+from copedit_rt.images.nifti import Volume
+from copedit_training.data import layouts, phantom, prepared
 from copedit_training.experiments import analysis
 
 pytest.importorskip("matplotlib", reason="figures need the extra `train`")
@@ -19,45 +20,45 @@ pytest.importorskip("sklearn", reason="t-SNE needs the extra `train`")
 
 
 @pytest.fixture(scope="module")
-def cohort(model_folder, tmp_path_factory):
-    return analysis.Cohort(str(model_folder("demo-brain")), tmp_path_factory.mktemp("cohort"), 3, "cpu")
+def probe(model_folder):
+    return analysis.Probe(str(model_folder("demo-brain")), 3, "cpu")
 
 
 @pytest.fixture
-def fresh(model_folder, cohort, tmp_path):
-    """A cohort whose model a test may change; the images are those of the other one."""
-    made = object.__new__(analysis.Cohort)
-    made.__dict__ = {name: value for name, value in vars(cohort).items() if name != "synthesizer"}
+def fresh(model_folder, probe):
+    """A probe whose model a test may change; the images are those of the other one."""
+    made = object.__new__(analysis.Probe)
+    made.__dict__ = {name: value for name, value in vars(probe).items() if name != "synthesizer"}
     folder = model_folder("demo-brain")
     made.vae = checkpoint.load_tokenizer(folder)[1]
     made.net = checkpoint.load_denoiser(folder)[1]
     return made
 
 
-def test_prompts_are_those_of_the_tokenizer(cohort):
+def test_prompts_are_those_of_the_tokenizer(probe):
     subject = torch.tensor([0, 2, 1])
     observed = torch.tensor([[True, False, True, True], [False, False, False, True], [True, True, False, False]])
     with torch.no_grad():
-        expected = cohort.vae.prompts(cohort.raw[subject], observed)
-    assert torch.allclose(cohort.prompts(subject, observed), expected, atol=1e-5)
+        expected = probe.vae.prompts(probe.raw[subject], observed)
+    assert torch.allclose(probe.prompts(subject, observed), expected, atol=1e-5)
 
 
-def test_samples_have_every_count_and_all_patterns_take_turns(cohort):
-    subject, observed = cohort.turns()
+def test_samples_have_every_count_and_all_patterns_take_turns(probe):
+    subject, observed = probe.turns()
     assert subject.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert (~observed).sum(1).tolist() == [1, 2, 3] * 3
     assert len({tuple(row) for row in observed.tolist()}) == 9
 
 
-def test_labels_lie_on_the_images(cohort):
-    for i in range(len(cohort.images)):
-        outside = cohort.labels(i) == phantom.BACKGROUND
-        assert np.abs(cohort.images[i, :, 0][outside]).max() == 0
-        assert cohort.images[i, :, 0][~outside].mean() > 0.2
+def test_labels_lie_on_the_images(probe):
+    for i in range(len(probe.images)):
+        outside = probe.labels(i) == phantom.BACKGROUND
+        assert np.abs(probe.images[i, :, 0][outside]).max() == 0
+        assert probe.images[i, :, 0][~outside].mean() > 0.2
 
 
-def test_labels_of_a_heart_are_in_slabs(model_folder, tmp_path):
-    heart = analysis.Cohort(str(model_folder("demo-cardiac")), tmp_path, 1, "cpu")
+def test_labels_of_a_heart_are_in_slabs(model_folder):
+    heart = analysis.Probe(str(model_folder("demo-cardiac")), 1, "cpu")
     labels = heart.labels(0)
     assert labels.shape == heart.images[0, :, 0].shape
     blood = heart.images[0, :, 0][labels == phantom.LV_BLOOD].mean()
@@ -87,9 +88,9 @@ def test_gradcam_of_a_linear_task_is_its_weights(fresh):
         assert torch.allclose(maps[task][observed], expected, atol=1e-5)
 
 
-def test_attention_maps_are_a_naive_softmax(cohort):
-    net, z = cohort.net, cohort.vae.normalise(cohort.raw[:1])
-    prompts, observed = cohort.prompts(torch.tensor([0]), torch.tensor([[True, True, False, True]])), torch.ones(1, 4)
+def test_attention_maps_are_a_naive_softmax(probe):
+    net, z = probe.net, probe.vae.normalise(probe.raw[:1])
+    prompts, observed = probe.prompts(torch.tensor([0]), torch.tensor([[True, True, False, True]])), torch.ones(1, 4)
     kept = []
     (block,) = (b for b in net.blocks if b.axis == "element")
     hook = block.qkv.register_forward_hook(lambda layer, given, out: kept.append(out))
@@ -114,8 +115,8 @@ def test_attention_needs_across_blocks():
         analysis.attention_maps(nn.Identity(), *[torch.zeros(1)] * 4)
 
 
-def test_donors_are_wrong_in_every_respect(cohort):
-    subject, observed = cohort.turns()
+def test_donors_are_wrong_in_every_respect(probe):
+    subject, observed = probe.turns()
     chosen = analysis.donors(subject, observed, np.random.default_rng(0))
     assert (subject[chosen] != subject).all() and (observed[chosen].sum(1) != observed.sum(1)).all()
 
@@ -134,16 +135,16 @@ def test_interventions():
     assert analysis.replaced(prompts, 3, made["zeroed"]) is made["zeroed"]
 
 
-def test_corruption_goes_from_right_prompts_to_wrong_ones(cohort, monkeypatch):
+def test_corruption_goes_from_right_prompts_to_wrong_ones(probe, monkeypatch):
     """A quality that counts how many prompts are the sample's own."""
-    subject, observed = cohort.turns()
-    own = cohort.prompts(subject, observed)
+    subject, observed = probe.turns()
+    own = probe.prompts(subject, observed)
 
     def quality(subject, observed, prompts):
         return 20 + (prompts == own).all(2).sum(1).numpy().astype(float)
 
-    monkeypatch.setattr(cohort, "quality", quality)
-    report, _ = analysis.corruption(cohort)
+    monkeypatch.setattr(probe, "quality", quality)
+    report, _ = analysis.corruption(probe)
     for kind, loss in (("count", 1), ("position", 1), ("contrast", 1), ("all", 3)):
         row = report["psnr"][kind]
         expected = [23 - loss * round(r * 9) / 9 for r in analysis.RATES]
@@ -167,22 +168,21 @@ def test_neighbours_are_of_other_subjects():
     assert analysis.neighbour_accuracy(alone, labels, subject) < 0.8
 
 
-def test_quality_is_that_of_what_was_made(cohort):
+def test_quality_is_that_of_what_was_made(probe):
     subject, observed = torch.tensor([1]), torch.tensor([[True, False, True, False]])
-    prompts = cohort.prompts(subject, observed)
+    prompts = probe.prompts(subject, observed)
     there = observed[0].numpy()
-    encoded = cohort.synthesizer.engine.encode(cohort.images[1][there])
-    made = analysis.fill(cohort.synthesizer, encoded.latents, there, encoded.prompts, "analysis-1")
-    truth = cohort.images[1, [1, 3], 0]
+    encoded = probe.synthesizer.engine.encode(probe.images[1][there])
+    made = analysis.fill(probe.synthesizer, encoded.latents, there, encoded.prompts, "analysis-1")
+    truth = probe.images[1, [1, 3], 0]
     expected = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(made, truth, strict=True)])
-    assert cohort.quality(subject, observed, prompts) == pytest.approx([expected], rel=1e-4)
+    assert probe.quality(subject, observed, prompts) == pytest.approx([expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", list(analysis.ANALYSES))
-def test_each_analysis_writes_its_figure_and_numbers(kind, model_folder, cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(analysis, "phantom_images", lambda *given, **more: cohort.images)
-    command = ["evaluate", "--model", str(model_folder("demo-brain")), "--analysis", kind]
-    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path), "--subjects", "3"])
+def test_each_analysis_writes_its_figure_and_numbers(kind, model_folder, tmp_path):
+    command = ["analyse", kind, "--model", str(model_folder("demo-brain"))]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path), "--subjects", "3", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / f"{kind}.json").read_text())
     assert report["analysis"] == kind and (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"
@@ -198,5 +198,29 @@ def test_each_analysis_writes_its_figure_and_numbers(kind, model_folder, cohort,
 
 
 def test_an_unknown_analysis_is_refused(tmp_path):
-    refused = CliRunner().invoke(app, ["evaluate", "--analysis", "pca", "-o", str(tmp_path / "o")])
+    refused = CliRunner().invoke(app, ["analyse", "pca", "-o", str(tmp_path / "o")])
     assert refused.exit_code == 1 and "gradcam, tsne" in refused.stderr
+
+
+def test_the_subjects_of_a_data_set(model_folder, tmp_path):
+    """Held out as by `copedit evaluate`; without tissues the thirds of an image's intensities stand for them."""
+    model, root = str(model_folder("demo-brain")), tmp_path / "data"
+    config = checkpoint.read_config(model_folder("demo-brain"))
+    for i in range(6):
+        subject = prepared.phantom_subject(config, prepared.HELD_OUT + i)
+        for element, image in subject.images.items():
+            path = root / f"BraTS2021_{i:05d}" / f"BraTS2021_{i:05d}_{element}.nii.gz"
+            Volume.from_array(image, subject.affine()).save(path)
+    sides = layouts.split(layouts.find(root, config).subjects)
+    command = ["analyse", "gradcam", "--model", model, "--data", str(root), "-o", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["data"] == str(root) and report["split"] == "test" and report["shown"]["subject"] in sides["test"]
+    assert report["samples"] == 3 * len(sides["test"]) and str(root) in (tmp_path / "out" / "gradcam.md").read_text()
+    volume = [row["share_of_volume"] for row in report["regions"]["count"].values()]
+    assert sum(volume) == pytest.approx(1) and volume[1:] == pytest.approx([(1 - volume[0]) / 3] * 3, rel=0.02)
+    every = CliRunner().invoke(app, [*command, "--split", "all", "--subjects", "2"])
+    assert json.loads(every.stdout)["samples"] == 6
+    refused = CliRunner().invoke(app, [*command, "--first-seed", "1000000"])
+    assert refused.exit_code == 1 and "--first-seed" in refused.stderr

@@ -1,16 +1,19 @@
 """Stage I on a tiny model."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from processors import Faulty
 
 from copedit_rt import checkpoint
 from copedit_training.data.prepared import draw_observed
 from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
-from copedit_training.stages.step import learning_rate
+from copedit_training.stages.step import gradients, learning_rate
+from copedit_training.stages.tokenizer_task import TokenizerTask
 from tests.training.stages.tiny import HEART, log_of, same_weights, smooth, train, weights
 
 
@@ -71,3 +74,34 @@ def test_the_adversary_is_trained_beside_and_resumed(tmp_path):
     resumed = train("tokenizer", tmp_path / "resumed", *extra, config=HEART, resume=True)
     assert same_weights(whole, resumed, "tokenizer.safetensors")
     assert not any("adversary" in name for name in weights(whole, "tokenizer.safetensors"))
+
+
+def test_a_bfloat16_step_is_right_on_a_processor_that_is_not(perceptual_weights):
+    """Slabs of 8 slices are halved three times, the discriminator of 24 voxels and the perceptual network end in an
+    extent of 1. Terms of stage I and gradients against float32: on the way there, and once more on the way back, 20
+    layers each round weights and result."""
+    bound = 20 * 2 * 2**-8
+    config = dataclasses.replace(
+        HEART,
+        image=(24, 24, 8),
+        tokenizer=dataclasses.replace(HEART.tokenizer, channels=(8, 8, 8), strides=((2, 2, 2),) * 3),
+    )
+    images = np.random.default_rng(0).random((2, 3, 1, *config.image), np.float32).astype(np.float16)
+    base = TokenizerSettings(4, 1, 1e-3, quantise_from=1, adversarial_from=0, accumulate=2)  # codes would jump
+    base = dataclasses.replace(base, perceptual=str(perceptual_weights), device="cpu")
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        task = TokenizerTask(config, dataclasses.replace(base, dtype=dtype)).on(images)
+        with Faulty() as processor:
+            terms, _ = gradients(task, task.module, [task.draw(0, part) for part in range(2)])
+        assert processor.met == 0
+        parts = task.tokenizer.encoder, task.tokenizer.decoder, task.tokenizer.prompt_encoders, task.adversary
+        made = [torch.cat([p.grad.flatten() for p in x.parameters() if p.grad is not None]) for x in parts]
+        found[dtype] = terms, made
+    (exact, wide), (rounded, narrow) = found.values()
+    assert {"l1", "adversarial", "discriminator", "perceptual", "count"} <= rounded.keys() == exact.keys()
+    for name, value in exact.items():
+        assert rounded[name] == pytest.approx(value, rel=bound), name
+    for a, b in zip(narrow, wide, strict=True):
+        assert a.isfinite().all() and (a - b).norm() < 2 * bound * b.norm()

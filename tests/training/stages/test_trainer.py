@@ -245,7 +245,7 @@ def test_torchrun_runs_the_command(tmp_path):
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     settings = "steps=1 subjects=2 batch_size=1 accumulate=2 prompt_steps=0 readout_steps=0 crop=16 warmup=0"
     sets = [word for item in settings.split() for word in ("--set", item)]
-    train = ("-m", "copedit_rt.cli", "train", "tokenizer", "--preset", "demo-cardiac", "-o", str(tmp_path / "a"))
+    train = ("-m", "copedit_rt", "train", "tokenizer", "--preset", "demo-cardiac", "-o", str(tmp_path / "a"))
     done = subprocess.run([*command, *train, *sets], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "a" / "model")], "one process prints"

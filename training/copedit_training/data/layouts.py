@@ -116,11 +116,11 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
         elif name in places:
             reason = f"{name} is in {places[name]}, which is used, and in {place}; remove one"
             data.skipped.append(Skipped(name, "duplicate", reason))
-        elif study.problem:
+        elif study.problem and not study.unclear:  # nothing that the model wants can be among the unclear
             data.skipped.append(Skipped(name, "duplicate", f"{study.problem.partition(';')[0]}; remove one"))
         else:
             places[name] = place
-            data.studies.append(Entry(replace(study, name=name, files=files), layout, subject))
+            data.studies.append(Entry(replace(study, name=name, files=files, problem=None), layout, subject))
     return data
 
 

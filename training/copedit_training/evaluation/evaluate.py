@@ -23,7 +23,8 @@ from copedit_rt.images.names import STACK
 from copedit_rt.images.nifti import Volume
 from copedit_rt.images.prepare import slabs_touched, to_unit_range
 from copedit_rt.images.study import Study
-from copedit_rt.perception import Perception, contradictions
+from copedit_rt.inspection import contradictions
+from copedit_rt.perception import Perception
 from copedit_training.data.prepared import HELD_OUT
 from copedit_training.evaluation.baselines import (
     LinearRegression,

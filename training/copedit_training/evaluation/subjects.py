@@ -131,5 +131,25 @@ class Folder(Cohort):
         }
 
 
+def held_out(
+    config: ModelConfig,
+    data: str = "phantom",
+    subjects: int | None = None,
+    first_seed: int | None = None,
+    split: str | None = None,
+) -> Cohort:
+    """Simulated subjects (16, unless told otherwise) or those of a data set's folder (all).
+
+    Raises CopeditError as `Phantoms` and `Folder` do, and for an option of the one that is given with the other.
+    """
+    if data == "phantom":
+        if split is not None:
+            raise CopeditError(f"--split {split} is of a data set, not of simulated subjects; name one with --data")
+        return Phantoms(config, subjects or 16, HELD_OUT if first_seed is None else first_seed)
+    if first_seed is not None:
+        raise CopeditError(f"--first-seed is of simulated subjects, not of --data {data}; leave it out")
+    return Folder(config, Path(data), subjects, split or "test")
+
+
 def _read(entry: layouts.Entry) -> Study:
     return Study.read(entry.files, resample=True)

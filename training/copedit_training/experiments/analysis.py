@@ -1,6 +1,6 @@
-"""What the prompts hold and what they do (Section 4.6 and 4.7, Figures 6 to 8), on held-out simulated subjects.
+"""What the prompts hold and what they do (Section 4.6 and 4.7, Figures 6 to 8), on held-out subjects.
 
-Each analysis is a function of a `Cohort` that returns a JSON-able report and draws one figure from it.
+Each analysis is a function of a `Probe` that returns a JSON-able report and draws one figure from it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,12 @@ from copedit_rt.networks.denoiser import Block, MDiT3D
 from copedit_rt.schedule import noise
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import phantom
-from copedit_training.data.prepared import HELD_OUT, phantom_images, phantom_subject
+from copedit_training.data.prepared import phantom_subject
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import psnr
 from copedit_training.evaluation.report import table as markdown_table
 from copedit_training.evaluation.report import write
+from copedit_training.evaluation.subjects import Phantoms, held_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,25 +61,41 @@ _TISSUES = {
         "myocardium": (phantom.MYOCARDIUM,),
     },
 }
+THIRDS = {"background": (0,), "darkest third": (1,), "middle third": (2,), "brightest third": (3,)}
 
 
-class Cohort:
+class Probe:
     """A model and held-out subjects as it sees them.
 
-    images: float32 [N, m, 1, H, W, D]. raw: latents [N, m, C, h, w, d] in the autoencoder's scale. each: prompts of
-    every element alone [N, m, 3, P]. patterns: every missing pattern as observed elements [S, m], bool.
+    names: whose they are. images: float32 [N, m, 1, H, W, D] in 0..1. raw: latents [N, m, C, h, w, d] in the
+    autoencoder's scale. each: prompts of every element alone [N, m, 3, P]. patterns: every missing pattern as observed
+    elements [S, m], bool.
     """
 
     @torch.no_grad()
-    def __init__(self, model: str, folder: Path, subjects: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: str,
+        subjects: int,
+        device: str = "cpu",
+        *,
+        data: str = "phantom",
+        first_seed: int | None = None,
+        split: str | None = None,
+    ) -> None:
+        """data, first_seed and split say whose the subjects are, as in `subjects.held_out`. Raises CopeditError as that
+        does, and where no study of a data set can be used."""
         where = checkpoint.locate(model)
         self.device = choose_device(device)
         self.config, self.vae, _ = checkpoint.load_tokenizer(where)
         self.net = checkpoint.load_denoiser(where)[1].to(self.device)
         self.vae.to(self.device)
         self.joint = self.config.task == "cardiac"
-        cache = folder / f"held-out-{self.config.name}-{subjects}.npy"
-        self.images = phantom_images(self.config, subjects, cache, first=HELD_OUT).astype(np.float32)
+        self.whom = held_out(self.config, data, subjects, first_seed, split)
+        seen = [(name, prepared.images) for name, _, prepared in islice(self.whom, subjects)]
+        if not seen:
+            raise CopeditError(f"{data}: none of the held-out studies can be used; `copedit evaluate` says why")
+        self.names, self.images = [name for name, _ in seen], np.stack([images for _, images in seen])
         self.raw = torch.cat([self.vae.encode(torch.from_numpy(x)[None].to(self.device)) for x in self.images])
         self.each = torch.cat([self.vae.prompts_of_each(z[None]) for z in self.raw])
         m, every = len(self.config.elements), missing_patterns(self.config)
@@ -112,9 +130,25 @@ class Cohort:
         return np.array(found)
 
     def labels(self, subject: int) -> np.ndarray:
-        """Tissue labels on the grid of each element [m, H, W, D]."""
-        labels, m = phantom_subject(self.config, HELD_OUT + subject).labels, len(self.config.elements)
-        return np.stack(np.split(labels, m, axis=2) if self.joint else [labels] * m)
+        """Codes of `tissues` on the grid of each element [m, H, W, D]."""
+        if isinstance(self.whom, Phantoms):
+            labels = phantom_subject(self.config, self.whom.first_seed + subject).labels
+            m = len(self.config.elements)
+            return np.stack(np.split(labels, m, axis=2) if self.joint else [labels] * m)
+        return np.stack([thirds(image) for image in self.images[subject, :, 0]])
+
+    @property
+    def tissues(self) -> Mapping[str, Sequence[int]]:
+        """Codes of each tissue; of a data set, which has none, of each third of an image's intensities."""
+        return _TISSUES[self.config.task] if isinstance(self.whom, Phantoms) else THIRDS
+
+
+def thirds(image: np.ndarray) -> np.ndarray:
+    """0 where an image is 0, and 1, 2, 3 from the darkest to the brightest third of the rest."""
+    inside = image > 0
+    if not inside.any():
+        return np.zeros(image.shape, np.int64)
+    return np.where(inside, 1 + np.digitize(image, np.quantile(image[inside], (1 / 3, 2 / 3))), 0)
 
 
 def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts: np.ndarray, key: str) -> np.ndarray:
@@ -143,7 +177,7 @@ def over_subjects(values: np.ndarray, subject: Tensor) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------------- gradcam
 
 
-def gradcam(cohort: Cohort, subject: int, observed: Tensor) -> Tensor:
+def gradcam(probe: Probe, subject: int, observed: Tensor) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017) of the three pretext tasks for one subject: [3, m, h, w, d], 0 where an element
     is missing, the maximum of each task 1.
 
@@ -151,7 +185,7 @@ def gradcam(cohort: Cohort, subject: int, observed: Tensor) -> Tensor:
     count; the mean logit of being missing over what is missing less that over what is observed; the contrastive
     embeddings' similarity between what is observed and what is missing.
     """
-    vae, raw = cohort.vae, cohort.raw[subject]
+    vae, raw = probe.vae, probe.raw[subject]
     there, missing = observed.to(raw.device), ~observed.to(raw.device)
     maps = raw.new_zeros(3, len(raw), *raw.shape[-3:])
     for task, (encoder, head) in enumerate(zip(vae.prompt_encoders, vae.heads, strict=True)):
@@ -172,17 +206,17 @@ def gradcam(cohort: Cohort, subject: int, observed: Tensor) -> Tensor:
     return maps / maps.amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-12)
 
 
-def salient_regions(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
+def salient_regions(probe: Probe) -> tuple[dict[str, Any], Figure]:
     """Figure 6, and in numbers: how much more of a task's activation a tissue holds than of the volume."""
-    names = _TISSUES[cohort.config.task]
-    upsample = [n // k for n, k in zip(cohort.config.image, cohort.raw.shape[-3:], strict=True)]
+    names = probe.tissues
+    upsample = [n // k for n, k in zip(probe.config.image, probe.raw.shape[-3:], strict=True)]
     shares = {kind: {name: np.zeros(2) for name in names} for kind in KINDS[:3]}
     pick, most = 0, -1.0
-    subject, observed = cohort.turns()
-    every = [cohort.labels(i) for i in range(len(cohort.images))]
-    rare = list(names.values())[-2:] if not cohort.joint else list(names.values())[-1:]
+    subject, observed = probe.turns()
+    every = [probe.labels(i) for i in range(len(probe.images))]
+    rare = list(names.values())[-2:] if not probe.joint else list(names.values())[-1:]
     for i, there in zip(subject.tolist(), observed, strict=True):
-        labels, maps = every[i], gradcam(cohort, i, there).cpu().numpy()
+        labels, maps = every[i], gradcam(probe, i, there).cpu().numpy()
         for axis, n in enumerate(upsample):
             maps = maps.repeat(n, 2 + axis)
         for kind, values in zip(KINDS, maps, strict=False):
@@ -203,25 +237,25 @@ def salient_regions(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
     for rows in table.values():
         for row in rows.values():
             row["ratio"] = row["share_of_activation"] / row["share_of_volume"] if row["share_of_volume"] else None  # type: ignore[assignment]
-    report = {"samples": len(subject), "regions": table, "shown": {"subject": HELD_OUT + pick}}
-    return report, _draw_regions(cohort, pick, every[pick], table)
+    report = {"samples": len(subject), "regions": table, "shown": {"subject": probe.names[pick]}}
+    return report, _draw_regions(probe, pick, every[pick], table)
 
 
-def _draw_regions(cohort: Cohort, pick: int, labels: np.ndarray, table: Mapping[str, Any]) -> Figure:
+def _draw_regions(probe: Probe, pick: int, labels: np.ndarray, table: Mapping[str, Any]) -> Figure:
     from matplotlib import pyplot as plt
 
-    config = cohort.config
+    config = probe.config
     there = torch.ones(len(config.elements), dtype=torch.bool)
     there[0] = False
-    maps = F.interpolate(gradcam(cohort, pick, there).cpu(), size=config.image, mode="trilinear").numpy()
+    maps = F.interpolate(gradcam(probe, pick, there).cpu(), size=config.image, mode="trilinear").numpy()
     shown = there.nonzero()[:, 0].tolist()
     figure: Any = plt.figure(figsize=(7.2, 4.7), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
     axes = left.subplots(4, len(shown), gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    rare = [c for codes in list(_TISSUES[config.task].values())[-2:] for c in codes]
+    rare = [c for codes in list(probe.tissues.values())[-2:] for c in codes]
     z = int(np.isin(labels[shown[0]], rare).sum((0, 1)).argmax())
     for column, element in enumerate(shown):
-        image = np.rot90(cohort.images[pick, element, 0, :, :, z])
+        image = np.rot90(probe.images[pick, element, 0, :, :, z])
         for row in range(4):
             ax = axes[row, column]
             ax.imshow(image, cmap="gray", vmin=0, vmax=1)
@@ -264,16 +298,16 @@ def neighbour_accuracy(points: np.ndarray, labels: np.ndarray, subject: np.ndarr
     return float(np.mean(right))
 
 
-def distribution(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
+def distribution(probe: Probe) -> tuple[dict[str, Any], Figure]:
     """Figure 7a and b: t-SNE of p^d over all patterns, by count, and of p^p where one is missing, by identity; and in
     numbers how far count and identity separate in each prompt."""
     from sklearn.manifold import TSNE
     from sklearn.metrics import silhouette_score
 
-    n, s = len(cohort.images), len(cohort.patterns)
+    n, s = len(probe.images), len(probe.patterns)
     subject = torch.arange(n).repeat_interleave(s)
-    observed = cohort.patterns.repeat(n, 1)
-    prompts = cohort.prompts(subject, observed).cpu().numpy().astype(np.float64)
+    observed = probe.patterns.repeat(n, 1)
+    prompts = probe.prompts(subject, observed).cpu().numpy().astype(np.float64)
     counts = (~observed).sum(1).numpy()
     one = counts == 1
     groups = {
@@ -301,7 +335,7 @@ def distribution(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
             "class": classes[rows].tolist(),
             "subject": subject.numpy()[rows].tolist(),
         }
-    return report, _draw_distribution(cohort.config, report)
+    return report, _draw_distribution(probe.config, report)
 
 
 def _draw_distribution(config: ModelConfig, report: Mapping[str, Any]) -> Figure:
@@ -369,14 +403,14 @@ def attention_maps(
     return torch.stack(found)
 
 
-def attention(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
+def attention(probe: Probe) -> tuple[dict[str, Any], Figure]:
     """Figure 7c: who looks at whom in the across-blocks where one element is missing, at the sampler's first step.
 
     Beside the prompts of the true pattern, those of another one show how much the prompts steer it.
     """
-    config, m, n = cohort.config, len(cohort.config.elements), len(cohort.images)
-    last = torch.full((1,), config.diffusion.train_steps - 1, device=cohort.device)
-    net, maps = cohort.net, {}
+    config, m, n = probe.config, len(probe.config.elements), len(probe.images)
+    last = torch.full((1,), config.diffusion.train_steps - 1, device=probe.device)
+    net, maps = probe.net, {}
     if not isinstance(net, MDiT3D) or not net.alternate:
         raise CopeditError(f"model {config.name}: backbone {config.denoiser.backbone} has no attention across elements")
     for missing in range(m):
@@ -385,14 +419,14 @@ def attention(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
             shown = there if given == "true" else torch.arange(m)[None] != (missing + 1) % m
             each = []
             for i in range(n):
-                z = cohort.vae.normalise(cohort.raw[i : i + 1])
+                z = probe.vae.normalise(probe.raw[i : i + 1])
                 eps = np.stack([noise(0, f"analysis-{i}", e, tuple(z.shape[2:])) for e in config.elements])
                 z = torch.where(
-                    there[..., None, None, None, None].to(z.device), z, torch.from_numpy(eps).to(cohort.device)
+                    there[..., None, None, None, None].to(z.device), z, torch.from_numpy(eps).to(probe.device)
                 )
-                content = torch.from_numpy(cohort.images[i].max((0, 1)))[None, None]
+                content = torch.from_numpy(probe.images[i].max((0, 1)))[None, None]
                 tokens = F.adaptive_max_pool3d(content, net.grid).flatten(1) > 0.05
-                prompts = cohort.prompts(torch.tensor([i]), shown)
+                prompts = probe.prompts(torch.tensor([i]), shown)
                 each.append(
                     attention_maps(net, z, last, prompts, there.to(z.device), tokens.to(z.device))[:, 0].cpu().numpy()
                 )
@@ -489,21 +523,21 @@ def replaced(prompts: Tensor, kind: int, by: Tensor) -> Tensor:
     return out
 
 
-def corruption(cohort: Cohort, draws: int = 200) -> tuple[dict[str, Any], Figure]:
+def corruption(probe: Probe, draws: int = 200) -> tuple[dict[str, Any], Figure]:
     """Figure 8a: PSNR where a fraction r of the samples is given prompts that are wrong for them.
 
     Samples do not influence one another, so each is synthesised once with its own prompts and once with wrong ones of
     every kind; the curve averages over `draws` random choices of the fraction.
     """
-    subject, observed = cohort.turns()
+    subject, observed = probe.turns()
     rng = np.random.default_rng(0)
-    prompts = cohort.prompts(subject, observed)
+    prompts = probe.prompts(subject, observed)
     wrong = prompts[donors(subject, observed, rng)]
-    clean = cohort.quality(subject, observed, prompts)
+    clean = probe.quality(subject, observed, prompts)
     orders = [rng.permutation(len(clean)) for _ in range(draws)]
-    report: dict[str, Any] = {"subjects": len(cohort.images), "samples": len(clean), "rates": list(RATES), "psnr": {}}
+    report: dict[str, Any] = {"subjects": len(probe.images), "samples": len(clean), "rates": list(RATES), "psnr": {}}
     for kind, name in enumerate(KINDS):
-        spoiled = cohort.quality(subject, observed, replaced(prompts, kind, wrong))
+        spoiled = probe.quality(subject, observed, replaced(prompts, kind, wrong))
         curves = []
         for order in orders:
             ranks = np.argsort(order)
@@ -552,20 +586,20 @@ def intervened(prompts: Tensor, how: str, subject: Tensor, rng: np.random.Genera
     return prompts.mean(0) + eps * prompts.std(0)
 
 
-def intervention(cohort: Cohort) -> tuple[dict[str, Any], Figure]:
+def intervention(probe: Probe) -> tuple[dict[str, Any], Figure]:
     """Figure 8b: change of PSNR (dB) where prompts are replaced, beside its standard error over subjects."""
-    subject, observed = cohort.turns()
-    prompts = cohort.prompts(subject, observed)
-    clean = cohort.quality(subject, observed, prompts)
+    subject, observed = probe.turns()
+    prompts = probe.prompts(subject, observed)
+    clean = probe.quality(subject, observed, prompts)
     table: dict[str, Any] = {}
     for how in INTERVENTIONS:
         by = intervened(prompts, how, subject, np.random.default_rng(0))
         for kind, name in enumerate(KINDS):
-            change = cohort.quality(subject, observed, replaced(prompts, kind, by)) - clean
+            change = probe.quality(subject, observed, replaced(prompts, kind, by)) - clean
             mean, error = over_subjects(change, subject)
             table.setdefault(name, {})[how] = {"difference": mean, "standard_error": error}
     report = {
-        "subjects": len(cohort.images),
+        "subjects": len(probe.images),
         "samples": len(clean),
         "psnr": over_subjects(clean, subject)[0],
         "interventions": table,
@@ -596,7 +630,7 @@ def _draw_intervention(report: Mapping[str, Any]) -> Figure:
 
 # ---------------------------------------------------------------------------------------------------------- command
 
-ANALYSES: dict[str, Callable[[Cohort], tuple[dict[str, Any], Figure]]] = {
+ANALYSES: dict[str, Callable[[Probe], tuple[dict[str, Any], Figure]]] = {
     "gradcam": salient_regions,
     "tsne": distribution,
     "attention": attention,
@@ -605,10 +639,13 @@ ANALYSES: dict[str, Callable[[Cohort], tuple[dict[str, Any], Figure]]] = {
 }
 
 
-def analyse(kind: str, model: str, folder: Path, subjects: int = 16, device: str = "auto") -> dict[str, Any]:
-    """Run one of `ANALYSES` on a model; writes its figure KIND.png and returns its report.
+def analyse(
+    kind: str, model: str, folder: Path, subjects: int = 16, device: str = "auto", **whose: Any
+) -> dict[str, Any]:
+    """Run one of `ANALYSES` on a model; writes its figure KIND.png and returns its report. whose: further arguments of
+    `Probe`.
 
-    Raises CopeditError without the extra `train`, which has matplotlib and scikit-learn.
+    Raises CopeditError as `Probe` does, and without the extra `train`, which has matplotlib and scikit-learn.
     """
     try:
         import matplotlib
@@ -618,15 +655,15 @@ def analyse(kind: str, model: str, folder: Path, subjects: int = 16, device: str
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cohort = Cohort(model, folder, subjects, device)
+    probe = Probe(model, subjects, device, **whose)
     style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
     with matplotlib.rc_context(style):
-        report, figure = ANALYSES[kind](cohort)
+        report, figure = ANALYSES[kind](probe)
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=220)
         plt.close(figure)
     write_atomically(folder / f"{kind}.png", data.getvalue())
-    return {"analysis": kind, "model": cohort.config.name, "first_seed": HELD_OUT, "figure": f"{kind}.png"} | report
+    return {"analysis": kind, "model": probe.config.name, "figure": f"{kind}.png"} | probe.whom.about() | report
 
 
 def _rows(report: Mapping[str, Any]) -> tuple[str, Sequence[str], list[tuple[str, ...]]]:
@@ -684,7 +721,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report as a Markdown table."""
     says, heads, rows = _rows(report)
     many = f"{report['samples']} samples" if "samples" in report else f"{report['subjects']} subjects"
-    lines = [f"# {report['model']}: {report['analysis']}", "", f"{many}, held-out and simulated. {says}", ""]
+    whose = "held-out and simulated" if report["data"] == "phantom" else f"of {report['data']} ({report['split']})"
+    lines = [f"# {report['model']}: {report['analysis']}", "", f"{many}, {whose}. {says}", ""]
     return "\n".join([*lines, *markdown_table(heads, rows, 1)]) + "\n"
 
 

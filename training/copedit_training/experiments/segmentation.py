@@ -211,7 +211,8 @@ def network_input(cases: Cases, rows: np.ndarray, missing: np.ndarray, kind: str
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on GPUs alone: on CPUs, torch 2.13, this network's weights became NaN within 30 steps now and then."""
+    """bfloat16 on GPUs alone: on CPUs, torch 2.13, this network's weights became NaN within 30 steps now and then,
+    probably by the fault that `tokenizer.unsafe_type` tells of."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
-from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder, full_precision
+from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder, float32_on_cpu, full_precision, on_cpu
 
 COMMITMENT = 0.25
 PERCEPTUAL = 0.05
@@ -151,7 +151,13 @@ class Adversary(nn.Module):
 
     def forward(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
         """output, images: [N, 1, H, W, D] -> "adversarial", whose gradient is the output's alone, and "discriminator",
-        whose gradient is the discriminator's alone. Convolutions follow autocast, the losses are float32."""
+        whose gradient is the discriminator's alone. Convolutions follow autocast on GPUs, the rest is float32."""
+        if on_cpu(output):
+            output = output.to(images.dtype)
+        with float32_on_cpu(output):
+            return self._terms(output, images)
+
+    def _terms(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
         frozen = {name: p.detach() for name, p in self.net.named_parameters()}
         fooled = functional_call(self.net, frozen, (output,))[-1].float()
         fake, real = (self.net(x)[-1].float() for x in (output.detach(), images))
@@ -183,7 +189,8 @@ class Perceptual:
 
     def __call__(self, output: Tensor, images: Tensor) -> Tensor:
         """output, images: [N, 1, H, W, D]; the mean over volumes and places, float32."""
-        a, b = (F.normalize(self.net(F.instance_norm(x.float()))[-1].float(), dim=1) for x in (output, images))
+        with float32_on_cpu(output):
+            a, b = (F.normalize(self.net(F.instance_norm(x.float()))[-1].float(), dim=1) for x in (output, images))
         return (a - b).square().sum(1).mean()
 
 

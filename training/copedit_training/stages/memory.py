@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from copedit_kernels import dispatch
+from copedit_kernels import launch
 from copedit_rt.config import ModelConfig
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -42,7 +42,7 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
         settings = replace(settings, dtype="bfloat16")
     images = np.zeros((1, len(config.elements), 1, *config.image), np.float16)
     if kernels == "auto":
-        kernels = "triton" if dispatch.triton is not None else "reference"
+        kernels = "triton" if launch.triton is not None else "reference"
     with _kernels(kernels), FakeTensorMode(allow_non_fake_inputs=True), _unmoved(), _Alive() as alive:
         task, step = _task(config, settings, images)
         optimizers = optimizers_of(task)

@@ -1,0 +1,165 @@
+"""`copedit bench`: what there is to measure. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from copedit_rt.errors import CopeditError
+from copedit_rt.terminal import Device, Dtype, Json, Output, check_writable, commands, counting, present, progress
+
+app = commands()
+benchmarks = commands("Measure speed and memory on this machine.")
+app.add_typer(benchmarks, name="bench")
+
+
+@benchmarks.command("kernels")
+def bench_kernels(
+    output: Output,
+    op: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this operator; repeatable.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="bfloat16 (default on a GPU), float16 or float32 (on a CPU).")
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="Time for everything; what does not fit is skipped. By default 7 minutes."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Every operator at every shape of the presets, beside what it could be replaced by.
+
+    Answers are checked before anything is timed. Writes kernels.json, kernels.md and, with matplotlib, kernels.png.
+    On a CPU only the small presets at batch 1, to see that it works.
+    """
+    from copedit_bench.operators import measure as body
+    from copedit_bench.operators import report as pages
+
+    check_writable(output)
+    cases, where, what = body.plan(op, device, dtype)
+    with counting("measuring") as progress:
+        report = body.run(
+            cases,
+            where,
+            what,
+            seconds or body.SECONDS,
+            progress=progress,
+            save=lambda so_far: pages.write_json(so_far, output / "kernels.json"),
+        )
+    paths, remark = pages.write(report, output)
+    present(report, pages.summary(report), paths, as_json, remark)
+    if any(check["status"] == "wrong" and check["provider"] == "ours" for check in report["checks"]):
+        raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
+
+
+Presets = Annotated[list[str] | None, typer.Option("--preset", metavar="NAME", help="Only this one; repeatable.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Also measure torch.compile, which takes minutes to compile.")
+]
+
+
+@benchmarks.command("cpu")
+def bench_cpu(
+    output: Output,
+    large: Annotated[
+        bool, typer.Option("--large/--no-large", help="Also a step of the paper's brain model: minutes and 6 GB.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """The built-in models on this processor: plain PyTorch, ours, ONNX Runtime.
+
+    Answers are checked before anything is timed. Writes cpu.json and cpu.md.
+    """
+    from copedit_bench.models import cpu as body
+
+    _bench(output, "cpu", as_json, lambda **hooks: body.run(large=large, **hooks))
+
+
+@benchmarks.command("sampler")
+def bench_sampler(
+    output: Output,
+    preset: Presets = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Studies at a time; repeatable. 1 and 8.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Sampler steps; repeatable. 10 to 250.")] = None,
+    dtype: Dtype = "auto",
+    compiled: Compiled = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Encoding, sampling and decoding at the paper's sizes, beside plain PyTorch and torch.compile.
+
+    Answers are checked before anything is timed. Writes sampler.json and sampler.md. On a CPU a tiny model, to see that
+    it works.
+    """
+    from copedit_bench.models import sampler as body
+
+    options: dict[str, Any] = {"steps": steps, "device": device, "dtype": dtype, "compiled": compiled}
+    options |= {key: value for key, value in (("presets", preset), ("batches", batch)) if value}
+    _bench(output, "sampler", as_json, lambda **hooks: body.run(**options, **hooks))
+
+
+@benchmarks.command("train-step")
+def bench_train_step(
+    output: Output,
+    preset: Presets = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(metavar="tokenizer|denoiser", help="Only this stage; repeatable.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Subjects a step; by default the paper's.")] = None,
+    compiled: Compiled = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """An optimizer step of each stage: time and peak memory, beside plain PyTorch and torch.compile.
+
+    Loss and gradients are checked before anything is timed. Writes train-step.json and train-step.md. On a CPU a tiny
+    model, to see that it works.
+    """
+    from copedit_bench.models import train_step as body
+
+    if unknown := [name for name in stage or () if name not in body.STAGES]:
+        raise CopeditError(f"--stage {unknown[0]}: choose {' or '.join(body.STAGES)}")
+    options: dict[str, Any] = {"batch": batch, "device": device, "compiled": compiled}
+    options |= {key: value for key, value in (("presets", preset), ("stages", stage)) if value}
+    _bench(output, "train-step", as_json, lambda **hooks: body.run(**options, **hooks))
+
+
+def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, Any]]) -> None:
+    """Measure, keep what there is after every piece of work, and say it."""
+    from copedit_bench.models import side_by_side
+
+    check_writable(output)
+    with progress() as bar:
+        task = bar.add_task("measuring", total=None)
+        report = run(
+            progress=lambda text: bar.update(task, description=text),
+            save=lambda so_far: side_by_side.write(so_far, output, name),
+        )
+    text = "\n".join([*side_by_side.tables(report), "", *side_by_side.remarks(report), *report["notes"]])
+    present(report, text, side_by_side.write(report, output, name), as_json)
+    side_by_side.verify(report)
+
+
+@benchmarks.command("cost")
+def bench_cost(
+    output: Output,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRESET", help="Also measure this preset's models, besides the small ones; repeatable."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Parameters and operations of every preset and backbone; time and memory of the small ones on this machine.
+
+    Needs the extra `train`. Writes cost.json, cost.md and, with matplotlib, cost.png.
+    """
+    from copedit_bench.models import cost as body
+
+    check_writable(output)
+    with counting("measuring") as progress:
+        report = body.run([*body.DEMO, *(measure or ())], device, progress=progress)
+    present(report, body.markdown(report), body.write(report, output), as_json)

@@ -1,0 +1,240 @@
+"""Many studies: what is missing from each, written beside one another. What `copedit synth` does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError, failure
+from copedit_rt.files import check_writable
+from copedit_rt.images.find import StudyFiles, find_studies
+from copedit_rt.images.names import modality
+from copedit_rt.images.study import Study
+from copedit_rt.listener import Listener
+from copedit_rt.models import Models, UnusableModel
+
+OUTCOMES = ("written", "kept", "complete", "failed")  # complete: nothing is missing
+
+
+def synthesise(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    explicit: Mapping[str, Path] | None = None,
+    model: str | None = None,
+    target: str = "all",
+    steps: int | None = None,
+    seed: int = 0,
+    samples: int = 1,
+    solver: str | None = None,
+    device: str = "auto",
+    engine: str = "torch",
+    dtype: str = "auto",
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    resample: bool = False,
+    preview: bool = False,
+    missing_slices: Sequence[int] | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Synthesise what is missing from every study in `inputs`, files below `output`; the summary is JSON-able.
+
+    inputs and explicit are those of `find_studies`; model, device, engine, dtype and max_memory those of `Models`;
+    steps, seed, samples and solver those of `Synthesizer.synthesize`; missing_slices and resample those of
+    `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace outputs that exist, which are kept
+    otherwise. preview: also write a PNG per study.
+
+    A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
+    its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
+    computed. Of several processes (RANK and WORLD_SIZE in the environment, as torchrun sets them) each takes every
+    WORLD_SIZE-th study, and in turn a GPU (LOCAL_RANK).
+    """
+    listener = listener or Listener()
+    elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
+    check_writable(output)
+    found = find_studies(inputs, explicit)
+    rank, world = _shard()
+    mine = found[rank::world]
+    listener.found(found, len(mine))
+    where = _own_device(device, world)
+    models = Models(model, where, max_memory=max_memory, engine=engine, dtype=dtype, listener=listener)
+    sampler = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "progress": listener.step}
+    reading = {"missing_slices": missing_slices, "resample": resample}
+    job = _Job(output, models, elements, overwrite, preview, len(found) > 1, reading, sampler, listener)
+    entries = job.run(mine)
+    counts = Counter(entry["status"] for entry in entries)
+    if counts["complete"] == len(found):
+        raise CopeditError(
+            f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
+        )
+    return {name: counts[name] for name in OUTCOMES} | {"studies": entries, "passed_over": found.reasons()}
+
+
+@dataclass
+class _Opened:
+    """A study as far as it goes without computing: what its entry holds so far, and what went wrong.
+
+    study: None where there is nothing to compute. todo: the elements to write, None for all.
+    """
+
+    files: StudyFiles
+    entry: dict[str, Any]
+    study: Study | None = None
+    todo: list[str] | None = None
+    error: CopeditError | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all studies of a cohort share. several: the cohort has more than one study."""
+
+    output: Path
+    models: Models
+    target: Sequence[str] | None
+    overwrite: bool
+    preview: bool
+    several: bool
+    reading: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    listener: Listener
+
+    def run(self, studies: Sequence[StudyFiles]) -> list[dict[str, Any]]:
+        """The studies' entries. One study ahead is read while the device computes."""
+        entries = []
+        with ThreadPoolExecutor(1, "read") as reader:
+            ahead = deque(reader.submit(self.open, files) for files in studies[:1])
+            for number, files in enumerate(studies):
+                self.listener.began(files.name)
+                start = time.perf_counter()
+                opened = ahead.popleft().result()
+                if number + 1 < len(studies):
+                    ahead.append(reader.submit(self.open, studies[number + 1]))
+                entry, error = self.finish(opened)
+                entry["seconds"] = round(time.perf_counter() - start, 3)
+                entries.append(entry)
+                self.listener.ended(entry, error)
+        return entries
+
+    def open(self, files: StudyFiles) -> _Opened:
+        """Choose the model, see what there is to do, and read the files."""
+        opened = _Opened(files, {"study": files.name, "task": files.task, "status": "failed"})
+        try:
+            if self.look_ahead(opened):
+                study = Study.read(files, **self.reading)
+                if self.several and files.task == "cardiac" and not study.missing_slices:
+                    opened.entry["status"] = "complete"
+                else:
+                    opened.study = study
+        except Exception as error:
+            opened.error = failure(files.name, error, "free some, or give a smaller image")
+        return opened
+
+    def look_ahead(self, opened: _Opened) -> bool:
+        """Fill in the entry; whether there is something to do, from the names alone."""
+        files, entry = opened.files, opened.entry
+        name, config = self.models.choose(files.task, files.files)
+        entry["model"] = name
+        # A model for the other task is refused where every study is prepared.
+        outputs = files.outputs(self.output, config.elements) if config.task == files.task else {}
+        if self.target is not None:
+            _check_target(files, config, self.target)
+            outputs = {element: path for element, path in outputs.items() if element in self.target}
+        if not outputs and self.several and not files.problem and set(files.files) == set(config.elements):
+            entry["status"] = "complete"
+            return False
+        entry["outputs"] = {element: str(path) for element, path in outputs.items()}
+        sidecars = {element: files.naming.path(self.output, element, ending=".json") for element in outputs}
+        entry["sidecars"] = {element: str(path) for element, path in sidecars.items()}
+        done = [] if self.overwrite else [element for element, path in outputs.items() if path.exists()]
+        if outputs and len(done) == len(outputs):
+            entry["status"] = "kept"
+            return False
+        entry["kept"] = done
+        # What exists stays as it is, though it is sampled again beside the others: elements depend on each other.
+        opened.todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
+        return True
+
+    def finish(self, opened: _Opened) -> tuple[dict[str, Any], CopeditError | None]:
+        """The study's entry after its outputs were written, and why it failed if it did."""
+        try:
+            if opened.error:
+                raise opened.error
+            if opened.study:
+                self.write(opened, opened.study)
+        except Exception as error:
+            memory = "set --max-memory, use a smaller model with --model, or another --device"
+            told = failure(opened.files.name, error, memory)
+            if not self.several or isinstance(told, UnusableModel):
+                raise told from told.__cause__
+            return opened.entry | {"error": str(told)}, told
+        return opened.entry, None
+
+    def write(self, opened: _Opened, study: Study) -> None:
+        """Write one study's outputs and fill in its entry."""
+        files, entry = opened.files, opened.entry
+        model = self.models.load(entry["model"])
+        result = model.synthesize(study, target=opened.todo or None, **self.sampler)
+        entry["notes"] = list(result.study.notes)
+        entry["perception"] = result.perception.to_dict()
+        entry["record"] = result.record
+        if self.preview:
+            from copedit_rt.images import preview
+
+            entry["preview"] = str(self.output / files.naming.subfolder / f"{files.name}_preview.png")
+            preview.save(preview.draw(result.study, model=result.record["model"]), Path(entry["preview"]))
+        # Each image is written after all that belongs to it: where there is an image, it is complete.
+        result.study.write(self.output, model=result.record["model"], record=result.record, std=result.std or None)
+        entry["status"] = "written"
+
+
+def _check_target(files: StudyFiles, config: ModelConfig, target: Sequence[str]) -> None:
+    if files.task == "cardiac":
+        raise CopeditError(f"{files.name} is a cardiac stack; name slices with --missing-slices, not --target")
+    for element in target:
+        if element not in config.elements:
+            known = ", ".join(config.elements)
+            raise UnusableModel(f"--target {element}: the model {config.name} knows {known} only; choose one of them")
+        if element in files.files:
+            there = files.files[element]
+            raise CopeditError(f"--target {element}: {files.name} has it already ({there}); choose what is missing")
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def _shard() -> tuple[int, int]:
+    """Number of this process and of all of them."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise CopeditError(f"RANK={rank}, WORLD_SIZE={world}: set both, to a number below the second, or neither")
+    return int(rank), int(world)
+
+
+def wait_for_others() -> None:
+    """Wait for the other processes of torchrun, which ends all as soon as one fails: a study that failed must not cost
+    others theirs."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from torch import distributed
+
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _own_device(device: str, world: int) -> str:
+    """Of several processes each takes the GPU of its number on this machine."""
+    if world == 1 or device not in ("auto", "cuda"):
+        return device
+    import torch
+
+    if device == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

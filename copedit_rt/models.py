@@ -1,0 +1,83 @@
+"""Which model suits a study; each is loaded once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from copedit_rt import checkpoint
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_rt.listener import Listener
+from copedit_rt.synthesizer import Synthesizer
+
+
+class UnusableModel(CopeditError):
+    """The model cannot be used at all: no other study would fare better."""
+
+
+class Models:
+    """Chooses models by name, folder or study, and loads each once.
+
+    model: the name of a built-in model or a folder, for every study; None: one that fits. The other options are those
+    of `Synthesizer.load`. listener: hears what is being built, and remarks.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        device: str = "auto",
+        *,
+        max_memory: int | None = None,
+        engine: str = "torch",
+        dtype: str = "auto",
+        listener: Listener | None = None,
+    ) -> None:
+        self._model, self._device = model, device
+        self._options: dict[str, Any] = {"max_memory": max_memory, "engine": engine, "dtype": dtype}
+        self._listener = listener or Listener()
+        self._loaded: dict[str, Synthesizer] = {}
+
+    def choose(self, task: str, elements: Iterable[str]) -> tuple[str, ModelConfig]:
+        """Name and configuration of the model asked for, or of the first built in that knows all the elements.
+
+        Raises UnusableModel for a model that cannot be read, CopeditError where none is built in for the task.
+        """
+        if self._model is not None:
+            try:
+                return self._model, checkpoint.read_config(checkpoint.locate(self._model))
+            except CopeditError as error:
+                raise UnusableModel(error) from error
+        configs = {name: checkpoint.read_config(checkpoint.locate(name)) for name in checkpoint.list_models()}
+        configs = {name: config for name, config in configs.items() if config.task == task}
+        if not configs:
+            raise CopeditError(f"no model for {task} MRI is built in; name a model folder with --model")
+        for name, config in configs.items():
+            if task == "cardiac" or set(elements) <= set(config.elements):
+                return name, config
+        return next(iter(configs.items()))
+
+    def load(self, name: str) -> Synthesizer:
+        """The model of a name that `choose` gave. Raises UnusableModel where it cannot be loaded."""
+        if name not in self._loaded:
+            try:
+                with remarks(self._listener.remark):
+                    loaded = Synthesizer.load(name, self._device, progress=self._listener.building, **self._options)
+            except CopeditError as error:
+                raise UnusableModel(error) from error
+            for note in getattr(loaded.engine, "notes", ()):
+                self._listener.remark(note)
+            self._loaded[name] = loaded
+        return self._loaded[name]
+
+
+@contextmanager
+def remarks(say: Callable[[str], None]) -> Iterator[None]:
+    """The warnings to the user of what is done inside, said once it is done."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        say(str(warning.message))

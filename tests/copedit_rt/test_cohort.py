@@ -1,0 +1,365 @@
+"""Many studies, with tiny models whose weights are random."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import SHORT_AXIS, files, image, refused, run, save, slices, study
+from safetensors.torch import load_file, save_file
+
+from copedit_rt import checkpoint, cohort
+from copedit_rt.cli import FLAGGED
+from copedit_rt.errors import CopeditError
+from copedit_rt.images.study import Study
+from copedit_rt.listener import Listener
+from copedit_rt.models import Models
+from copedit_rt.perception import Perception
+from copedit_rt.synthesizer import Synthesizer
+
+ROOT = Path(cohort.__file__).parents[1]
+
+
+def test_existing_outputs_are_kept_unless_overwritten(tmp_path, brain_model):
+    study(tmp_path / "in", elements=("t1", "t2"))
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
+    assert run(*command, "--seed", 1).exit_code == 0
+    flair, t1ce = tmp_path / "out" / "case_flair.nii.gz", tmp_path / "out" / "case_t1ce.nii.gz"
+    before = flair.read_bytes(), t1ce.read_bytes()
+    result = run(*command, "--seed", 2)
+    assert result.exit_code == 0 and result.stdout.count(" kept (") == 2
+    assert (flair.read_bytes(), t1ce.read_bytes()) == before
+    t1ce.unlink()
+    result = run(*command, "--seed", 2)
+    assert result.stdout.count(" kept (") == 1 and result.stdout.count(" written: ") == 1
+    assert flair.read_bytes() == before[0] and t1ce.is_file()
+    assert run(*command, "--seed", 2, "--overwrite").stdout.count(" written: ") == 2
+    assert json.loads((tmp_path / "out" / "case_flair.json").read_text())["sampler"]["seed"] == 2
+
+
+def test_kept_outputs_need_no_weights(tmp_path, brain_model, monkeypatch):
+    study(tmp_path / "in")
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
+    run(*command)
+    monkeypatch.setattr(Synthesizer, "load", lambda *a, **k: pytest.fail("loaded"))
+    assert run(*command).exit_code == 0
+
+
+def test_outputs_may_go_beside_the_inputs(tmp_path, brain_model):
+    folder = study(tmp_path / "cohort" / "case").parent
+    before = {p: p.read_bytes() for p in folder.rglob("*.nii.gz")}
+    for overwrite in ([], ["--overwrite"]):  # its own outputs are not taken for inputs
+        result = run("synth", "-i", folder, "-o", folder, "--model", brain_model, *overwrite)
+        assert result.exit_code == 0 and "case_t1ce.nii.gz" in result.stdout
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert "case/case_t1ce.nii.gz" in files(folder)
+
+
+def test_a_cohort_goes_on_after_a_failure(tmp_path, brain_model):
+    for name in ("a", "b", "c", "d"):
+        study(tmp_path / "in" / name, name)
+    broken = tmp_path / "in" / "b" / "b_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    save(tmp_path / "in" / "d" / "d_t1ce.nii.gz", image(9))
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
+    result = run(*command, "--json")
+    summary = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert {e["study"]: e["status"] for e in summary["studies"]} == {
+        "a": "written",
+        "b": "failed",
+        "c": "written",
+        "d": "complete",
+    }
+    assert sum(line.startswith("copedit: ") and "b_t2" in line for line in result.stderr.splitlines()) == 1
+    assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "ac" for end in (".nii.gz", ".json")}
+    # Mended and repeated, only what was not done is done.
+    save(broken, image(1))
+    summary = json.loads(run(*command, "--json").stdout)
+    assert (summary["written"], summary["kept"], summary["failed"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("where", [(Study, "read"), (Synthesizer, "synthesize")])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: no\nluck"), ZeroDivisionError("x")])
+def test_whatever_goes_wrong_with_a_study_is_its_own_failure(tmp_path, brain_model, monkeypatch, where, error):
+    for name in "abc":
+        study(tmp_path / "in" / name, name)
+    real = getattr(*where)
+
+    def raises(*given, **options):
+        if "b" in [getattr(thing, "name", "") for thing in given]:
+            raise error
+        return real(*given, **options)
+
+    monkeypatch.setattr(*where, raises)
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model, "--json"]
+    result = run(*command)
+    summary = json.loads(result.stdout)
+    assert result.exit_code == 1 and [e["status"] for e in summary["studies"]] == ["written", "failed", "written"]
+    (told,) = (line for line in result.stderr.splitlines() if line.startswith("copedit: "))
+    assert told == f"copedit: {summary['studies'][1]['error']}" and told.startswith("copedit: b: ")
+    assert ("memory ran out" if isinstance(error, MemoryError) else f"{type(error).__name__}: ") in told
+    assert "Traceback" not in result.stderr
+    traceback = run("--debug", *command).stderr
+    assert "Traceback" in traceback and "in raises" in traceback and told in traceback
+    refused(run("synth", "-i", tmp_path / "in/b", "-o", tmp_path / "one", "--model", brain_model), "b: ")
+
+
+def test_names_that_are_no_text(tmp_path, brain_model):
+    """Names with escapes and bytes that are not UTF-8 are worked on like any other, and shown harmlessly."""
+    name = os.fsdecode(b"caf\xe9\x1b[31m\x07")
+    study(tmp_path / "in" / name, name)
+    save(tmp_path / "in" / name / f"{name}_seg.nii.gz", image())
+    study(tmp_path / "in" / "z", "z")
+    command = ["-i", tmp_path / "in", "--model", brain_model]
+    result = run("synth", *command, "-o", tmp_path / "out", "--preview")
+    assert result.exit_code == 0 and len(files(tmp_path / "out")) == 6
+    looked = run("inspect", *command)
+    assert looked.exit_code in (0, FLAGGED)
+    for output in (result.stdout, result.stderr, looked.stdout, looked.stderr):
+        assert "\x1b" not in output and "\x07" not in output and "caf\\xe9\\x1b[31m" in output
+    (tmp_path / "in" / name / f"{name}_t2.nii.gz").write_bytes(b"")
+    result = run("synth", *command, "-o", tmp_path / "other", "--json")
+    assert [e["status"] for e in json.loads(result.stdout)["studies"]] == ["failed", "written"]
+    assert "\x1b" not in result.stderr and "caf\\xe9\\x1b[31m\\x07_t2.nii.gz" in result.stderr
+
+
+def test_heads_that_are_not_finite_are_null_in_json(tmp_path, brain_model, monkeypatch):
+    real = Perception.from_logits
+    monkeypatch.setattr(
+        Perception, "from_logits", lambda elements, count, *more: real(elements, np.full_like(count, np.nan), *more)
+    )
+    study(tmp_path / "in")
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model, "--json")
+    assert result.exit_code == 0
+    (entry,) = json.loads(result.stdout, parse_constant=pytest.fail)["studies"]
+    assert entry["perception"]["count"] == {"1": None, "2": None, "3": None}
+    result = run("inspect", "-i", tmp_path / "in", "--model", brain_model, "--json")
+    json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+def test_a_listener_hears_what_a_cohort_does(tmp_path, brain_model):
+    """Python users need no terminal."""
+    heard = []
+
+    class Everything(Listener):
+        def __getattribute__(self, name):
+            return lambda *told: heard.append((name, *told))
+
+    for name in "ab":
+        study(tmp_path / "in" / name, name)
+    (tmp_path / "in" / "b" / "b_t2.nii.gz").write_bytes(b"")
+    summary = cohort.synthesise([tmp_path / "in"], tmp_path / "out", model=str(brain_model), listener=Everything())
+    assert (summary["written"], summary["failed"]) == (1, 1)
+    assert [told[0] for told in heard] == ["found", "began", "step", "step", "ended", "began", "ended"]
+    assert heard[3] == ("step", 2, 2) and heard[4][2] is None and str(heard[6][2]) == summary["studies"][1]["error"]
+
+
+def test_the_next_study_is_read_while_one_is_computed(tmp_path, brain_model, monkeypatch):
+    for name in "abcd":
+        study(tmp_path / "in" / name, name)
+    began = {name: threading.Event() for name in "abcd"}
+    read, compute = Study.read, Synthesizer.synthesize
+
+    def reading(files, **options):
+        began[files.name].set()
+        return read(files, **options)
+
+    def computing(self, case, **options):
+        after = chr(ord(case.name) + 1)
+        if after in began:
+            assert began[after].wait(60), f"{after} is not read while {case.name} is computed"
+        assert not any(began[name].is_set() for name in "abcd" if name > after), "more than one study is read ahead"
+        return compute(self, case, **options)
+
+    monkeypatch.setattr(Study, "read", reading)
+    monkeypatch.setattr(Synthesizer, "synthesize", computing)
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model)
+    assert result.exit_code == 0, result.stderr
+    assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "abcd" for end in (".nii.gz", ".json")}
+
+
+def test_two_processes_share_a_cohort(tmp_path, brain_model):
+    """Every study is written once, by one of them; one that is broken fails where it belongs and stops nobody."""
+    names = "abcde"
+    for name in names:
+        study(tmp_path / "in" / name, name)
+    broken = tmp_path / "in" / "b" / "b_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    command = [sys.executable, "-m", "copedit_rt", "synth", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
+    command += ["--model", str(brain_model), "--json"]
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+    both = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = []
+    for process in both:
+        out, error = process.communicate(timeout=300)
+        assert "Traceback" not in error
+        found.append({e["study"]: e["status"] for e in json.loads(out)["studies"]})
+    assert [process.returncode for process in both] == [0, 1]
+    assert found == [dict.fromkeys("ace", "written"), {"b": "failed", "d": "written"}]
+    assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "acde" for end in (".nii.gz", ".json")}
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_stop_the_others_for_a_study_that_failed(tmp_path, brain_model):
+    """Its processes end together: those of other studies are done by then."""
+    for name in "abcdefgh":
+        study(tmp_path / "in" / name, name)
+    broken = tmp_path / "in" / "b" / "b_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    for name in "dfh":  # nothing else to do for the process that fails
+        (tmp_path / "in" / name / f"{name}_t1ce.nii.gz").write_bytes((tmp_path / "in/a/a_t1.nii.gz").read_bytes())
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "copedit_rt", "synth", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")),
+            *("--model", str(brain_model), "--device", "cpu"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode != 0 and "b_t2" in done.stderr
+    assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "aceg" for end in (".nii.gz", ".json")}
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("x", "2"), ("²", "3"), ("0", "")])
+def test_a_place_among_processes_that_does_not_exist(tmp_path, brain_model, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    study(tmp_path / "in")
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model)
+    refused(result, f"RANK={rank}, WORLD_SIZE={world}")
+
+
+def test_an_interrupted_cohort_can_be_repeated(tmp_path, brain_model, monkeypatch):
+    for name in ("a", "b"):
+        study(tmp_path / "in" / name, name)
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
+    real = Synthesizer.synthesize
+
+    def interrupted(self, case, **options):
+        if case.name == "b":
+            raise KeyboardInterrupt
+        return real(self, case, **options)
+
+    monkeypatch.setattr(Synthesizer, "synthesize", interrupted)
+    result = run(*command)
+    assert result.exit_code == 130 and "Traceback" not in result.stderr
+    assert files(tmp_path / "out") == {"a/a_t1ce.nii.gz", "a/a_t1ce.json"}
+    first = (tmp_path / "out" / "a" / "a_t1ce.nii.gz").read_bytes()
+    monkeypatch.setattr(Synthesizer, "synthesize", real)
+    summary = json.loads(run(*command, "--json").stdout)
+    assert [e["status"] for e in summary["studies"]] == ["kept", "written"]
+    assert (tmp_path / "out" / "a" / "a_t1ce.nii.gz").read_bytes() == first
+
+
+def test_a_model_that_cannot_be_used_stops_a_cohort(tmp_path, brain_model):
+    for name in ("a", "b"):
+        study(tmp_path / "in" / name, name)
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out"]
+    refused(run(*command, "--model", "nowhere"), "nowhere")
+    refused(run(*command, "--model", brain_model, "--device", "tpu"), "tpu")
+    refused(run(*command, "--model", brain_model, "--target", "pd"), "pd")
+
+
+def test_a_cohort_in_which_nothing_is_missing(tmp_path, brain_model, heart_model):
+    for name in ("a", "b"):
+        study(tmp_path / "brains" / name, name, ("t1", "t1ce", "t2", "flair"))
+        save(tmp_path / "hearts" / f"{name}.nii.gz", slices(16, 8), SHORT_AXIS)
+    for folder, model in (("brains", brain_model), ("hearts", heart_model)):
+        result = run("synth", "-i", tmp_path / folder, "-o", tmp_path / "out", "--model", model)
+        assert result.exit_code == 1 and "nothing is missing in any" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_output_is_told_before_anything_is_read(tmp_path, brain_model, monkeypatch):
+    study(tmp_path / "in")
+    monkeypatch.setattr(cohort, "find_studies", lambda *a: pytest.fail("read"))
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(run("synth", "-i", tmp_path / "in", "-o", folder, "--model", brain_model), str(folder))
+
+
+def test_a_heart_is_not_written_over_itself(tmp_path, heart_model):
+    stack = slices(16, 8)
+    stack[..., 3] = 0
+    path = save(tmp_path / "stack.nii.gz", stack, SHORT_AXIS)
+    before = path.read_bytes()
+    refused(run("synth", "-i", path, "-o", tmp_path, "--model", heart_model, "--overwrite"), "would replace an input")
+    assert path.read_bytes() == before
+
+
+def drop_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, path)
+
+
+def reshape_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    tensors[sorted(tensors)[0]] = torch.zeros(7, 7)
+    save_file(tensors, path)
+
+
+def pickle_it(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"a": 1}))
+
+
+@pytest.mark.parametrize("part", ["tokenizer.safetensors", "denoiser.safetensors"])
+@pytest.mark.parametrize(
+    ("damage", "word"), [(drop_tensor, "missing"), (reshape_tensor, "shape"), (pickle_it, "pickle")]
+)
+def test_damaged_model(tmp_path, brain_model, part, damage, word):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in brain_model.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    damage(model / part)
+    study(tmp_path / "in")
+    refused(run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model), part, word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_is_a_sentence(tmp_path, brain_model, monkeypatch):
+    def greedy(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    study(tmp_path / "in")
+    monkeypatch.setattr(Synthesizer, "synthesize", greedy)
+    refused(run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model), "memory ran out")
+
+
+def test_the_model_is_chosen_by_task_and_modalities(tmp_path, brain_model, heart_model, monkeypatch):
+    ixi = tmp_path / "ixi"
+    ixi.mkdir()
+    config = replace(checkpoint.read_config(brain_model), name="ixi", elements=("t1", "t2", "pd"))
+    checkpoint.write_config(ixi, config)
+    known = {"ixi": ixi, "tiny-brain": brain_model, "tiny-heart": heart_model}
+    monkeypatch.setattr(checkpoint, "list_models", lambda: sorted(known))
+    monkeypatch.setattr(checkpoint, "locate", lambda name: known[str(name)])
+    models = Models(None, "cpu")
+    assert models.choose("brain", {"t1": 0, "flair": 0})[0] == "tiny-brain"
+    assert models.choose("brain", {"t1": 0, "pd": 0})[0] == "ixi"
+    assert models.choose("cardiac", {"sax": 0})[0] == "tiny-heart"
+    monkeypatch.setattr(checkpoint, "list_models", lambda: [])
+    with pytest.raises(CopeditError, match="no model for brain"):
+        models.choose("brain", {"t1": 0})

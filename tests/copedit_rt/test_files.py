@@ -1,0 +1,109 @@
+"""Writing: whole or not at all, never where somebody else points, and nothing of the dead stays."""
+
+import hashlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from copedit_rt import files
+from copedit_rt.errors import CopeditError
+from copedit_rt.files import new_folder, sweep, write_atomically
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from copedit_rt.files import new_folder, write_atomically
+def slowly():
+    yield b"half"
+    print("half", flush=True)
+    time.sleep(60)
+if sys.argv[2] == "file":
+    write_atomically(Path(sys.argv[1]), slowly())
+else:
+    with new_folder(Path(sys.argv[1])) as part:
+        list(slowly() if (part / "x").write_text("half") else ())
+"""
+
+
+def start(path, kind):
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), kind], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_content_and_its_hash(tmp_path):
+    path = tmp_path / "new" / ("x" * 240)  # a long name must not make the temporary one too long
+    for content, pieces in ((b"one", b"one"), (b"two three", iter([b"two ", b"three"]))):
+        assert write_atomically(path, pieces) == hashlib.sha256(content).hexdigest()
+        assert path.read_bytes() == content
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_at_a_temporary_name_is_not_followed(tmp_path, monkeypatch, kind):
+    victim = tmp_path / "victim"
+    victim.mkdir() if kind == "folder" else victim.write_text("untouched")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0" * 16)
+    for name in (f".out.{'0' * 16}.part", f".out.{os.getpid()}.part", ".out.part"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(CopeditError, match="cannot write"):
+        if kind == "file":
+            write_atomically(tmp_path / "out", b"content")
+        else:
+            with new_folder(tmp_path / "out") as part:
+                (part / "x").write_text("")
+    monkeypatch.undo()
+    write_atomically(tmp_path / "out", b"content")
+    assert (victim.read_text() == "untouched") if kind == "file" else not list(victim.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, kind):
+    dead, living = (start(tmp_path / "a" / name, kind) for name in ("dead", "living"))
+    try:
+        dead.send_signal(signal.SIGKILL)
+        dead.wait()
+        left = sorted(p.name.split(".")[1] for p in (tmp_path / "a").iterdir())
+        assert left == ["dead", "living"]
+        (tmp_path / "a" / ".mine.part").write_text("not ours")
+        sweep(tmp_path)
+        assert sorted(p.name.split(".")[1] for p in (tmp_path / "a").iterdir()) == ["living", "mine"]
+    finally:
+        living.kill()
+        living.wait()
+    files._SWEPT.clear()
+    write_atomically(tmp_path / "a" / "out", b"")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [".mine.part", "out"]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path):
+    def breaks():
+        yield b"half"
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "out"
+    write_atomically(path, b"old")
+    with pytest.raises(CopeditError, match="No space left"):
+        write_atomically(path, breaks())
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "x") as part:
+        (part / "file").write_text("")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with new_folder(tmp_path / "x") as part:
+        with new_folder(part) as same:  # a job within a job
+            (same / "file").write_text("")
+        sweep(tmp_path)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["file"]
+    with pytest.raises(CopeditError, match="not empty"), new_folder(tmp_path / "x"):
+        pass

@@ -1,0 +1,92 @@
+"""What files say beside what a tiny model with random weights perceives."""
+
+import json
+
+import numpy as np
+from commands import GRID, SHORT_AXIS, filled, image, other_grid, refused, run, save, slices, study, truncated, twice
+
+from copedit_rt.cli import FLAGGED
+from copedit_rt.perception import Perception
+from copedit_rt.synthesizer import Synthesizer
+
+
+def agreeing(monkeypatch, **looks: str) -> None:
+    """Make the network perceive what the files say, but for `looks`."""
+    real = Synthesizer.perceive
+
+    def perceive(self, case):
+        seen = real(self, case)
+        names, given = seen.elements, seen.identity
+        return Perception(
+            [0.9 if c == len(names) - len(given) else 0.05 for c in range(1, len(names))],
+            [0.1 if e in given else 0.9 for e in names],
+            {e: [0.97 if looks.get(e, e) == other else 0.01 for other in names] for e in given},
+            names,
+        )
+
+    monkeypatch.setattr(Synthesizer, "perceive", perceive)
+
+
+def test_inspect_a_consistent_study(tmp_path, brain_model, monkeypatch):
+    study(tmp_path / "in")
+    agreeing(monkeypatch)
+    result = run("inspect", "-i", tmp_path / "in", "--model", brain_model)
+    assert result.exit_code == 0 and "files and images agree" in result.stdout
+
+
+def test_inspect_flags_a_misnamed_file(tmp_path, brain_model, monkeypatch):
+    study(tmp_path / "in")
+    agreeing(monkeypatch, flair="t2")
+    result = run("inspect", "-i", tmp_path / "in", "--model", brain_model, "--json")
+    (report,) = json.loads(result.stdout)["studies"]
+    assert result.exit_code == FLAGGED and not report["consistent"]
+    (finding,) = report["findings"]
+    assert finding["text"] == "case_flair.nii.gz is named flair but looks like t2 (0.97)"
+    assert report["perceived"]["looks_like"]["flair"] == "t2"
+
+
+def test_inspect_survives_what_synth_refuses(tmp_path, brain_model):
+    """A constant volume, blank planes, NaN, a truncated file, two files for one modality, another grid."""
+    study(tmp_path / "in" / "a", "a")
+    save(tmp_path / "in" / "a" / "a_t2.nii.gz", np.full(GRID, 7.0))
+    holes = image(3)
+    holes[:, :, 4:6] = 0
+    save(tmp_path / "in" / "a" / "a_flair.nii.gz", holes)
+    filled(np.nan)(tmp_path / "in" / "b")
+    truncated(tmp_path / "in" / "c")
+    twice(tmp_path / "in" / "d")
+    other_grid(tmp_path / "in" / "e")
+    result = run("inspect", "-i", tmp_path / "in", "--model", brain_model, "--json")
+    assert result.exit_code == FLAGGED
+    reports = json.loads(result.stdout)["studies"]
+    kinds = [{f["kind"] for f in report["findings"]} for report in reports]
+    assert {"constant", "blank"} <= kinds[0] and "t2" not in reports[0]["perceived"]["looks_like"]
+    assert "non-finite" in kinds[1]
+    assert "unreadable" in kinds[2] and "unreadable" in kinds[3]
+    assert "note" in kinds[4]
+    assert all(report["perceived"] for report in reports)
+    assert run("inspect", "-i", tmp_path / "in", "--model", brain_model).exit_code == FLAGGED
+
+
+def test_inspect_names_the_missing_slices_of_a_heart(tmp_path, heart_model, monkeypatch):
+    stack = slices(16, 16)
+    stack[..., 5] = np.nan
+    path = save(tmp_path / "stack.nii.gz", stack, SHORT_AXIS)
+    agreeing(monkeypatch)
+    result = run("inspect", "-i", path, "--model", heart_model, "--missing-slices", "6", "--json")
+    (report,) = json.loads(result.stdout)["studies"]
+    assert result.exit_code == 0 and report["missing_slices"] == [5, 6] and report["missing"] == ["slab1"]
+    constant = save(tmp_path / "flat.nii.gz", np.ones((16, 16, 16)), SHORT_AXIS)
+    result = run("inspect", "-i", constant, "--model", heart_model)
+    assert result.exit_code == FLAGGED and "constant" in result.stdout
+
+
+def test_inspect_of_nothing_readable_is_an_error(tmp_path, brain_model):
+    (tmp_path / "x_t1.nii.gz").write_bytes(b"")
+    refused(run("inspect", "-i", tmp_path, "--model", brain_model), "empty")
+    study(tmp_path, "y")  # beside another study it is a finding
+    result = run("inspect", "-i", tmp_path, "--model", brain_model, "--json")
+    reports = json.loads(result.stdout)["studies"]
+    assert result.exit_code == FLAGGED and reports[0]["findings"][0]["kind"] == "unreadable"
+    assert reports[0]["perceived"] is None and reports[1]["perceived"]
+    refused(run("inspect", "-i", tmp_path, "--model", brain_model, "--device", "tpu"), "tpu")

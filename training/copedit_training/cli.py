@@ -1,0 +1,322 @@
+"""`copedit demo`, `train`, `evaluate`, `sweep`, `ablate`, `analyse` and `segment`. Nothing heavy is imported before a
+command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from copedit_rt.errors import CopeditError
+from copedit_rt.terminal import (
+    Device,
+    Json,
+    Output,
+    Screen,
+    Solver,
+    Steps,
+    check_writable,
+    commands,
+    counting,
+    flag,
+    numbers,
+    present,
+    print_json,
+    say,
+    show,
+)
+
+if TYPE_CHECKING:
+    from copedit_rt.synthesizer import Synthesizer
+
+app = commands()
+train = commands("Train a model, stage by stage.")
+app.add_typer(train, name="train")
+
+
+@app.command()
+def demo(
+    output: Output = Path("copedit-demo"),
+    subjects: Annotated[int, typer.Option(min=1, help="Simulated brains and hearts.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Other subjects; that of 12 has a lesion.")] = 12,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Simulated studies in, what is missing out: files, scores beside baselines, and a picture."""
+    from copedit_training import demo as body
+
+    check_writable(output)
+    with Screen() as screen:
+        report = body.run(output, subjects=subjects, seed=seed, device=device, listener=screen)
+    if as_json:
+        print_json(report)
+    else:
+        show(body.render(report))
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+Model = Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model.")]
+Subjects = Annotated[
+    int | None, typer.Option(min=1, help="How many; by default 16 simulated ones, or all of a data set.")
+]
+HeldOut = Annotated[
+    str,
+    typer.Option("--data", metavar="phantom|DIR", help="Held-out simulated subjects, or a data set's studies."),
+]
+FirstSeed = Annotated[
+    int | None, typer.Option(help="Of the simulated subjects; 1000000 on are held out.", show_default="1000000")
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="test|all|FILE",
+        help="Which of a data set: held out by name, all, or by a split.json.",
+        show_default="test",
+    ),
+]
+Patterns = Annotated[int | None, typer.Option(min=1, help="At most N missing patterns per count; by default all.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampler.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Full = Annotated[bool, flag("--full", help="The whole budget, days, not the reduced one.")]
+
+
+@app.command()
+def evaluate(
+    output: Output,
+    model: Model = "demo-brain",
+    data: HeldOut = "phantom",
+    subjects: Subjects = None,
+    first_seed: FirstSeed = None,
+    split: Split = None,
+    steps: Steps = None,
+    patterns: Patterns = None,
+    seed: Seed = 0,
+    solver: Solver = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Average so many samples; 2 or more also give the calibration of their spread.")
+    ] = 1,
+    fid_network: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: TorchScript or torch.export.")
+    ] = None,
+    fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
+    lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """PSNR, SSIM and MAE beside baselines, per missing count and pattern; tokenizer, heads, and more on demand."""
+    from copedit_training.evaluation import evaluate as body
+    from copedit_training.evaluation.features import Networks
+    from copedit_training.evaluation.report import markdown, write_report
+    from copedit_training.evaluation.subjects import held_out
+
+    check_writable(output)
+    synthesizer = _load(model, device)
+    whom = held_out(synthesizer.config, data, subjects, first_seed, split)
+    networks = Networks(fid_network, fvd_network, lpips_network, synthesizer.engine.device)
+    options: dict[str, Any] = {"steps": steps, "solver": solver, "seed": seed, "patterns": patterns}
+    with counting("evaluating") as progress:
+        report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
+    paths, remark = write_report(report, output)
+    present(report, markdown(report), paths, as_json, remark)
+
+
+@app.command()
+def sweep(
+    output: Output,
+    steps: Annotated[str, typer.Option(metavar="5,10,20", help="The numbers of sampler steps to try.")],
+    model: Model = "demo-brain",
+    data: HeldOut = "phantom",
+    subjects: Subjects = None,
+    first_seed: FirstSeed = None,
+    split: Split = None,
+    patterns: Patterns = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Quality and time of every solver at several numbers of steps."""
+    from copedit_training.evaluation import evaluate as body
+    from copedit_training.evaluation.report import markdown, write_report
+    from copedit_training.evaluation.subjects import held_out
+
+    counts = numbers(steps, "--steps") or []
+    check_writable(output)
+    synthesizer = _load(model, device)
+    whom = held_out(synthesizer.config, data, subjects, first_seed, split)
+    with counting("evaluating") as progress:
+        report = body.sweep(synthesizer, whom, steps=counts, seed=seed, patterns=patterns, progress=progress)
+    paths, remark = write_report(report, output)
+    present(report, markdown(report), paths, as_json, remark)
+
+
+def _load(model: str, device: str) -> Synthesizer:
+    from copedit_rt.models import Models
+
+    with Screen() as screen:
+        return Models(model, device, listener=screen).load(model)
+
+
+# ---------------------------------------------------------------------------------------------- experiments
+
+
+@app.command()
+def ablate(
+    kind: Annotated[str, typer.Argument(metavar="prompts|injection|backbone", help="What is changed or left out.")],
+    output: Output,
+    preset: Annotated[str, typer.Option(help="Its model and its training settings are the reference.")] = "demo-brain",
+    data: Annotated[str, typer.Option(metavar="phantom|DIR", help="What to train and to test on.")] = "phantom",
+    subjects: Annotated[int, typer.Option(min=1, help="Held-out subjects to test on.")] = 16,
+    override: Set = None,
+    full: Full = False,
+    runs: Annotated[int | None, typer.Option(min=1, help="Seeds a variant; by default 2, or 3 with --full.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train and compare variants of a preset's denoiser. Repeat the command to go on with what is not finished."""
+    from copedit_training.experiments import ablation as body
+
+    if kind not in body.VARIANTS:
+        raise CopeditError(f"ablation {kind!r} is unknown; choose one of {', '.join(body.VARIANTS)}")
+    check_writable(output)
+    settings = [*(override or ()), *([] if device == "auto" else [f"device={device}"])]
+    experiment = body.Experiment(output, preset, settings, data=data, full=full, runs=runs, test_subjects=subjects)
+    report = body.ablate(kind, experiment)
+    present(report, body.markdown(report), body.write_report(report, output), as_json)
+
+
+@app.command()
+def analyse(
+    kind: Annotated[
+        str, typer.Argument(metavar="gradcam|tsne|attention|corruption|intervention", help="What to look at.")
+    ],
+    output: Output,
+    model: Model = "demo-brain",
+    data: HeldOut = "phantom",
+    subjects: Annotated[int, typer.Option(min=1, help="At most so many.")] = 16,
+    first_seed: FirstSeed = None,
+    split: Split = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What the prompts of a model hold and what they do, with figures."""
+    from copedit_training.experiments import analysis as body
+
+    if kind not in body.ANALYSES:
+        raise CopeditError(f"analysis {kind!r} is unknown; choose one of {', '.join(body.ANALYSES)}")
+    check_writable(output)
+    report = body.analyse(kind, model, output, subjects, device, data=data, first_seed=first_seed, split=split)
+    present(report, body.markdown(report), body.write_report(report, output), as_json)
+
+
+@app.command()
+def segment(
+    output: Output,
+    model: Model = "demo-brain",
+    data: Annotated[
+        str, typer.Option(metavar="phantom|DIR", help="What to train and to test on, with segmentations of tumours.")
+    ] = "phantom",
+    override: Set = None,
+    full: Full = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What synthesis is worth to a segmentation of tumours."""
+    from copedit_training.experiments import segmentation as body
+
+    budget = body.budget_of(full, override or ())
+    check_writable(output)
+    with counting("synthesising") as progress:
+        report = body.compare(model, output, data, device, budget, progress)
+    present(report, body.markdown(report), body.write_report(report, output), as_json)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+Preset = Annotated[str, typer.Option(help="A preset: its model and its training settings.")]
+Data = Annotated[str, typer.Option(metavar="phantom|DIR", help="What to train on: simulated subjects or a data set.")]
+Resume = Annotated[bool, flag("--resume", help="Go on with the run in the output folder.")]
+Estimate = Annotated[bool, flag("--estimate", help="Only say how much memory of a GPU a step is expected to take.")]
+Quick = Annotated[bool, flag("--quick", help="A few steps on a few subjects, to see that all works.")]
+
+
+@train.command("tokenizer")
+def train_tokenizer(
+    preset: Preset,
+    output: Output,
+    data: Data = "phantom",
+    override: Set = None,
+    resume: Resume = False,
+    estimate: Estimate = False,
+    quick: Quick = False,
+) -> None:
+    """Stage I: the autoencoder, its codebook and its prompt heads."""
+    _train("tokenizer", preset, output, data, override, resume, estimate, quick)
+
+
+@train.command("denoiser")
+def train_denoiser(
+    preset: Preset,
+    output: Output,
+    data: Data = "phantom",
+    override: Set = None,
+    resume: Resume = False,
+    estimate: Estimate = False,
+    quick: Quick = False,
+) -> None:
+    """Stage II: the diffusion transformer, on the latents of a trained tokenizer (--set tokenizer=FOLDER)."""
+    _train("denoiser", preset, output, data, override, resume, estimate, quick)
+
+
+@train.command("check-data")
+def train_check_data(
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="The data set.")],
+    preset: Preset,
+    deep: Annotated[bool, flag("--deep", help="Read every voxel, not only headers and sizes.")] = False,
+    as_json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also write the report there, as JSON.")
+    ] = None,
+) -> None:
+    """What a data set holds for a preset, what is skipped and why. Exit code 1 if there is nothing to train on."""
+    from copedit_rt.config import ModelConfig
+    from copedit_rt.files import write_atomically
+    from copedit_training.data import layouts
+
+    config = ModelConfig.preset(preset)
+    found = layouts.find(data, config)
+    with counting("checking") as progress:
+        report = layouts.check(found, config, deep=deep, progress=progress)
+    if output:
+        write_atomically(output, (json.dumps(report, indent=2) + "\n").encode())
+    if as_json:
+        print_json(report)
+    else:
+        say(layouts.render(report))
+    if not report["studies"]:
+        raise typer.Exit(1)
+
+
+def _train(
+    stage: Any,
+    preset: str,
+    output: Path,
+    data: str,
+    override: list[str] | None,
+    resume: bool,
+    estimate: bool,
+    quick: bool,
+) -> None:
+    from copedit_training.stages import trainer
+
+    if estimate:
+        say(trainer.expected(stage, preset, override or (), quick))
+        return
+    check_writable(output)
+    options = {"preset": preset, "output": output, "data": data, "overrides": override or (), "resume": resume}
+    folder = trainer.run(stage, **options, quick=quick)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one speaks
+        say(folder)
