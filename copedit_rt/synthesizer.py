@@ -51,6 +51,18 @@ class Result:
     std: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What sampling starts from besides noise, in a model with a prior.
+
+    latents [m, 8, h, w, d]: of the fill, and of what is observed its own. beyond [m, 1, H, W, D]: what the fill shows
+    and its decoded latents do not. It is added to what is decoded, so that a correction of nothing changes nothing.
+    """
+
+    latents: np.ndarray | None = None
+    beyond: np.ndarray | float = 0.0
+
+
 class Synthesizer:
     """A loaded model on one device and engine, for many studies.
 
@@ -188,12 +200,12 @@ class Synthesizer:
         spread: dict[str, np.ndarray] = {}
         with self._turn:
             encoded = self._encode(prepared)
-            prior = self._prior(prepared, encoded)
+            begun = self._begun(prepared, encoded)
             for sample in range(samples):
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
                 start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
-                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, prior)
-                images = prepared.restore(self.decode(z, prepared.observed))
+                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
+                images = prepared.restore(self.decode(z, prepared.observed) + begun.beyond)
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                     value = images[name].astype(np.float64)
@@ -228,15 +240,18 @@ class Synthesizer:
     def _encode(self, prepared: Prepared) -> Encoded:
         return self.engine.encode(prepared.images[prepared.observed])
 
-    def _prior(self, prepared: Prepared, encoded: Encoded) -> np.ndarray | None:
-        """Latents [m, 8, h, w, d] of the fill of what is missing, and of what is observed its own."""
+    def _begun(self, prepared: Prepared, encoded: Encoded) -> Begun:
+        """What the prior knows of a study."""
         if self.prior is None:
-            return None
-        z = np.empty((len(prepared.observed), *encoded.latents.shape[1:]), np.float32)
-        z[prepared.observed] = encoded.latents
-        fill = self.prior.fill(prepared.images, prepared.observed)
-        z[~prepared.observed] = self.engine.encode(fill).latents
-        return z
+            return Begun()
+        there = prepared.observed
+        z = np.empty((len(there), *encoded.latents.shape[1:]), np.float32)
+        z[there] = encoded.latents
+        fill = self.prior.fill(prepared.images, there)
+        z[~there] = self.engine.encode(fill).latents
+        beyond = -self.decode(z, there)
+        beyond[~there] += fill
+        return Begun(z, beyond)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements

@@ -325,7 +325,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         loss = (error * importance).sum() / importance.sum()
         terms = {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
         if settings.image_weight:
-            image_error = self._image_error(x0.float(), z0, batch)
+            image_error = self._image_error(x0.float(), z0, batch, prior)
             loss = loss + settings.image_weight * image_error.mean().log()
             terms["image_mse"] = image_error.mean().item()
         return loss, terms
@@ -346,27 +346,35 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         begun[missing] = self._encode_alone(batch.fill[missing][None])[0]
         return begun
 
-    def _image_error(self, x0: Tensor, z0: Tensor, batch: Noised) -> Tensor:
+    def _image_error(self, x0: Tensor, z0: Tensor, batch: Noised, prior: Tensor | None) -> Tensor:
         """Mean squared error [N] of decoded images against the training images: of all missing slabs, which are decoded
-        with the others, or of one missing modality a subject. x0, z0: predicted and true latents."""
-        images, observed, vae = batch.images, batch.observed, self.tokenizer
+        with the others, or of one missing modality a subject. x0, z0: predicted and true latents; prior: those of the
+        fill, whose decoded difference from the prediction is then added to the fill, as in `Synthesizer`."""
+        images, observed = batch.images, batch.observed
         assert images is not None and batch.chance is not None
         if self.cardiac:
-            z = torch.where(observed[:, :, None, None, None, None], z0, x0)
+            z, fill = torch.where(observed[:, :, None, None, None, None], z0, x0), batch.fill
         else:
             element = batch.chance.masked_fill(observed, -1.0).argmax(1)
             one = torch.arange(len(x0), device=self.device), element
             z, images = x0[one][:, None], images[one][:, None]
-        z = vae.denormalise(z)
-        if vae.config.quantise:  # straight through, as in stage I
-            z = z + (vae.quantise(z.detach())[0] - z).detach()
-        with self.autocast():
-            output = self.decoder(self.volumes(z)).float()
-        output = torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
+            prior, fill = (None if x is None else x[one][:, None] for x in (prior, batch.fill))
+        output = self._decoded(z)
+        if prior is not None and fill is not None:
+            output = fill + output - self._decoded(prior)
         if batch.corner is not None:
             images, output = (x[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :] for x in (images, output))
         error = (output - images).square().mean((2, 3, 4, 5))
         return error[~observed] if self.cardiac else error[:, 0]
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """Images of normalised latents by the decoder that learns."""
+        z = self.tokenizer.denormalise(z)
+        if self.tokenizer.config.quantise:  # straight through, as in stage I
+            z = z + (self.tokenizer.quantise(z.detach())[0] - z).detach()
+        with self.autocast():
+            output = self.decoder(self.volumes(z)).float()
+        return torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
 
     @torch.no_grad()
     def after_step(self, step: int) -> Terms:
@@ -412,6 +420,8 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
 
                     latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
                     (result,) = vae.images(latents, joint=self.cardiac).float()
+                    if prior is not None:
+                        result = fill[0] + result - vae.images(prior, joint=self.cardiac).float()[0]
                 error = (latents - vae.normalise(z))[0, missing].square().mean().item()
                 noise_ratio, similarity = compare(result[missing], subject[missing])
                 found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)

@@ -62,8 +62,9 @@ def run(
     """Train one stage, alone or as one of torchrun's processes, and return the model folder `output/model`.
 
     data: "phantom", "labels:FOLDER" (`Labels`) or the folder of a data set, see `layouts.find`. config replaces the
-    preset's model (its training settings stay). quick: see `load_settings`. Raises CopeditError for bad settings, unusable data, an output folder in
-    use, or a loss that is not finite; Stopped after SIGTERM or SIGINT, with a checkpoint of the step under way.
+    preset's model (its training settings stay). quick: see `load_settings`. Raises CopeditError for bad settings,
+    unusable data, an output folder in use, or a loss that is not finite; Stopped after SIGTERM or SIGINT, with a
+    checkpoint of the step under way.
     """
     settings = load_settings(stage, preset, overrides, quick)
     config = config or ModelConfig.preset(preset)
