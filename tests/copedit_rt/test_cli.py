@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -10,7 +11,22 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from commands import AFFINE, BAD, GRID, SHORT_AXIS, files, image, other_grid, refused, run, save, slices, study
+from commands import (
+    AFFINE,
+    GRID,
+    SHORT_AXIS,
+    files,
+    filled,
+    image,
+    other_grid,
+    refused,
+    run,
+    save,
+    slices,
+    study,
+    truncated,
+    twice,
+)  # fmt: skip
 from processors import Faulty, Sound
 
 from copedit_rt import checkpoint, cli
@@ -83,9 +99,19 @@ def test_same_seed_same_bytes(tmp_path, brain_model):
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_in_one_sentence(tmp_path, brain_model, case):
-    build, *words = BAD[case]
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (truncated, ["case_t2.nii.gz", "gzip"]),
+        (filled(np.nan), ["case_t2.nii.gz", "NaN"]),
+        (twice, ["two files for t2"]),
+        (other_grid, ["--resample", "24 x 22 x 12", "24 x 22 x 10"]),
+        (partial(study, elements=("t1", "t1ce", "t2", "flair")), ["case", "missing"]),
+        (partial(study, elements=("t1", "pd")), ["pd", "tiny-brain"]),
+        (Path.mkdir, ["no images found"]),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(tmp_path, brain_model, build, words):
     build(tmp_path / "in")
     result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model)
     refused(result, *words)

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from commands import SHORT_AXIS, files, image, refused, run, save, slices, study
-from safetensors.torch import load_file, save_file
 
 from copedit_rt import checkpoint, cohort
 from copedit_rt.cli import FLAGGED
@@ -87,7 +85,9 @@ def test_a_cohort_goes_on_after_a_failure(tmp_path, brain_model):
 
 
 @pytest.mark.parametrize("where", [(Study, "read"), (Synthesizer, "synthesize")])
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: no\nluck"), ZeroDivisionError("x")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes"), RuntimeError("CUDA error: no\nluck")]
+)
 def test_whatever_goes_wrong_with_a_study_is_its_own_failure(tmp_path, brain_model, monkeypatch, where, error):
     for name in "abc":
         study(tmp_path / "in" / name, name)
@@ -105,7 +105,7 @@ def test_whatever_goes_wrong_with_a_study_is_its_own_failure(tmp_path, brain_mod
     assert result.exit_code == 1 and [e["status"] for e in summary["studies"]] == ["written", "failed", "written"]
     (told,) = (line for line in result.stderr.splitlines() if line.startswith("copedit: "))
     assert told == f"copedit: {summary['studies'][1]['error']}" and told.startswith("copedit: b: ")
-    assert ("memory ran out" if isinstance(error, MemoryError) else f"{type(error).__name__}: ") in told
+    assert ("RuntimeError: CUDA error: no luck" if "CUDA" in str(error) else "memory ran out") in told
     assert "Traceback" not in result.stderr
     traceback = run("--debug", *command).stderr
     assert "Traceback" in traceback and "in raises" in traceback and told in traceback
@@ -308,44 +308,16 @@ def test_a_heart_is_not_written_over_itself(tmp_path, heart_model):
     assert path.read_bytes() == before
 
 
-def drop_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    del tensors[sorted(tensors)[0]]
-    save_file(tensors, path)
-
-
-def reshape_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    tensors[sorted(tensors)[0]] = torch.zeros(7, 7)
-    save_file(tensors, path)
-
-
-def pickle_it(path: Path) -> None:
-    path.write_bytes(pickle.dumps({"a": 1}))
-
-
-@pytest.mark.parametrize("part", ["tokenizer.safetensors", "denoiser.safetensors"])
-@pytest.mark.parametrize(
-    ("damage", "word"), [(drop_tensor, "missing"), (reshape_tensor, "shape"), (pickle_it, "pickle")]
-)
-def test_damaged_model(tmp_path, brain_model, part, damage, word):
+def test_damaged_model(tmp_path, brain_model):
     model = tmp_path / "model"
     model.mkdir()
     for file in brain_model.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
-    damage(model / part)
+    (model / checkpoint.DENOISER).write_bytes(pickle.dumps({"a": 1}))
     study(tmp_path / "in")
-    refused(run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model), part, word)
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model]
+    refused(run(*command), checkpoint.DENOISER, "pickle")
     assert not (tmp_path / "out").exists()
-
-
-def test_running_out_of_memory_is_a_sentence(tmp_path, brain_model, monkeypatch):
-    def greedy(*args, **options):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-    study(tmp_path / "in")
-    monkeypatch.setattr(Synthesizer, "synthesize", greedy)
-    refused(run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model), "memory ran out")
 
 
 def test_the_model_is_chosen_by_task_and_modalities(tmp_path, brain_model, heart_model, monkeypatch):

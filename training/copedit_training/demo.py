@@ -16,7 +16,7 @@ from copedit_rt.images.nifti import Volume, read_volume
 from copedit_rt.images.study import Study
 from copedit_rt.listener import Listener
 from copedit_training.data import prepared
-from copedit_training.evaluation import evaluate
+from copedit_training.evaluation import compare, evaluate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,7 +72,7 @@ def _one(
         folder.mkdir(parents=True, exist_ok=True)
     removed = [REMOVED[index % len(REMOVED)]] if brain else []
     slab = config.elements[1 + index % max(1, len(config.elements) - 2)]
-    slices = [] if brain else evaluate.missing_slices(config, phantom, [slab])
+    slices = [] if brain else compare.missing_slices(config, phantom, [slab])
     files = {e: f"{name}_{e}.nii.gz" for e in config.elements} if brain else {STACK: f"{name}.nii.gz"}
     for element, file in files.items():
         volume = Volume.from_array(phantom.images[element], phantom.affine())
@@ -91,10 +91,10 @@ def _one(
     made = {element: read_volume(Path(path)).data for element, path in entry["outputs"].items()}
     if brain:
         regression = evaluate.fit_regression(config, [removed], FIT_SUBJECTS)
-        intensity = evaluate.intensity_of(entry["record"])
-        scores = evaluate.compare_brain(images, removed, made, intensity, regression)
+        intensity = compare.intensity_of(entry["record"])
+        scores = compare.compare_brain(images, removed, made, intensity, regression)
     else:
-        scores = evaluate.compare_heart(images[STACK], slices, made[STACK])
+        scores = compare.compare_heart(images[STACK], slices, made[STACK])
     report = {
         "study": name,
         "missing": ", ".join(removed) if brain else f"slices {slices[0]}-{slices[-1]}",

@@ -37,7 +37,7 @@ from copedit_rt.images.prepare import prepare
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.synthesizer import Synthesizer
-from copedit_training.evaluation import evaluate
+from copedit_training.evaluation import compare
 from copedit_training.evaluation.report import table
 from copedit_training.evaluation.subjects import Phantoms
 from copedit_training.stages.settings import Stage, load_settings
@@ -197,7 +197,7 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     element missing at the model's own number of steps, geometry included; and the peak of memory, weights included."""
     where = choose_device(device)
     subject, truth, _ = next(iter(Phantoms(config, 1)))
-    study = evaluate.incomplete(config, truth, [config.elements[1]])
+    study = compare.incomplete(config, truth, [config.elements[1]])
     prepared = prepare(study, config)
     memory = Memory(where)
     tokenizer, denoiser = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)

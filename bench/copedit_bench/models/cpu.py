@@ -26,7 +26,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.images.names import STACK
 from copedit_rt.images.nifti import Volume
 from copedit_training.data import prepared
-from copedit_training.evaluation import evaluate
+from copedit_training.evaluation import compare
 
 MODELS = ("demo-brain", "demo-cardiac")
 LARGE = "brain-brats"
@@ -129,7 +129,7 @@ def _commands(race: Race, model: str, onnx: Path | None, temporary: Path) -> Non
     else:
         volume = Volume.from_array(phantom.images[STACK], phantom.affine())
         volume.data = volume.data.copy()
-        volume.data[..., evaluate.missing_slices(config, phantom, [config.elements[1]])] = 0
+        volume.data[..., compare.missing_slices(config, phantom, [config.elements[1]])] = 0
         volume.save(study / "subject.nii.gz")
     for engine, which in (("torch", model), ("onnxruntime", onnx)):
         if which is None:

@@ -1,6 +1,6 @@
 """The models as users write them today, on our weights: what the benchmarks of whole models compare with.
 
-Separate operators and permutes (those of `providers`), modulation inside every block of every step, every element
+Separate operators and permutes (those of `contestants`), modulation inside every block of every step, every element
 computed to the end, codes by a vectors x codes matrix. Parameters have our names, so that weights and gradients can be
 compared one by one.
 """

@@ -75,9 +75,10 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cases; JSON-able.
 
-    machine, settings, yardsticks; checks: one entry a case and contestant, with its status ok, wrong, failed, unavailable
-    or skipped; timings: one entry a case, contestant, direction and mode; overhead: microseconds of Python a call on tiny
-    tensors. seconds: what does not fit is listed as skipped. save: called with the report so far after every case.
+    machine, settings, yardsticks; checks: one entry a case and contestant, with its status ok, wrong, failed,
+    unavailable or skipped; timings: one entry a case, contestant, direction and mode; overhead: microseconds of Python
+    a call on tiny tensors. seconds: what does not fit is listed as skipped. save: called with the report so far after
+    every case.
     """
     if not cases:
         raise CopeditError("no case to measure: name operators that exist")

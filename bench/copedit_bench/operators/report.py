@@ -91,9 +91,9 @@ def description(report: Report) -> list[str]:
         f"Yardsticks of this run: {yardsticks(report)}.",
         "",
         "Median and half the distance between the deciles; the fastest is bold. Shares compare the floor of "
-        "`docs/kernels.md` with the yardstick. Contestants take turns; inputs rotate so that none stays in the L2 cache; "
-        "every contestant was checked against float64 before. torch.compile and FlexAttention compile for one shape each "
-        "(dynamic=False), at the shapes that show a number.",
+        "`docs/kernels.md` with the yardstick. Contestants take turns; inputs rotate so that none stays in the L2 "
+        "cache; every contestant was checked against float64 before. torch.compile and FlexAttention compile for one "
+        "shape each (dynamic=False), at the shapes that show a number.",
     ]
 
 

@@ -112,7 +112,7 @@ def test_a_plain_training_step_has_the_same_loss_and_gradients(stage):
         assert distance(one.answer(), exact) < 1e-4
         one.call()
         task = one.call.args[0]
-        moved.append({name: p.detach() - state[name] for name, p in task.named_parameters() if p.requires_grad})
+        moved.append({name: p.detach() - state[name] for name, p in task.module.named_parameters() if p.requires_grad})
     for name, change in moved[0].items():
         assert change.shape == moved[1][name].shape
     sizes = [torch.cat([x.flatten() for x in part.values()]) for part in moved]

@@ -492,6 +492,16 @@ def test_identity_is_the_index_through_a_fixed_embedding() -> None:
     assert same(net(z[:, order], t, prompts, observed), net(z, t, prompts, observed)[:, order])
 
 
+def test_the_element_embedding_is_added_once() -> None:
+    """All blocks asleep: four of them change nothing that two do not."""
+    inputs = tiny_inputs()
+    four, two = tiny_denoiser(("final",), blocks=4), tiny_denoiser(("final",), blocks=2)
+    two.load_state_dict({name: x for name, x in four.state_dict().items() if name in two.state_dict()})
+    assert same(four(*inputs), two(*inputs))
+    four.element.zero_()
+    assert differs(four(*inputs), two(*inputs))
+
+
 def test_only_attention_within_an_element_knows_positions() -> None:
     """Without the embedding at the input, across-blocks commute with a shift of tokens, within-blocks not."""
     z, t, prompts, observed = tiny_inputs()

@@ -82,29 +82,3 @@ def test_phantom_images_are_the_runtimes_preprocessing_and_cached(tmp_path):
     phantom_images(config, 2, tmp_path / "p.npy")
     assert (tmp_path / "p.npy").stat().st_mtime_ns == stamp
     assert phantom_images(config, 1, tmp_path / "p.npy").shape[0] == 1
-
-
-@pytest.mark.parametrize("consecutive", [False, True])
-def test_patterns_are_uniform_in_count_then_in_subset(consecutive):
-    drawn = (~draw_observed(np.random.default_rng(0), 12_000, 4, consecutive)).int().numpy()
-    counts = np.bincount(drawn.sum(1), minlength=5)
-    assert counts[0] == counts[4] == 0
-    np.testing.assert_allclose(counts[1:4] / len(drawn), 1 / 3, atol=0.02)
-    pairs = {tuple(row) for row in drawn[drawn.sum(1) == 2]}
-    assert len(pairs) == (3 if consecutive else 6)
-    one = drawn[drawn.sum(1) == 1].mean(0)
-    np.testing.assert_allclose(one, 0.25, atol=0.03)
-    if consecutive:
-        edges = np.abs(np.diff(np.pad(drawn, ((0, 0), (1, 1))), axis=1)).sum(1)
-        assert (edges == 2).all()
-
-
-def test_phantom_images_are_the_runtimes_preprocessing_and_cached(tmp_path):
-    config = dataclasses.replace(ModelConfig.preset("demo-brain"), image=(32, 32, 8))
-    images = phantom_images(config, 2, tmp_path / "p.npy")
-    assert images.shape == (2, 4, 1, 32, 32, 8) and images.dtype == np.float16
-    np.testing.assert_allclose(images[1], model_images(config, 1), atol=1e-3)
-    stamp = (tmp_path / "p.npy").stat().st_mtime_ns
-    phantom_images(config, 2, tmp_path / "p.npy")
-    assert (tmp_path / "p.npy").stat().st_mtime_ns == stamp
-    assert phantom_images(config, 1, tmp_path / "p.npy").shape[0] == 1

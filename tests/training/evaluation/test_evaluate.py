@@ -16,6 +16,7 @@ from copedit_training.data import layouts, prepared
 from copedit_training.evaluation import evaluate as ev
 from copedit_training.evaluation import report as pages
 from copedit_training.evaluation import subjects
+from copedit_training.evaluation.subjects import phantom_truth
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +48,13 @@ def test_patterns(brain, heart):
     assert ev.missing_patterns(brain.config, 2)[1] == [("t1",), ("flair",)]
 
 
-def test_phantom_study_removes_and_swaps(brain, heart):
+def test_incomplete_studies_lack_and_swap_elements(brain, heart):
     phantom = prepared.phantom_subject(brain.config, prepared.HELD_OUT)
-    study = ev.phantom_study(brain.config, phantom, ["t2"], "x", {"flair": "t2"})
+    study = ev.incomplete(brain.config, phantom_truth(brain.config, phantom, "x"), ["t2"], {"flair": "t2"})
     assert list(study.volumes) == ["t1", "t1ce", "flair"]
     assert np.array_equal(study.volumes["flair"].data, phantom.images["t2"])
     phantom = prepared.phantom_subject(heart.config, prepared.HELD_OUT)
-    study = ev.phantom_study(heart.config, phantom, ["slab1"], "x")
+    study = ev.incomplete(heart.config, phantom_truth(heart.config, phantom, "x"), ["slab1"])
     assert study.missing_slices == (4, 5, 6, 7) and not study.volumes["sax"].data[..., 4:8].any()
     assert phantom.images["sax"][..., 4:8].any()
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.grids import Orientation
-from copedit_training.evaluation.evaluate import Pair
+from copedit_training.evaluation.compare import Pair
 from copedit_training.evaluation.features import BATCH, Gaussian, Networks, frechet_distance
 
 

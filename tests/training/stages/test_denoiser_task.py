@@ -124,13 +124,6 @@ def test_the_image_term_is_the_error_of_what_the_decoder_shows(tmp_path, config,
     assert torch.allclose(found, expected[shown].mean((1, 2, 3, 4)), rtol=1e-4)
 
 
-def cropped(images, corner, crop):
-    if corner is None:
-        return images
-    starts = (2 * corner).tolist()
-    return torch.stack([x[..., i : i + crop, j : j + crop, :] for x, (i, j) in zip(images, starts, strict=True)])
-
-
 def test_with_the_image_term_the_decoder_learns_what_is_synthesised(tmp_path):
     vae = train("tokenizer", tmp_path / "vae", "steps=4")
     found = train("denoiser", tmp_path / "a", "steps=3", "crop=0", "image_weight=0.1", f"tokenizer={vae}")
@@ -185,14 +178,8 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
     with pytest.raises(CopeditError, match=r"crop = 10: must divide by \(4, 4\) and fit"):
         train("tokenizer", tmp_path / "c", "steps=2", "crop=10")
     vae = train("tokenizer", tmp_path / "vae", "steps=1")
-    for override, message in (
-        ("crop=6", r"crop = 6: must divide by \(8, 8\) and fit"),
-        ("whole_steps=-1", "whole_steps = -1: must be at least 0"),
-        ("last_timestep=1.5", "last_timestep = 1.5: must be from 0 to 1"),
-        ("whiten=-1.0", "whiten = -1.0: must be from 0 to 1"),
-    ):
-        with pytest.raises(CopeditError, match=message):
-            train("denoiser", tmp_path / override, "steps=2", "whole_steps=0", override, f"tokenizer={vae}")
+    with pytest.raises(CopeditError, match=r"crop = 6: must divide by \(8, 8\) and fit"):
+        train("denoiser", tmp_path / "d", "steps=2", "crop=6", f"tokenizer={vae}")
     flat = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, backbone="unet", width=96))
     for overrides, message in (
         (("crop=0", "whiten=0.5"), "whiten is for transformers"),

@@ -7,14 +7,14 @@ import torch
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.stages.losses import Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts
+from copedit_training.stages.losses import Adversary, EMACodebook, Perceptual, pretext_losses, scale_prompts, weigh
 from tests.training.stages.tiny import TINY
 
 
 def test_codebook_starts_from_data_follows_its_vectors_and_revives_the_dead():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(500, 3, generator=generator)
-    learner, codes = EMACodebook(4, 3, decay=0.5), torch.zeros(4, 3)
+    learner, codes = EMACodebook(4, 3, decay=0.9), torch.zeros(4, 3)
     learner.start(z, codes, generator)
     assert torch.cdist(codes, z).min(1).values.max() < 0.1
     codes[3] = 100.0
@@ -23,37 +23,64 @@ def test_codebook_starts_from_data_follows_its_vectors_and_revives_the_dead():
     before = codes[0].clone()
     perplexity = learner.update(z, index, codes, generator)
     n = int((index == 0).sum())
-    torch.testing.assert_close(codes[0], (0.5 * before + 0.5 * z[index == 0].sum(0)) / (0.5 + 0.5 * n))
+    torch.testing.assert_close(codes[0], (0.9 * before + 0.1 * z[index == 0].sum(0)) / (0.9 + 0.1 * n))
     assert torch.cdist(codes[3:], z).min() < 0.1, "a code without vectors must be restarted"
     share = np.bincount(index.numpy(), minlength=4) / 500
     assert perplexity == pytest.approx(np.exp(-sum(p * np.log(p) for p in share if p)), rel=1e-5)
 
 
-def test_pretext_losses_are_those_of_the_heads():
+def heads_of(elements):
+    """A tokenizer whose heads tell subjects and patterns apart, latents of 3 subjects, and what was observed."""
     torch.manual_seed(0)
+    vae = CoPeVAE(TINY.tokenizer, elements).eval()
+    z = torch.randn(3, elements, 8, 4, 4, 2)
+    with torch.no_grad():
+        scale_prompts(vae, vae.features_of_each(z).flatten(0, 1))
+    observed = torch.tensor([[True, False, False, False], [True, True, False, True], [False, True, True, False]])
+    return vae, vae.prompts_of_each(z), observed[:, :elements]
 
-    vae = CoPeVAE(TINY.tokenizer, 2).eval()
-    z = torch.randn(3, 2, 8, 4, 4, 2)
-    observed = torch.tensor([[True, False], [False, True], [True, False]])
-    each = vae.prompts_of_each(z)
-    terms = pretext_losses(vae, each, observed[None])
-    _, which, anchor = vae.assess(vae.prompts(z, observed))
-    other = vae.assess(vae.prompts(z, ~observed))[2]
-    p = which.sigmoid().double()
+
+@pytest.mark.parametrize("position", ["bce", "cross-entropy"])
+def test_pretext_losses_are_those_of_the_heads(position):
+    vae, each, observed = heads_of(4)
+    terms = pretext_losses(vae, each, observed[None], position)
+
+    def mean_of(which):
+        return torch.stack([prompts[chosen].mean(0) for prompts, chosen in zip(each, which, strict=True)])
+
+    count, which, anchor = (x.double() for x in vae.assess(mean_of(observed)))
+    other = vae.assess(mean_of(~observed))[2].double()
+    wanted = -count.log_softmax(1)[torch.arange(3), [2, 0, 1]].mean()  # three, one and two are missing
+    assert terms["count"].item() == pytest.approx(wanted.item(), rel=1e-5)
     missing = (~observed).double()
-    bce = -(missing * p.log() + (1 - missing) * (1 - p).log()).mean()
-    assert terms["position"].item() == pytest.approx(bce.item(), rel=1e-5)
-    assert terms["count"].item() == 0.0, "two elements: one is missing, the only class"
-    a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (anchor, other))
+    if position == "bce":
+        p = which.sigmoid()
+        wanted = -(missing * p.log() + (1 - missing) * (1 - p).log()).mean()
+    else:
+        wanted = -((missing * which.log_softmax(1)).sum(1) / missing.sum(1)).mean()
+    assert terms["position"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    a, b = (torch.nn.functional.normalize(x, dim=1) for x in (anchor, other))
     similarity = torch.exp(a @ b.T / 0.2)
     nce = -(similarity.diagonal() / similarity.sum(1)).log().mean()
-    assert terms["contrast"].item() == pytest.approx(nce.item(), rel=1e-5)
+    turned = -(similarity.flip(1).diagonal() / similarity.sum(1)).log().mean()
+    assert abs(nce - turned) > 0.05, "the subjects' embeddings differ"
+    assert terms["contrast"].item() == pytest.approx(nce.item(), rel=1e-4)
 
-    other_pattern = ~observed
-    both = pretext_losses(vae, each, torch.stack((observed, other_pattern)))
-    second = pretext_losses(vae, each, other_pattern[None])
+
+def test_several_patterns_give_the_mean_of_their_losses():
+    vae, each, observed = heads_of(4)
+    both = pretext_losses(vae, each, torch.stack((observed, ~observed)))
+    one, two = (pretext_losses(vae, each, pattern[None]) for pattern in (observed, ~observed))
     for name, value in both.items():
-        assert value.item() == pytest.approx((terms[name] + second[name]).item() / 2, rel=1e-5)
+        assert value.item() == pytest.approx((one[name] + two[name]).item() / 2, rel=1e-5)
+
+
+def test_the_weights_of_the_terms():
+    names = ("l1", "commitment", "perceptual", "adversarial", "discriminator", "count", "position", "contrast")
+    terms = {name: torch.tensor(10.0**i) for i, name in enumerate(names)}
+    ours = 1 + 0.25e1 + 0.05e2 + 0.01e3 + 1e4 + 0.01 * (1e5 + 0.5e6 + 0.5e7)
+    assert weigh(terms, 0.01).item() == pytest.approx(ours)
+    assert weigh(terms, 0.01, (1, 1, 1)).item() == pytest.approx(ours + 0.01 * (0.5e6 + 0.5e7))
 
 
 def test_prompts_start_at_unit_scale_even_under_autocast():

@@ -8,8 +8,11 @@ import torch
 
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.stages import memory, trainer
-from copedit_training.stages.settings import Settings
+from copedit_training.stages import memory
+from copedit_training.stages.denoiser_task import DenoiserTask
+from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
+from copedit_training.stages.step import gradients, optimizers_of
+from copedit_training.stages.tokenizer_task import TokenizerTask
 
 CONFIG = ModelConfig(
     "small",
@@ -21,27 +24,32 @@ CONFIG = ModelConfig(
     ),
     DenoiserConfig(width=96, heads=3, blocks=4, patch=(2, 2, 2)),
 )
-SETTINGS = Settings(10, 4, 1e-3, dtype="float32", device="cpu")
+SETTINGS = {
+    kind.stage: kind(10, 4, 1e-3, dtype="float32", device="cpu") for kind in (TokenizerSettings, DenoiserSettings)
+}
 
 
-def task_of(stage, settings=SETTINGS):
+def task_of(settings):
     torch.manual_seed(0)
     images = np.random.default_rng(0).random((8, 2, 1, *CONFIG.image)).astype(np.float16)
-    if stage == "tokenizer":
-        return trainer.TokenizerTask(CONFIG, settings, images)
-    return trainer.DenoiserTask(CONFIG, settings, images, CoPeVAE(CONFIG.tokenizer, 2))
+    if settings.stage == "tokenizer":
+        return TokenizerTask(CONFIG, settings, images)
+    return DenoiserTask(CONFIG, settings, images, CoPeVAE(CONFIG.tokenizer, 2))
 
 
-def measured(stage, settings=SETTINGS):
-    """Bytes that stay between steps, and those saved for the backward pass, in a real step."""
-    task = task_of(stage, settings)
-    optimizers = trainer._optimizers(task, settings)
-    trainer._gradients(task, task, 0, range(1))
+def measured(settings):
+    """Bytes of the gradients, and those saved for the backward pass, in a real step."""
+    task = task_of(settings)
+    optimizers = optimizers_of(task)
+    gradients(task, task.module, [task.draw(0, 0)])
     for optimizer in optimizers:
         optimizer.step()
-    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*task.parameters(), *task.buffers())}
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*task.module.parameters(), *task.module.buffers())
+    }
     kept |= {id(v): v.nbytes for o in optimizers for s in o.state.values() for v in s.values()}
-    gradients = sum(p.grad.nbytes for p in task.parameters() if p.grad is not None)
+    held = sum(p.grad.nbytes for p in task.module.parameters() if p.grad is not None)
     saved = {}
 
     def pack(x):
@@ -50,41 +58,42 @@ def measured(stage, settings=SETTINGS):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        task(0, 0)
-    return sum(kept.values()), gradients, sum(saved.values())
+        task.loss(task.draw(0, 0))
+    return held, sum(saved.values())
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
 def test_the_estimate_is_that_of_a_real_step(stage):
-    found = memory.estimate(stage, CONFIG, SETTINGS, 8, kernels="reference")
-    _, gradients, saved = measured(stage)
-    assert found["gradients"] == gradients
+    found = memory.estimate(CONFIG, SETTINGS[stage], kernels="reference")
+    held, saved = measured(SETTINGS[stage])
+    assert found["gradients"] == held
     assert found["peak"] - found["weights"] >= saved
     # Above what is saved: gradients of weights and of activations while the backward pass is under way.
-    assert found["peak"] - found["weights"] <= 1.5 * saved + gradients
+    assert found["peak"] - found["weights"] <= 1.5 * saved + held
 
 
 # Of a residual unit two feature maps are saved without, one with checkpointing; of a block many and one.
 @pytest.mark.parametrize(("stage", "share"), [("tokenizer", 0.75), ("denoiser", 0.5)])
 def test_checkpointing_saves_memory_and_keeps_gradients(stage, share):
-    again = dataclasses.replace(SETTINGS, checkpointing=True)
-    plain, thrifty = task_of(stage), task_of(stage, again)
+    both = SETTINGS[stage], dataclasses.replace(SETTINGS[stage], checkpointing=True)
+    plain, thrifty = map(task_of, both)
     for task in (plain, thrifty):
         with torch.no_grad():
-            for index, p in enumerate(task.parameters()):  # fresh denoisers return zeros
+            for index, p in enumerate(task.module.parameters()):  # fresh denoisers return zeros
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
-        trainer._gradients(task, task, 0, range(1))
-    for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+        gradients(task, task.module, [task.draw(0, 0)])
+    for (name, a), b in zip(plain.module.named_parameters(), thrifty.module.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
-    assert measured(stage, again)[2] < share * measured(stage)[2]
-    peaks = [memory.estimate(stage, CONFIG, s, 8, kernels="reference")["peak"] for s in (SETTINGS, again)]
+    saved, less = (measured(settings)[1] for settings in both)
+    assert less < share * saved
+    peaks = [memory.estimate(CONFIG, settings, kernels="reference")["peak"] for settings in both]
     assert peaks[1] < 0.9 * peaks[0]
 
 
 def test_fused_operators_save_less_than_the_reference():
     pytest.importorskip("triton")
-    fused, plain = (memory.estimate("denoiser", CONFIG, SETTINGS, 8, k)["peak"] for k in ("triton", "reference"))
+    fused, plain = (memory.estimate(CONFIG, SETTINGS["denoiser"], k)["peak"] for k in ("triton", "reference"))
     assert fused < 0.9 * plain
 
 

@@ -1,5 +1,7 @@
 """What a run can be told, and what is refused."""
 
+import dataclasses
+
 import pytest
 
 from copedit_rt.config import ModelConfig
@@ -21,19 +23,55 @@ def test_the_papers_settings():
         assert ModelConfig.preset(preset)
 
 
-def test_bad_settings_are_named():
-    for override, message in (
-        ("speed=3", "--set speed=3: expected key=value"),
-        ("steps=many", "'many' is not a valid int"),
-        ("steps=0", "steps = 0: must be at least 1"),
-        ("prompt_steps=99999", "prompt_steps = 99999: must be at least 0 and below steps = "),
-        ("draws=0", "draws = 0: must be at least 1"),
-        ("optimizer=sgd", "optimizer = 'sgd': must be adam or muon"),
-        ("compile=maybe", "'maybe' is not a valid switch"),
-        ("dtype=int8", "dtype = 'int8'"),
-        ("export=int8", "export = 'int8'"),
+def test_keys_values_and_presets_that_there_are_not():
+    for stage, override, message in (
+        ("tokenizer", "speed=3", "--set speed=3: expected key=value"),
+        ("tokenizer", "steps=many", "'many' is not a valid int"),
+        ("denoiser", "compile=maybe", "'maybe' is not a valid switch"),
+        ("tokenizer", "compile=true", "compile is a setting of the other stage; the tokenizer has steps, "),
+        ("denoiser", "pretext_every=2", "pretext_every is a setting of the other stage; the denoiser has steps, "),
     ):
         with pytest.raises(CopeditError, match=message):
-            load_settings("tokenizer", "demo-brain", [override])
+            load_settings(stage, "demo-brain", [override])
     with pytest.raises(CopeditError, match="preset 'nope' has no training settings; choose one of brain-brats"):
         load_settings("tokenizer", "nope")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_every_number_has_a_range(stage):
+    sound = load_settings(stage, "demo-brain")
+    for name, value in dataclasses.asdict(sound).items():
+        if isinstance(value, (bool, str)):
+            continue
+        for wrong in (-2, 1e300, float("nan"), float("inf")):
+            with pytest.raises(CopeditError, match=f"^{name} = {wrong}: must be (from|below)"):
+                dataclasses.replace(sound, **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", ["seed=-1", "lr=nan", "lr=0", "beta2=2", "weight_decay=-1", "batch_size=1000000000"])
+def test_values_out_of_range_are_refused(wrong):
+    name, _, value = wrong.partition("=")
+    with pytest.raises(CopeditError, match=rf"^{name} = {float(value):.0f}.*: must be from "):
+        load_settings("denoiser", "demo-brain", [wrong])
+
+
+def test_words_are_among_those_there_are():
+    for stage, name in (("denoiser", "optimizer"), ("denoiser", "export"), ("tokenizer", "position_loss")):
+        with pytest.raises(CopeditError, match=f"^{name} = 'none': must be [a-z0-9-]+ or "):
+            load_settings(stage, "demo-brain", [f"{name}=none"])
+
+
+def test_steps_that_leave_none_for_the_rest_say_what_to_do():
+    with pytest.raises(CopeditError, match="prompt_steps = 300: must be below steps = 4; set both, or try --quick"):
+        load_settings("tokenizer", "demo-brain", ["steps=4"])
+
+
+@pytest.mark.parametrize("preset", ["demo-brain", "demo-cardiac", "brain-brats", "brain-ixi", "cardiac"])
+def test_quick_is_a_few_steps_on_a_few_subjects(preset):
+    for stage in ("tokenizer", "denoiser"):
+        quick = load_settings(stage, preset, ["seed=3"], quick=True)
+        assert (quick.steps, quick.subjects, quick.seed) == (4, 4, 3) and quick.batch_size <= 2
+        assert quick.accumulate == load_settings(stage, preset).accumulate
+    tokenizer = load_settings("tokenizer", preset, quick=True)
+    assert tokenizer.readout_steps <= 20 and -1 <= tokenizer.adversarial_from <= 2
+    assert not quick.compile and quick.whole_steps <= 1

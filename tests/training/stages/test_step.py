@@ -1,15 +1,23 @@
 """One optimizer step."""
 
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from copedit_rt.errors import CopeditError
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.data.augmentation import Augmentation
+from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.losses import pretext_losses
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
-from copedit_training.stages.step import gradients, learning_rate
+from copedit_training.stages.step import Optimization, ahead, clip, gradients, learning_rate
+from copedit_training.stages.task import Task
 from copedit_training.stages.tokenizer_task import TokenizerTask
-from tests.training.stages.tiny import HEART, TINY, train, weights
+from tests.training.stages.tiny import HEART, TINY, log_of, settings, smooth, train, weights
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
@@ -71,3 +79,99 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole_batch(config):
     for name, p in task.module.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-6, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_a_micro_batch_is_drawn_loaded_augmented_and_encoded_once(tmp_path, stage, monkeypatch):
+    extra = ["steps=3", "accumulate=4", "crop=0", "augment=true"]
+    extra += (
+        ["pretext_every=1"] if stage == "tokenizer" else [f"tokenizer={train('tokenizer', tmp_path / 'a', 'steps=1')}"]
+    )
+    counts = {"draw": 0, "load": 0, "augment": 0, "encode": 0}
+    kind = TokenizerTask if stage == "tokenizer" else DenoiserTask
+
+    def counted(owner, name, what):
+        original = getattr(owner, name)
+
+        def call(self, *given):
+            if what != "encode" or len(given[0]) == 2:  # of export and preparation they are single subjects
+                counts[what] += 1
+            return original(self, *given)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name, what in (
+        (kind, "draw", "draw"),
+        (Task, "load", "load"),
+        (Augmentation, "__call__", "augment"),
+        (CoPeVAE, "encode", "encode"),
+    ):
+        counted(owner, name, what)
+    train(stage, tmp_path / "b", *extra)
+    assert counts == dict.fromkeys(counts, 12), "3 steps of 4 micro-batches"
+
+
+def test_the_next_micro_batch_is_drawn_while_one_is_in_use():
+    drawn, second = [], threading.Event()
+
+    def draw(step, part):
+        drawn.append((step, part, threading.current_thread() is threading.main_thread()))
+        if (step, part) == (0, 1):
+            second.set()
+        return step, part
+
+    wanted = [(0, 0), (0, 1), (1, 0)]
+    batches = ahead(draw, wanted)
+    assert next(batches) == (0, 0) and second.wait(10), "nobody has asked for it"
+    assert list(batches) == wanted[1:] and drawn == [(*key, False) for key in wanted]
+
+
+def test_what_goes_wrong_in_drawing_ends_the_run():
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda step, part: 1 // part, [(0, 1), (0, 0), (0, 1)]))
+
+
+def test_scaled_losses_move_the_weights_as_others_do_and_an_overflow_is_left_out():
+    """float16's scale on a CPU: powers of two change no bit in float32."""
+    tasks = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        task = TokenizerTask(TINY, settings("tokenizer"), smooth(TINY, 4))
+        optimization = Optimization(task)
+        optimization.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
+        for step in range(3):
+            optimization.set_rate(1e-3)
+            gradients(task, task.module, [task.draw(step, 0)], optimization.scaler)
+            optimization.unscale()
+            clip(task)
+            optimization.step()
+            task.after_step(step)
+        tasks.append((task, optimization))
+    (plain, _), (task, optimization) = tasks
+    for (name, a), b in zip(plain.module.state_dict().items(), task.module.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    before = [p.detach().clone() for p in task.module.parameters()]
+    gradients(task, task.module, [task.draw(3, 0)], optimization.scaler)
+    task.tokenizer.encoder.out.bias.grad[0] = float("inf")
+    optimization.unscale()
+    assert optimization.overflowed
+    optimization.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, task.module.parameters(), strict=True))
+    again = Optimization(task)
+    again.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    again.load(optimization.state(), Path("x"))
+    assert again.scaler.get_scale() == 2.0**7
+
+
+def test_float16_is_for_gpus():
+    with pytest.raises(CopeditError, match="dtype = 'float16': needs a GPU; on cpu use bfloat16 or float32"):
+        TokenizerTask(TINY, settings("tokenizer", "dtype=float16", "device=cpu"))
+
+
+@pytest.mark.gpu
+def test_float16_learns_on_a_gpu(tmp_path):
+    tokenizer = train("tokenizer", tmp_path / "a", "steps=40", "lr=5e-3", "dtype=float16", "device=cuda")
+    train("denoiser", tmp_path / "b", "steps=40", "lr=5e-3", "dtype=float16", "device=cuda", f"tokenizer={tokenizer}")
+    for folder, name in (("a", "l1"), ("b", "mse")):
+        values = [line[name] for line in log_of(tmp_path / folder)]
+        assert np.mean(values[-5:]) < 0.9 * np.mean(values[:5])

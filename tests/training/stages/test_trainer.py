@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ import torch
 
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
-from copedit_training.stages import trainer
+from copedit_training.data import prepared
+from copedit_training.stages import checkpoints, progress, trainer
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.tokenizer_task import TokenizerTask
 from tests.training.stages.tiny import HEART, TINY, log_of, same_weights, settings, smooth, train, weights
@@ -136,6 +138,9 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, stage):
     last.join()
     assert whole.exitcode == last.exitcode == 0
     assert same_weights(tmp_path / "whole" / "model", tmp_path / "killed" / "model", f"{stage}.safetensors")
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(60)), "none is repeated or lost"
+    left = {p.name for p in (tmp_path / "killed").iterdir()}
+    assert left == {p.name for p in (tmp_path / "whole").iterdir()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -282,3 +287,78 @@ def test_a_start_that_cannot_work_is_refused(tmp_path):
         train("denoiser", tmp_path / "a", "steps=2")
     with pytest.raises(CopeditError, match="--data /nowhere is not a folder"):
         trainer.run("tokenizer", "demo-brain", tmp_path / "b", data="/nowhere")
+
+
+def slow_images(config, seed):
+    """In place of a phantom: a file that names the worker, and a while. The configuration's name is the folder."""
+    (Path(config.name) / f"worker-{os.getpid()}").touch()
+    time.sleep(1)
+    return np.zeros((2, 1, 16, 16, 8))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_prepares_images_ends_with_the_run_and_leaves_nothing(tmp_path, number, monkeypatch):
+    monkeypatch.setattr(trainer, "phantom_images", prepared.phantom_images)
+    monkeypatch.setattr(prepared, "model_images", slow_images)
+    config = dataclasses.replace(TINY, name=str(tmp_path))
+    process = forked("tokenizer", tmp_path / "a", "subjects=50", config=config)
+    until(lambda: list(tmp_path.glob("worker-*")) and list((tmp_path / "a").glob(".phantom*")), process)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    workers = [int(path.name.partition("-")[2]) for path in tmp_path.glob("worker-*")]
+    patience = time.monotonic() + 20
+    while time.monotonic() < patience and any(map(checkpoints.alive, workers)):
+        time.sleep(0.05)
+    assert not any(map(checkpoints.alive, workers))
+    monkeypatch.setattr(trainer, "phantom_images", smooth)
+    train("tokenizer", tmp_path / "a", "subjects=50", "steps=1", config=config, resume=number == signal.SIGTERM)
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_low_precision_augmentation_and_micro_batches_go_together(tmp_path, stage):
+    """As the paper's presets have them; tests elsewhere are in float32."""
+    extra = ["steps=2", "dtype=bfloat16", "augment=true", "accumulate=2", "crop=0"]
+    if stage == "denoiser":
+        extra.append(f"tokenizer={train('tokenizer', tmp_path / 'vae', 'steps=1')}")
+    train(stage, tmp_path / "a", *extra)
+    assert all(np.isfinite(line["loss"]) for line in log_of(tmp_path / "a"))
+
+
+def test_a_start_that_fails_claims_nothing(tmp_path):
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    for stage, wrong in (
+        ("denoiser", ()),
+        ("denoiser", ("tokenizer=/nowhere",)),
+        ("denoiser", (f"tokenizer={vae}", "crop=6")),
+        ("denoiser", (f"tokenizer={vae}", "augment=true")),
+        ("tokenizer", ("crop=10",)),
+        ("tokenizer", ("perceptual=/nowhere",)),
+        ("tokenizer", ("device=cuda:99",)),
+        ("tokenizer", ("dtype=float16", "device=cpu")),
+    ):
+        with pytest.raises(CopeditError):
+            train(stage, tmp_path / "a", *wrong)
+        assert not (tmp_path / "a").exists(), wrong
+
+
+def test_without_a_terminal_lines_say_how_far_it_is(tmp_path, capfd, monkeypatch):
+    train("tokenizer", tmp_path / "a", "steps=3")
+    said = capfd.readouterr().err.splitlines()
+    lines = [line for line in said if line.startswith("tokenizer: step ")]
+    assert lines[0].startswith("tokenizer: step 1 of 3, 0:00:") and " left, " in lines[0] and " l1 " in lines[0]
+    assert lines[-1].startswith("tokenizer: step 3 of 3, 0:00:00 left, ") and len(lines) == 2
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    train("tokenizer", tmp_path / "b", "steps=3")
+    assert capfd.readouterr().err.count("tokenizer: step ") == 3
+
+
+def test_a_quick_run_of_both_stages_ends(tmp_path):
+    run = {"config": TINY, "quick": True}
+    extra = ("dtype=float32", "crop=0", "whiten=0")
+    vae = trainer.run("tokenizer", "demo-brain", tmp_path / "a", overrides=extra[:2], **run)
+    trainer.run(
+        "denoiser", "demo-brain", tmp_path / "b", overrides=(*extra, "image_weight=0", f"tokenizer={vae}"), **run
+    )
+    assert len(log_of(tmp_path / "a")) == len(log_of(tmp_path / "b")) == 4

@@ -15,16 +15,14 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from copedit_rt.errors import CopeditError
-
-if TYPE_CHECKING:
-    from copedit_training.evaluation.evaluate import Pair
+from copedit_training.evaluation.compare import Pair
 
 BATCH = 16  # slices at a time
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # of a volume in RAS order: the axis that its slices are taken along

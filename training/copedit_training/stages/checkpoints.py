@@ -54,11 +54,12 @@ def sweep(output: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     for stale in (*output.glob(".*.tmp.npy"), *output.glob(".*.part")):
         pid = stale.name.removesuffix(".npy").split(".")[-2]
-        if pid.isdecimal() and not _alive(int(pid)):
+        if pid.isdecimal() and not alive(int(pid)):
             stale.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether there is a process of that number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
