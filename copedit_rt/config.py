@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from copedit_rt.errors import CopeditError
@@ -41,7 +41,8 @@ class TokenizerConfig:
     """CoPeVAE (Section 3.2, Tables 13 and 14).
 
     channels, strides: one entry a level; a stride of 2 is a convolution of kernel 4, a stride of 1 of kernel 3.
-    prompt_channels: the two convolutions of a prompt encoder. quantise: latents to be decoded become their nearest
+    prompt_channels: the two convolutions of a prompt encoder, prompt_stride: of the first one (1 in the paper; its cost
+    falls with the third power). quantise: latents to be decoded become their nearest
     codes first, as in the paper; off, they are decoded as they are.
     """
 
@@ -52,6 +53,7 @@ class TokenizerConfig:
     latent_channels: int = 8
     codes: int = 8192
     prompt_channels: tuple[int, int] = (128, 256)
+    prompt_stride: int = 1
     prompt_dim: int = 512
     contrast_dim: int = 128
     quantise: bool = True
@@ -256,7 +258,7 @@ PRESETS: dict[str, ModelConfig] = {
             "brain",
             _BRATS,
             (96, 112, 64),
-            _DEMO_TOKENIZER,
+            replace(_DEMO_TOKENIZER, prompt_stride=2),
             DenoiserConfig(width=192, heads=3, blocks=8, patch=(4, 4, 4), prior=True),
             DiffusionConfig(steps=1),
             Preprocessing(field_of_view=(192.0, 224.0, 192.0)),
