@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from copedit_rt.networks.denoiser import MDiT3D, UNet
     from copedit_rt.networks.tokenizer import CoPeVAE
+    from copedit_rt.prior import Prior
 
 BUILT_IN = Path(__file__).parent / "weights"
 CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
@@ -124,6 +125,13 @@ def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
     denoiser = build_denoiser(config)
     fill(denoiser, tensors, folder / DENOISER)
     return config, denoiser.eval(), digest
+
+
+def load_prior(folder: Path, config: ModelConfig) -> Prior | None:
+    """The prior of a model that has one."""
+    from copedit_rt.prior import Prior
+
+    return Prior.load(folder, len(config.elements)) if config.denoiser.prior else None
 
 
 def save(

@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from copedit_rt.errors import CopeditError
@@ -41,7 +41,8 @@ class TokenizerConfig:
     """CoPeVAE (Section 3.2, Tables 13 and 14).
 
     channels, strides: one entry a level; a stride of 2 is a convolution of kernel 4, a stride of 1 of kernel 3.
-    prompt_channels: the two convolutions of a prompt encoder. quantise: latents to be decoded become their nearest
+    prompt_channels: the two convolutions of a prompt encoder, prompt_stride: of the first one (1 in the paper; its cost
+    falls with the third power). quantise: latents to be decoded become their nearest
     codes first, as in the paper; off, they are decoded as they are.
     """
 
@@ -52,6 +53,7 @@ class TokenizerConfig:
     latent_channels: int = 8
     codes: int = 8192
     prompt_channels: tuple[int, int] = (128, 256)
+    prompt_stride: int = 1
     prompt_dim: int = 512
     contrast_dim: int = 128
     quantise: bool = True
@@ -74,6 +76,8 @@ class DenoiserConfig:
 
     prompts: which of the prompts condition the network; "mask" replaces them by a one-hot mask code.
     injection: the blocks that receive them. Only "mdit3d" has both kinds; the other backbones take them everywhere.
+    prior: a fill of what is missing (`prior.Prior`) is encoded, given to the network as a second latent of each missing
+    element, and corrected by it; off, as in the paper, the network starts from noise alone.
     """
 
     width: int = 768
@@ -83,6 +87,7 @@ class DenoiserConfig:
     backbone: Backbone = "mdit3d"
     prompts: Prompts = "full"
     injection: Injection = "across"
+    prior: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 8:
@@ -247,6 +252,16 @@ PRESETS: dict[str, ModelConfig] = {
             DenoiserConfig(width=192, heads=3, blocks=8, patch=(4, 4, 4)),
             DiffusionConfig(steps=1),
             Preprocessing(field_of_view=(192.0, 192.0, 160.0)),
+        ),
+        ModelConfig(
+            "brain-2mm",
+            "brain",
+            _BRATS,
+            (96, 112, 64),
+            replace(_DEMO_TOKENIZER, prompt_stride=2),
+            DenoiserConfig(width=192, heads=3, blocks=8, patch=(4, 4, 4), prior=True),
+            DiffusionConfig(steps=1),
+            Preprocessing(field_of_view=(192.0, 224.0, 192.0)),
         ),
         ModelConfig(
             "demo-cardiac",

@@ -23,6 +23,7 @@ from copedit_rt.images.names import STACK
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
+from copedit_rt.prior import Prior
 
 if TYPE_CHECKING:
 
@@ -50,6 +51,18 @@ class Result:
     std: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What sampling starts from besides noise, in a model with a prior.
+
+    latents [m, 8, h, w, d]: of the fill, and of what is observed its own. beyond [m, 1, H, W, D]: what the fill shows
+    and its decoded latents do not. It is added to what is decoded, so that a correction of nothing changes nothing.
+    """
+
+    latents: np.ndarray | None = None
+    beyond: np.ndarray | float = 0.0
+
+
 class Synthesizer:
     """A loaded model on one device and engine, for many studies.
 
@@ -67,6 +80,7 @@ class Synthesizer:
         weights: Any = None,
         max_memory: int | None = None,
         dtype: str = "auto",
+        prior: Prior | None = None,
     ):
         """On torch; `load` knows the other engines. The networks that are given are not changed.
 
@@ -81,10 +95,10 @@ class Synthesizer:
 
         where = choose_device(device)
         engine = TorchEngine(config, tokenizer, denoiser, where, max_memory, choose_dtype(dtype, where))
-        self._use(config, engine, weights)
+        self._use(config, engine, weights, prior)
 
-    def _use(self, config: ModelConfig, engine: Engine, weights: Any) -> None:
-        self.config, self.engine, self.weights = config, engine, weights
+    def _use(self, config: ModelConfig, engine: Engine, weights: Any, prior: Prior | None) -> None:
+        self.config, self.engine, self.weights, self.prior = config, engine, weights, prior
         with _TURNS_LOCK:
             self._turn = _TURNS.setdefault("cuda:0" if engine.device == "cuda" else engine.device, threading.RLock())
 
@@ -137,11 +151,12 @@ class Synthesizer:
                 if dtype not in ("auto", built.precision):
                     raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
                 self = cls.__new__(cls)
-                self._use(built.config, built, built.weights)
+                self._use(built.config, built, built.weights, checkpoint.load_prior(folder, built.config))
                 return self
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
-        return cls(config, tokenizer, denoiser, device, {"tokenizer": first, "denoiser": second}, max_memory, dtype)
+        prior, digests = checkpoint.load_prior(folder, config), {"tokenizer": first, "denoiser": second}
+        return cls(config, tokenizer, denoiser, device, digests, max_memory, dtype, prior)
 
     def perceive(self, study: Study) -> Perception:
         """What the prompt heads say about a study; nothing needs to be missing.
@@ -185,11 +200,12 @@ class Synthesizer:
         spread: dict[str, np.ndarray] = {}
         with self._turn:
             encoded = self._encode(prepared)
+            begun = self._begun(prepared, encoded)
             for sample in range(samples):
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
                 start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
-                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report)
-                images = prepared.restore(self.decode(z, prepared.observed))
+                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
+                images = prepared.restore(self.decode(z, prepared.observed) + begun.beyond)
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                     value = images[name].astype(np.float64)
@@ -223,6 +239,19 @@ class Synthesizer:
 
     def _encode(self, prepared: Prepared) -> Encoded:
         return self.engine.encode(prepared.images[prepared.observed])
+
+    def _begun(self, prepared: Prepared, encoded: Encoded) -> Begun:
+        """What the prior knows of a study."""
+        if self.prior is None:
+            return Begun()
+        there = prepared.observed
+        z = np.empty((len(there), *encoded.latents.shape[1:]), np.float32)
+        z[there] = encoded.latents
+        fill = self.prior.fill(prepared.images, there)
+        z[~there] = self.engine.encode(fill).latents
+        beyond = -self.decode(z, there)
+        beyond[~there] += fill
+        return Begun(z, beyond)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements

@@ -57,11 +57,13 @@ class Engine(Protocol):
         steps: int,
         solver: str,
         progress: Callable[[int, int], None] | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         """The sampling loop. z [m, 8, h, w, d]: latents of the observed elements, noise in the others; not modified.
 
-        prompts [3, P], observed [m]. progress is called with the steps done and in all. Returns the latents after the
-        last step; those of observed elements keep their bits.
+        prompts [3, P], observed [m]. prior [m, 8, h, w, d], for models that take one: latents of the fill of what is
+        missing, and of what is observed its own. progress is called with the steps done and in all. Returns the latents
+        after the last step; those of observed elements keep their bits.
         """
         ...
 

@@ -14,6 +14,7 @@ import numpy as np
 from copedit_rt import checkpoint, schedule
 from copedit_rt.engines.engine import Encoded
 from copedit_rt.errors import CopeditError
+from copedit_rt.prior import PRIOR
 
 MANIFEST, ENCODER, STEP, DECODER = "onnx.json", "encoder.onnx", "step.onnx", "decoder.onnx"
 FORMAT = 2  # of the manifest, and of the graphs' inputs and outputs
@@ -54,7 +55,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Refused(f"{path}: of format {version}, this version reads {FORMAT}; {again}")
     if precision not in PRECISIONS:
         raise Refused(f"{path}: damaged, there is no precision {precision!r}; {again}")
-    for name in (checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.DENOISER, ENCODER, STEP, DECODER):
+    needed = {checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.DENOISER, ENCODER, STEP, DECODER}
+    for name in sorted(needed | {PRIOR} & set(digests)):
         try:
             same = digest(folder / name) == digests.get(name)
         except OSError as error:
@@ -128,10 +130,12 @@ class OnnxEngine:
         steps: int,
         solver: str,
         progress: Callable[[int, int], None] | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         config = self.config.diffusion
         coefficients = schedule.step_coefficients(config, steps, solver)
         now, previous = z[None], np.zeros_like(z[None])
+        begun = {} if prior is None else {"prior": prior[None]}
         for i, t in enumerate(schedule.timesteps(config, steps)):
             now, previous = self._run(
                 STEP,
@@ -141,6 +145,7 @@ class OnnxEngine:
                 observed=observed[None],
                 previous=previous,
                 coefficients=coefficients[i, None],
+                **begun,
             )
             if progress:
                 progress(i + 1, steps)

@@ -67,16 +67,23 @@ class Step(nn.Module):
         self.denoiser = denoiser
 
     def forward(
-        self, z: Tensor, t: Tensor, prompts: Tensor, observed: Tensor, previous: Tensor, coefficients: Tensor
+        self,
+        z: Tensor,
+        t: Tensor,
+        prompts: Tensor,
+        observed: Tensor,
+        previous: Tensor,
+        coefficients: Tensor,
+        prior: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """z [B, m, 8, h, w, d] normalised latents, noise in the missing elements at first; t [B] int64 timesteps;
         prompts [B, 3, P]; observed [B, m] bool; previous: `prediction` of the step before, zeros at first;
         coefficients [B, 2, 2]: this step's of `diffusion.step_coefficients`; the samples of a batch may be at different
-        steps.
+        steps; prior [B, m, 8, h, w, d]: see `MDiT3D.predict`, for networks that take one.
 
         Returns (the latents after the step, whose observed elements keep their bits; prediction), both float32.
         """
-        x0 = self.denoiser(z.to(self.denoiser.embed.weight.dtype), t, prompts, observed).to(z.dtype)
+        x0 = self.denoiser(z.to(self.denoiser.embed.weight.dtype), t, prompts, observed, prior=prior).to(z.dtype)
         keep, rate, carry, back = coefficients.flatten(1).view(-1, 4, *[1] * (z.ndim - 1)).unbind(1)
         moved = carry * (keep * z + rate * x0) + back * previous
         return z.where(observed[:, :, None, None, None, None], moved), x0
@@ -161,6 +168,8 @@ def export_onnx(model: str | Path, output: Path, precision: str = "float32") -> 
     with new_folder(output) as part:
         config, tokenizer, denoiser = _load(checkpoint.locate(model))
         _narrow(tokenizer, denoiser, getattr(torch, precision))
+        if prior := checkpoint.load_prior(checkpoint.locate(model), config):
+            prior.save(part)
         _write(part, config, tokenizer, denoiser, precision)
     return {
         "model": config.name,
@@ -239,7 +248,7 @@ def _write(folder: Path, config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT
         _split_upsampling(tokenizer)  # whose weights, in another order, are in the graph
     for name, (module, inputs, outputs, dynamic) in graphs(config, tokenizer, denoiser).items():
         write_atomically(folder / name, _graph(module, inputs, outputs, dynamic, folder, stored))
-    files = (checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.DENOISER, ENCODER, STEP, DECODER)
+    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
     manifest = {
         "format": FORMAT,
         "copedit": copedit_rt.__version__,
@@ -270,6 +279,8 @@ def graphs(config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT3D) -> dict[st
         "previous": torch.zeros_like(z),  # a tensor of its own: the exporter takes equal objects for one input
         "coefficients": torch.zeros(b, 2, 2),
     }
+    if config.denoiser.prior:
+        step["prior"] = torch.zeros_like(z)
     heads = ("latents", "prompts", "count", "missing", "alone")
     varying = {name: {0: batch} for name in step}
     return {

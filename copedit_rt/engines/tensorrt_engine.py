@@ -90,6 +90,8 @@ def shapes(config: ModelConfig, graph: str, batch: int = 1) -> dict[str, tuple[S
     if graph == STEP:
         one: dict[str, Shape] = {"z": (m, *z), "t": (), "prompts": (3, c.prompt_dim), "observed": (m,)}
         one |= {"previous": (m, *z), "coefficients": (2, 2)}
+        if config.denoiser.prior:
+            one["prior"] = (m, *z)
         return {name: ((1, *s), (batch, *s), (batch, *s)) for name, s in one.items()}
 
     def given(least: int, common: int, *shape: int) -> tuple[Shape, Shape, Shape]:
@@ -469,8 +471,9 @@ class TensorRTEngine:
         steps: int,
         solver: str,
         progress: Callable[[int, int], None] | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
-        arguments = z, prompts, observed, steps, solver, progress
+        arguments = z, prompts, observed, steps, solver, progress, prior
         return self._do(STEP, lambda run: self._sample(run, *arguments), lambda full: full.sample(*arguments))
 
     def decode(self, z: np.ndarray) -> np.ndarray:
@@ -506,6 +509,7 @@ class TensorRTEngine:
         steps: int,
         solver: str,
         progress: Callable[[int, int], None] | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         config = self.config.diffusion
         there = [
@@ -520,6 +524,7 @@ class TensorRTEngine:
         ]
         now, given, mask, times, coefficients = there
         previous = torch.zeros_like(now)
+        begun = {} if prior is None else {"prior": torch.from_numpy(prior[None]).to(self._device)}
         for i in range(steps):
             out = run(
                 z=now,
@@ -528,6 +533,7 @@ class TensorRTEngine:
                 observed=mask,
                 previous=previous,
                 coefficients=coefficients[i : i + 1],
+                **begun,
             )
             now, previous = out["next"], out["prediction"]
             if progress:
@@ -620,7 +626,8 @@ class TensorRTEngine:
             prompts = draw.standard_normal((3, c.prompt_dim), np.float32)
             observed = np.arange(m) == 0
             # Of second order, whose second step reads the prediction of the first.
-            arguments = z, prompts, observed, 2, "dpm2m"
+            prior = draw.standard_normal(z.shape, np.float32) if self.config.denoiser.prior else None
+            arguments = z, prompts, observed, 2, "dpm2m", None, prior
             with self._queue():
                 ours = self._sample(run, *arguments)
             if not np.array_equal(ours[observed], z[observed]):

@@ -77,14 +77,16 @@ class TorchEngine:
         steps: int,
         solver: str,
         progress: Callable[[int, int], None] | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
+        begun = None if prior is None else self._there(prior)[None]
         start, given, net = self._there(z)[None], self._there(prompts)[None], self.denoiser
         if isinstance(net, MDiT3D):
-            return _here(self.plan(tuple(observed.tolist()), steps, solver).run(start, given, progress)[0])
+            return _here(self.plan(tuple(observed.tolist()), steps, solver).run(start, given, progress, begun)[0])
         there = self._there(observed)[None]
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
-            return net(z.to(self._dtype), t, given, there)
+            return net(z.to(self._dtype), t, given, there, prior=begun)
 
         return _here(sampler.sample(predict, start, there, self.config.diffusion, steps, progress, solver)[0])
 

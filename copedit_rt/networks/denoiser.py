@@ -126,7 +126,7 @@ class MDiT3D(nn.Module):
         self.patch, self.grid, self.channels = patch, grid, channels
         values = channels * math.prod(patch)
 
-        self.embed = nn.Linear(values, c.width)
+        self.embed = nn.Linear(values * (1 + c.prior), c.width)
         self.time = nn.Sequential(nn.Linear(_TIME_FREQUENCIES, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         kept = _KEPT[c.prompts]
         inputs = len(config.elements) if c.prompts == "mask" else len(kept) * config.tokenizer.prompt_dim
@@ -203,15 +203,22 @@ class MDiT3D(nn.Module):
         return x if self.alternate else rearrange(x, "b 1 (m c) h w d -> b m c h w d", m=shape[1])
 
     def forward(
-        self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, corner: Tensor | None = None
+        self,
+        z: Tensor,
+        t: Tensor,
+        prompts: Tensor | None,
+        observed: Tensor,
+        corner: Tensor | None = None,
+        prior: Tensor | None = None,
     ) -> Tensor:
         """Clean latents [B, m, 8, h, w, d] from partially noised ones.
 
         z: [B, m, 8, h, w, d] normalised latents, noise at timestep t in the missing elements. t: [B] in 0..499.
         prompts: [B, 3, P] (None only for prompts = none or mask). observed: [B, m] bool, read only by the "mask"
-        ablation: the full model is told nothing about what is missing but what the prompts say. corner: see `predict`.
+        ablation: the full model is told nothing about what is missing but what the prompts say. corner, prior: see
+        `predict`.
         """
-        return self.predict(z, self.modulate(t, prompts, observed), corner=corner)
+        return self.predict(z, self.modulate(t, prompts, observed), corner=corner, prior=prior)
 
     def modulate(self, t: Tensor, prompts: Tensor | None, observed: Tensor) -> list[Tensor]:
         """All that time and prompts do: modulation [B, 6C] of each block, then [B, 2C] of the final layer.
@@ -235,17 +242,27 @@ class MDiT3D(nn.Module):
         return self.position[first[:, None] + local][:, None], self.rope[:, local]
 
     def predict(
-        self, z: Tensor, modulation: Sequence[Tensor], rows: Tensor | None = None, corner: Tensor | None = None
+        self,
+        z: Tensor,
+        modulation: Sequence[Tensor],
+        rows: Tensor | None = None,
+        corner: Tensor | None = None,
+        prior: Tensor | None = None,
     ) -> Tensor:
         """`forward` given what `modulate` returns for t [B].
 
         rows [N]: predict only these elements (see `pick`), [N, 8, h, w, d]; "mdit3d" then leaves out what nothing else
         reads, from the last block's attention on. corner [B, 2]: z holds crops of whole latents in the plane that begin
-        at these tokens (training).
+        at these tokens (training). prior [B, m, 8, h, w, d], for a network that takes one: latents of the fill of what
+        is missing, and of what is observed its own; what the network computes is added to it.
         """
         *parts, final = modulation
         position, table = (self.position, self.rope) if corner is None else self.positions(z.shape, corner)
-        x = self.embed(self.patchify(z)) + position.to(z.dtype)
+        values = self.patchify(z)
+        if prior is not None:
+            prior = prior.to(z.dtype)
+            values = torch.cat((values, self.patchify(prior)), dim=-1)
+        x = self.embed(values) + position.to(z.dtype)
         last = rows if self.alternate else None
         for i, (block, part) in enumerate(zip(self._blocks(), parts, strict=True)):
             if i == 1 and self.alternate:
@@ -257,9 +274,10 @@ class MDiT3D(nn.Module):
             final = final.index_select(0, last // z.shape[1])
         shift, scale = final.chunk(2, dim=-1)
         out = self.unpatchify(self.final(ada_norm(x, scale, shift, self.final_norm, "rms", EPS)), z.shape)
-        if rows is None:
-            return out
-        return (pick(out, rows) if last is None else out)[:, 0]
+        if rows is not None:
+            out = (pick(out, rows) if last is None else out)[:, 0]
+            prior = None if prior is None else pick(prior, rows)[:, 0]
+        return out if prior is None else out + prior
 
 
 class UNet(nn.Module):
@@ -282,7 +300,7 @@ class UNet(nn.Module):
         self.flat = config.latent[2] == 1
         self.net = DiffusionModelUNet(
             spatial_dims=2 if self.flat else 3,
-            in_channels=channels,
+            in_channels=channels * (1 + c.prior),
             out_channels=channels,
             channels=(width, 2 * width, 4 * width),
             attention_levels=(False, True, True),
@@ -294,22 +312,31 @@ class UNet(nn.Module):
         )
 
     def forward(
-        self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, corner: Tensor | None = None
+        self,
+        z: Tensor,
+        t: Tensor,
+        prompts: Tensor | None,
+        observed: Tensor,
+        corner: Tensor | None = None,
+        prior: Tensor | None = None,
     ) -> Tensor:
         """As `MDiT3D.forward`; convolutions know no positions, so where a crop begins (corner) changes nothing."""
         with float32_on_cpu(z):  # MONAI's convolutions are not ours
-            return self._predict(z, t, prompts, observed)
+            return self._predict(z, t, prompts, observed, prior)
 
-    def _predict(self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor) -> Tensor:
+    def _predict(
+        self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, prior: Tensor | None
+    ) -> Tensor:
         context = None
         if self.mask is not None:
             context = self.mask((~observed).to(z.dtype))[:, None]
         elif self.kept:
             assert prompts is not None
             context = prompts[:, self.kept].to(z.dtype)
-        x = z.flatten(1, 2)
+        x = (z if prior is None else torch.cat((z, prior.to(z.dtype)), dim=2)).flatten(1, 2)
         out = self.net(x[..., 0] if self.flat else x, t, context=context)
-        return (out[..., None] if self.flat else out).view_as(z)
+        out = (out[..., None] if self.flat else out).view_as(z)
+        return out if prior is None else out + prior.to(z.dtype)
 
 
 def build_denoiser(config: ModelConfig) -> MDiT3D | UNet:

@@ -87,6 +87,7 @@ class Plan:
         self.step = torch.zeros((), dtype=torch.int64, device=weight.device)
         shape = (*observed.shape, config.tokenizer.latent_channels, *config.latent)
         self.z = weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.prior = weight.new_zeros(shape) if net.config.prior else None
         # Predictions of this step, the one before, ...: one a table. Those of observed elements stay zero.
         self.predictions = [weight.new_zeros(shape) for _ in self.tables]
         parts = self._modulate(weight.new_zeros(len(observed), 3, config.tokenizer.prompt_dim))
@@ -97,13 +98,23 @@ class Plan:
             self._capture()
 
     @torch.no_grad()
-    def run(self, z: Tensor, prompts: Tensor | None, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    def run(
+        self,
+        z: Tensor,
+        prompts: Tensor | None,
+        progress: Callable[[int, int], None] | None = None,
+        prior: Tensor | None = None,
+    ) -> Tensor:
         """z [B, m, 8, h, w, d]: observed latents, and noise in the missing elements; not modified. prompts: [B, 3, P].
+        prior [B, m, 8, h, w, d]: see `MDiT3D.predict`; for networks that take one.
 
         Returns the latents after the last step, in float32 (float64); observed elements keep their bits. progress is
         called with the steps done and in all; on CUDA with those queued.
         """
         self.z.copy_(z)
+        if self.prior is not None:
+            assert prior is not None
+            self.prior.copy_(prior)
         self.step.zero_()
         for x0 in self.predictions:
             x0.zero_()
@@ -126,7 +137,7 @@ class Plan:
         batch = len(self.observed)
         row = self.modulation.index_select(0, self.step.view(1))[0].split([shape.numel() for shape in self.shapes])
         parts = [part.view(shape).expand(batch, -1) for part, shape in zip(row, self.shapes, strict=True)]
-        now = self.net.predict(self.z.to(self.modulation.dtype), parts, self.rows)
+        now = self.net.predict(self.z.to(self.modulation.dtype), parts, self.rows, prior=self.prior)
         for i in reversed(range(1, len(self.predictions))):
             self.predictions[i].copy_(self.predictions[i - 1])
         self.predictions[0].flatten(0, 1).index_copy_(0, self.rows, now)

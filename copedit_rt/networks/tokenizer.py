@@ -248,7 +248,7 @@ class PromptEncoder(nn.Module):
         super().__init__()
         a, b = c.prompt_channels
         self.conv = nn.Sequential(
-            Conv3d(c.latent_channels, a, 3, padding=1),
+            Conv3d(c.latent_channels, a, 3, c.prompt_stride, padding=1),
             nn.BatchNorm3d(a),
             nn.ReLU(),
             Conv3d(a, b, 3, padding=1),

@@ -20,11 +20,13 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import unwritable, write_atomically
 from copedit_rt.images.nifti import Volume
-from copedit_rt.images.prepare import prepare
+from copedit_rt.images.prepare import prepare, to_unit_range
 from copedit_rt.images.study import Study
 from copedit_training.data import phantom
+from copedit_training.data.anatomy import read_folder
 from copedit_training.data.layouts import DataSet, Skipped, ahead, load, read_all, split
 from copedit_training.data.phantom import Phantom
+from copedit_training.data.simulated import Simulator
 
 HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
 VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
@@ -47,6 +49,62 @@ def model_images(config: ModelConfig, seed: int) -> np.ndarray:
     subject = phantom_subject(config, seed)
     volumes = {name: Volume.from_array(image, subject.affine()) for name, image in subject.images.items()}
     return prepare(Study(f"phantom-{seed}", config.task, volumes), config, allow_complete=True).images
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """A folder of label maps that studies are simulated from, see `anatomy.read_folder`."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, data: str, config: ModelConfig) -> Labels | None:
+        """Of `labels:FOLDER`; None for other data. Raises CopeditError for a folder that holds none, and for hearts."""
+        kind, _, folder = data.partition(":")
+        if kind != "labels":
+            return None
+        if config.task != "brain":
+            raise CopeditError(f"--data {data}: studies of brains are simulated from label maps, not of hearts")
+        read_folder(Path(folder))
+        return cls(Path(folder).resolve())
+
+    def simulator(self, config: ModelConfig, cache: Path) -> Simulator:
+        """What draws studies on a model's grid; prepared maps are kept in `cache`."""
+        extent = (x or 192.0 for x in config.preprocessing.field_of_view)
+        spacing = [mm / n for mm, n in zip(extent, config.image, strict=True)]
+        return Simulator(self.folder, config.elements, config.image, spacing, cache=cache)
+
+
+def simulated_study(config: ModelConfig, simulator: Simulator, seed: int) -> np.ndarray:
+    """The study of a seed, float32 [m, 1, H, W, D] in 0..1. It lies on the model's grid and stays where it was drawn,
+    off the centre, as the heads of patients are not found exactly either."""
+    study = simulator.study(seed)
+    images = [study.images[name].numpy() for name in config.elements]
+    ranges = [np.percentile(image, config.preprocessing.percentiles) for image in images]
+    normal = [to_unit_range(x, float(low), float(high))[0] for x, (low, high) in zip(images, ranges, strict=True)]
+    return np.stack(normal)[:, None]
+
+
+def simulated_images(
+    config: ModelConfig,
+    labels: Labels,
+    subjects: int,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Studies simulated from label maps, seeds from 0 on: float16 [subjects, m, 1, H, W, D], mapped from `cache`."""
+    shape = (subjects, len(config.elements), 1, *config.image)
+    if cache.exists():
+        images = mapped(cache)
+        if images.shape == shape and images.dtype == np.float16:
+            return images
+    simulator = labels.simulator(config, cache.with_name("maps"))
+    with new_cache(cache, shape) as images:
+        for seed in range(subjects):
+            images[seed] = simulated_study(config, simulator, seed)
+            if progress:
+                progress(seed + 1, subjects)
+    return mapped(cache)
 
 
 def phantom_images(
@@ -133,12 +191,18 @@ def folder_images(
     return mapped(cache)[: len(rows)]
 
 
-def held_out_images(config: ModelConfig, data: DataSet | None, output: Path, subjects: int) -> np.ndarray:
+def held_out_images(
+    config: ModelConfig, data: DataSet | Labels | None, output: Path, subjects: int
+) -> np.ndarray:
     """The first held-out studies that can be used, at most `subjects`: float16 [n, m, 1, H, W, D].
 
-    data None: phantoms from `VALIDATION` on; otherwise those of `split.json` in the run's folder.
+    data None: phantoms from `VALIDATION` on, and so for label maps; otherwise those of `split.json` in the run's
+    folder.
     """
-    if data is None:
+    if isinstance(data, Labels):
+        simulator = data.simulator(config, output / "maps")
+        found = [simulated_study(config, simulator, VALIDATION + i).astype(np.float16) for i in range(subjects)]
+    elif data is None:
         found = [model_images(config, VALIDATION + i).astype(np.float16) for i in range(subjects)]
     else:
         test = set(split(data.subjects, output / "split.json")["test"])

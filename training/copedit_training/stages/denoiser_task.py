@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D, build_denoiser
 from copedit_rt.networks.sampler import add_noise, sample
 from copedit_rt.networks.tokenizer import CoPeVAE, Decoder
+from copedit_rt.prior import Prior, shown
 from copedit_rt.schedule import alpha_bar
 from copedit_training.data.prepared import draw_observed, mapped, new_cache
 from copedit_training.stages.settings import DenoiserSettings
@@ -46,7 +47,8 @@ class Noised(Batch):
     latents: normalised, of whole images or crops [B, m, c, h, w, d]; prompts: of each element alone [B, m, 3, P]; both
     None where images are augmented and so encoded in the step. corner: where crops begin [B, 2] in tokens (None:
     whole). images: [B, m, 1, H, W, D] of the same place, where they are augmented or joined by the image term (None:
-    neither). observed: [B, m]. timesteps: [B]. noise: like latents. chance: [B, m], of the missing modalities that
+    neither). fill: of the same place, what the prior makes of the missing elements, zeros elsewhere (None: a model
+    without one). observed: [B, m]. timesteps: [B]. noise: like latents. chance: [B, m], of the missing modalities that
     with the largest is the image term's (None: no such term).
     """
 
@@ -54,6 +56,7 @@ class Noised(Batch):
     prompts: Tensor | None
     corner: Tensor | None
     images: Tensor | None
+    fill: Tensor | None
     observed: Tensor
     timesteps: Tensor
     noise: Tensor
@@ -88,8 +91,10 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         images: np.ndarray,
         tokenizer: CoPeVAE,
         cache: Path | None = None,
+        prior: Prior | None = None,
     ):
-        """cache: file for the latents of all images, their prompts beside it, read where an earlier run left it."""
+        """prior: that of a model that takes one. cache: file for the latents of all images, their prompts beside it,
+        read where an earlier run left it."""
         check(config, settings)
         super().__init__(config, settings)
         self.denoiser = build_denoiser(config).to(self.device)
@@ -100,11 +105,16 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             checkpoint_activations(self.denoiser)
         # Frozen: latents and the prompts of single elements are computed once, and checkpoints do not hold it.
         self.tokenizer = tokenizer.to(self.device).requires_grad_(False)
-        self.images = images
+        self.images, self.prior = images, prior
         if settings.augment:
             images, cache = images[:16], None  # enough to whiten with
         self.views = 1 if self.cardiac else 2  # a row is a subject, or a subject and whether it is mirrored
-        self.latents, self.prompts = self._encode(images, cache)
+        if config.denoiser.prior:
+            # Fills are drawn with the patterns and have to be encoded in the step; so is the rest of their crop then.
+            self.latents, self.prompts = None, self._prompts(images, cache)
+            self.quantiles = np.stack([[shown(x[0].astype(np.float32)) for x in subject] for subject in images])
+        else:
+            self.latents, self.prompts = self._encode(images, cache)
         if settings.image_weight:
             self._prepare_decoder()
         if settings.crop:
@@ -128,6 +138,23 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         self.decoder.load_state_dict(self.average_decoder.state_dict())
         self.module.average_decoder, self.module.decoder = self.average_decoder, self.decoder
 
+    def _prompts(self, images: np.ndarray, cache: Path | None) -> Tensor:
+        """The prompts [subjects, m, 3, P] of each element alone, read from beside `cache` where an earlier run left
+        them; a mirrored brain is given those of the brain itself."""
+        key, beside = self._key(), cache and cache.with_name("prompts.safetensors")
+        found = checkpoint.read_tensors(beside)[0] if beside and beside.exists() else {}
+        if not found or not torch.equal(found["tokenizer"], key) or len(found["prompts"]) != len(images):
+            each = (self._encoded(torch.from_numpy(x[None]).to(self.device).float())[1].cpu() for x in images)
+            found = {"prompts": torch.cat(list(each)), "tokenizer": key}
+            if beside:
+                checkpoint.write_tensors(beside, found)
+        return found["prompts"]
+
+    def _key(self) -> Tensor:
+        """The tokenizer's hash, [32] uint8."""
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.tokenizer.state_dict().values()))
+        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
     @torch.no_grad()
     def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
         """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images.
@@ -137,9 +164,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         if cache is None:
             pairs = list(self._views(images))
             return torch.cat([z.half().cpu() for z, _ in pairs]), torch.cat([prompts.cpu() for _, prompts in pairs])
-        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.tokenizer.state_dict().values()))
-        key = torch.tensor(list(digest.digest()), dtype=torch.uint8)
-        beside = cache.with_name("prompts.safetensors")  # written last: with it all is there
+        key, beside = self._key(), cache.with_name("prompts.safetensors")  # written last: with it all is there
         found = checkpoint.read_tensors(beside)[0] if cache.exists() and beside.exists() else {}
         if not found or not torch.equal(found["tokenizer"], key):
             beside.unlink(missing_ok=True)
@@ -175,14 +200,16 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         """
         (h, w, _), (p, q, r) = self.config.tokenizer.compression, self.config.denoiser.patch
         self.size = (self.settings.crop // (h * p), self.settings.crop // (w * q))
-        activity = []
-        for z in self.latents.split(16):
-            values = rearrange(z.float(), "b m c (h p) (w q) (d r) -> b m h w d (p q r) c", p=p, q=q, r=r)
-            variance = values.var(-2, correction=0).mean(-1).mean((1, 4)) + 1e-6
-            activity.append(nn.functional.avg_pool2d(variance[:, None], self.size, stride=1)[:, 0])
-        crops = torch.cat(activity).double()
-        self.columns = crops.shape[2]
-        self.chances = (crops / crops.sum((1, 2), keepdim=True)).flatten(1).numpy()
+        activity, depth = [], r * self.config.tokenizer.compression[2]
+        for subject in self.images:
+            x = torch.from_numpy(subject[:, 0]).float()
+            values = rearrange(x, "m (h p) (w q) (d r) -> m h w d (p q r)", p=h * p, q=w * q, r=depth)
+            variance = values.var(-1, correction=0).mean((0, 3)) + 1e-6
+            crops = nn.functional.avg_pool2d(variance[None], self.size, stride=1)
+            activity += [crops, crops.flip(1)][: self.views]
+        every = torch.cat(activity).double()
+        self.columns = every.shape[2]
+        self.chances = (every / every.sum((1, 2), keepdim=True)).flatten(1).numpy()
 
     @torch.no_grad()
     def _whiten(self) -> None:
@@ -193,26 +220,35 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         """
         net, whiten = self.denoiser, self.settings.whiten
         assert isinstance(net, MDiT3D)
-        some = torch.from_numpy(np.random.default_rng(self.settings.seed).permutation(len(self.latents))[:32])
-        tokens = net.patchify(self.latents[some].float().to(self.device)).flatten(0, 2)
+        some = np.random.default_rng(self.settings.seed).permutation(len(self.images))[:16]
+        z = torch.cat([self._encoded(torch.from_numpy(self.images[i][None]).to(self.device).float())[0] for i in some])
+        tokens = net.patchify(z).flatten(0, 2)
         variance, components = torch.linalg.eigh(tokens.mT @ tokens / len(tokens))
         kept = min(net.config.width, len(variance))
         variance, components = variance[-kept:], components[:, -kept:]
         scale = variance.clamp_min(WHITEN_FLOOR * variance.sum()) ** -whiten
         scale *= (net.config.width / (scale.square() * variance).sum()).sqrt()
         rotation, _ = torch.linalg.qr(torch.randn(net.config.width, kept, device=self.device))
-        net.embed.weight.copy_(rotation @ (components * scale).mT)
+        values = rotation @ (components * scale).mT
+        # Where there is a prior it holds all that is known, and what is noised hardly anything at first.
+        net.embed.weight.copy_(torch.cat((0.1 * values, values), dim=1) if self.prior else values)
 
-    def _crop(self, chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Latents of one random crop of each chosen subject, and where it begins, [B, 2] in tokens."""
+    def _corners(self, chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """Where one random crop of each chosen subject begins, [B, 2] in tokens."""
         drawn = [rng.choice(self.chances.shape[1], p=self.chances[i]) for i in chosen]
-        corner = torch.tensor([divmod(int(k), self.columns) for k in drawn])
+        return torch.tensor([divmod(int(k), self.columns) for k in drawn])
+
+    def _latents(self, chosen: np.ndarray, corner: Tensor | None) -> Tensor:
+        """Latents of the chosen subjects, whole or the crops that begin at `corner`."""
+        assert self.latents is not None
+        if corner is None:
+            return self.latents[torch.from_numpy(chosen)].float()
         (p, q, _), (h, w) = self.config.denoiser.patch, self.size
         crops = [
             self.latents[i, ..., p * x : p * (x + h), q * y : q * (y + w), :]
             for i, (x, y) in zip(chosen, corner.tolist(), strict=True)
         ]
-        return torch.stack(crops).float(), corner
+        return torch.stack(crops).float()
 
     def draw(self, step: int, part: int) -> Noised:
         settings, batch = self.settings, self.settings.batch_size
@@ -223,29 +259,46 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             batch = max(1, batch * math.prod(self.size) // (h // p * w // q))
         every = len(self.images) * self.views
         rows = rng.choice(every, batch, replace=every < batch)
-        latents = prompts = corner = images = chance = None
-        if self.augmentation or settings.image_weight:
-            images = self.load(rows // self.views, rows % self.views == 1)
-        shape: tuple[int, ...] = (
-            batch,
-            len(self.config.elements),
-            self.config.tokenizer.latent_channels,
-            *self.config.latent,
-        )
-        if self.augmentation and images is not None:
-            images = self.augmentation(images, rng.integers(2**32, size=batch))
-        else:
-            latents, corner = self._crop(rows, rng) if cropped else (self.latents[torch.from_numpy(rows)].float(), None)
-            prompts, shape = self.prompts[torch.from_numpy(rows)], latents.shape
-        observed = draw_observed(rng, batch, shape[1], self.cardiac)
+        subjects, mirrored = rows // self.views, rows % self.views == 1
+        latents = prompts = images = fill = chance = None
+        corner = self._corners(rows, rng) if cropped else None
+        if self.augmentation:
+            images = self.augmentation(self.load(subjects, mirrored), rng.integers(2**32, size=batch))
+        observed = draw_observed(rng, batch, len(self.config.elements), self.cardiac)
+        if images is None and (self.prior or settings.image_weight):
+            images = self.load(subjects, mirrored)
+            images = images if corner is None else self._cut(images, corner)
+        if self.prior:
+            assert images is not None
+            fill = self._fill(images, observed, self.quantiles[subjects])
+        if self.latents is not None and not self.augmentation:
+            latents = self._latents(rows, corner)
+        if not self.augmentation:
+            prompts = self.prompts[torch.from_numpy(subjects if self.prior else rows)]
         t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
         if settings.last_timestep:
             t[torch.from_numpy(rng.random(batch) < settings.last_timestep)] = len(self.levels) - 1
-        noise = torch.randn(shape, generator=generator)
-        if settings.image_weight and images is not None:
+        noise = torch.randn(self._shape(batch, corner), generator=generator)
+        if settings.image_weight:
             chance = torch.from_numpy(rng.random(tuple(observed.shape)))
-            images = images if corner is None else self._cut(images, corner)
-        return Noised(step, part, rows // self.views, latents, prompts, corner, images, observed, t, noise, chance)
+        return Noised(step, part, subjects, latents, prompts, corner, images, fill, observed, t, noise, chance)
+
+    def _shape(self, batch: int, corner: Tensor | None) -> tuple[int, ...]:
+        """That of the latents of a micro-batch of whole images or crops."""
+        h, w, d = self.config.latent
+        if corner is not None:
+            (p, q, _), (rows, columns) = self.config.denoiser.patch, self.size
+            h, w = rows * p, columns * q
+        return batch, len(self.config.elements), self.config.tokenizer.latent_channels, h, w, d
+
+    def _fill(self, images: Tensor, observed: Tensor, quantiles: Sequence[np.ndarray | None]) -> Tensor:
+        """What the prior makes of the missing elements of images [B, m, 1, H, W, D], zeros elsewhere; quantiles of the
+        whole images [B, m, quantiles] where these are crops."""
+        assert self.prior is not None
+        fill = torch.zeros_like(images)
+        for out, x, there, whole in zip(fill, images.numpy(), observed.numpy(), quantiles, strict=True):
+            out[~there] = torch.from_numpy(self.prior.fill(x, there, whole))
+        return fill
 
     def _cut(self, images: Tensor, corner: Tensor) -> Tensor:
         """Of images [B, m, 1, H, W, D] the crops that begin at corner [B, 2] (in tokens)."""
@@ -255,46 +308,73 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
 
     def loss(self, batch: Noised) -> tuple[Tensor, Terms]:
         settings, observed, z0, prompts = self.settings, batch.observed, batch.latents, batch.prompts
-        if z0 is None or prompts is None:
+        if z0 is None:
             assert batch.images is not None
-            z0, prompts = self._encoded(batch.images)
+            z0 = self._encode_alone(batch.images)
+        if prompts is None:
+            assert batch.images is not None
+            prompts = self._encoded(batch.images)[1]
+        prior = self._begun(z0, batch)
         weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
         prompts = (prompts * weight).sum(1)
         zt = add_noise(z0, batch.noise, self.levels[batch.timesteps], observed)
         with self.autocast():
-            where = () if batch.corner is None else (batch.corner,)
-            x0 = self.predict(zt, batch.timesteps, prompts, observed, *where)
+            x0 = self.predict(zt, batch.timesteps, prompts, observed, batch.corner, prior)
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
         importance = torch.where(observed, settings.observed_weight, 1.0)
         loss = (error * importance).sum() / importance.sum()
         terms = {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
         if settings.image_weight:
-            image_error = self._image_error(x0.float(), z0, batch)
+            image_error = self._image_error(x0.float(), z0, batch, prior)
             loss = loss + settings.image_weight * image_error.mean().log()
             terms["image_mse"] = image_error.mean().item()
         return loss, terms
 
-    def _image_error(self, x0: Tensor, z0: Tensor, batch: Noised) -> Tensor:
+    @torch.no_grad()
+    def _encode_alone(self, images: Tensor) -> Tensor:
+        """Normalised latents of images [B, m, 1, H, W, D], without prompts."""
+        with self.autocast():
+            return self.tokenizer.normalise(self.tokenizer.encode(images).float())
+
+    @torch.no_grad()
+    def _begun(self, z0: Tensor, batch: Noised) -> Tensor | None:
+        """Latents of the fill, and of what is observed its own (None: a model without a prior)."""
+        if batch.fill is None:
+            return None
+        missing = ~batch.observed
+        begun = z0.clone()
+        begun[missing] = self._encode_alone(batch.fill[missing][None])[0]
+        return begun
+
+    def _image_error(self, x0: Tensor, z0: Tensor, batch: Noised, prior: Tensor | None) -> Tensor:
         """Mean squared error [N] of decoded images against the training images: of all missing slabs, which are decoded
-        with the others, or of one missing modality a subject. x0, z0: predicted and true latents."""
-        images, observed, vae = batch.images, batch.observed, self.tokenizer
+        with the others, or of one missing modality a subject. x0, z0: predicted and true latents; prior: those of the
+        fill, whose decoded difference from the prediction is then added to the fill, as in `Synthesizer`."""
+        images, observed = batch.images, batch.observed
         assert images is not None and batch.chance is not None
         if self.cardiac:
-            z = torch.where(observed[:, :, None, None, None, None], z0, x0)
+            z, fill = torch.where(observed[:, :, None, None, None, None], z0, x0), batch.fill
         else:
             element = batch.chance.masked_fill(observed, -1.0).argmax(1)
             one = torch.arange(len(x0), device=self.device), element
             z, images = x0[one][:, None], images[one][:, None]
-        z = vae.denormalise(z)
-        if vae.config.quantise:  # straight through, as in stage I
-            z = z + (vae.quantise(z.detach())[0] - z).detach()
-        with self.autocast():
-            output = self.decoder(self.volumes(z)).float()
-        output = torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
+            prior, fill = (None if x is None else x[one][:, None] for x in (prior, batch.fill))
+        output = self._decoded(z)
+        if prior is not None and fill is not None:
+            output = fill + output - self._decoded(prior)
         if batch.corner is not None:
             images, output = (x[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :] for x in (images, output))
         error = (output - images).square().mean((2, 3, 4, 5))
         return error[~observed] if self.cardiac else error[:, 0]
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """Images of normalised latents by the decoder that learns."""
+        z = self.tokenizer.denormalise(z)
+        if self.tokenizer.config.quantise:  # straight through, as in stage I
+            z = z + (self.tokenizer.quantise(z.detach())[0] - z).detach()
+        with self.autocast():
+            output = self.decoder(self.volumes(z)).float()
+        return torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
 
     @torch.no_grad()
     def after_step(self, step: int) -> Terms:
@@ -324,15 +404,24 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
                 observed[:, missing] = False
                 observed = observed.to(self.device)
                 noise = torch.randn(z.shape, generator=generator).to(self.device)
-                begin = torch.where(observed[:, :, None, None, None, None], vae.normalise(z), noise)
+                there = observed[:, :, None, None, None, None]
+                begin = torch.where(there, vae.normalise(z), noise)
+                prior = None
+                if self.prior:
+                    fill = self._fill(torch.from_numpy(subject[None]).float(), observed.cpu(), [None]).to(self.device)
+                    prior = torch.where(there, vae.normalise(z), self._encode_alone(fill))
                 with self.autocast():
                     prompts = vae.prompts(z, observed)
 
-                    def predict(x: Tensor, t: Tensor, p: Tensor = prompts, o: Tensor = observed) -> Tensor:
-                        return self.average(x, t, p, o).float()
+                    def predict(
+                        x: Tensor, t: Tensor, p: Tensor = prompts, o: Tensor = observed, b: Tensor | None = prior
+                    ) -> Tensor:
+                        return self.average(x, t, p, o, prior=b).float()
 
                     latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
                     (result,) = vae.images(latents, joint=self.cardiac).float()
+                    if prior is not None:
+                        result = fill[0] + result - vae.images(prior, joint=self.cardiac).float()[0]
                 error = (latents - vae.normalise(z))[0, missing].square().mean().item()
                 noise_ratio, similarity = compare(result[missing], subject[missing])
                 found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)
@@ -343,5 +432,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
 
     def export(self, folder: Path) -> None:
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+        if self.prior:
+            self.prior.save(folder)
         half = torch.float16 if self.settings.export == "float16" else None
         checkpoint.save(folder, self.config, denoiser=self.average, dtype=half)

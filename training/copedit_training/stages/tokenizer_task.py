@@ -25,6 +25,7 @@ from copedit_training.stages.losses import (
     scale_prompts,
     weigh,
 )
+from copedit_training.stages.prior import fit_prior
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.task import (
     Batch,
@@ -252,7 +253,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Measure the latents' mean and deviation per channel on the training images, then write the folder."""
+        """Measure the latents' mean and deviation per channel on the training images, then write the folder; fit the
+        prior of a model that has one."""
         self.tokenizer.eval()
         batches = (torch.from_numpy(x[None]).to(self.device).float() for x in self.images[:64])
         z = torch.cat([self.tokenizer.encode(x) for x in batches])
@@ -263,6 +265,9 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             self.read_out()
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+        if self.config.denoiser.prior:
+            with torch.enable_grad():
+                fit_prior(self.images, self.settings.seed).save(folder)
 
     def read_out(self) -> None:
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects."""

@@ -29,7 +29,14 @@ from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_training.data import layouts
-from copedit_training.data.prepared import folder_images, held_out_images, phantom_images, study_names
+from copedit_training.data.prepared import (
+    Labels,
+    folder_images,
+    held_out_images,
+    phantom_images,
+    simulated_images,
+    study_names,
+)
 from copedit_training.stages import distributed, memory
 from copedit_training.stages.checkpoints import claim, cut_log, restore, store
 from copedit_training.stages.denoiser_task import DenoiserTask, check
@@ -38,6 +45,8 @@ from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, 
 from copedit_training.stages.step import Optimization, Share, ahead, clip, gradients, learning_rate
 from copedit_training.stages.task import Task, Terms
 from copedit_training.stages.tokenizer_task import TokenizerTask
+
+Source = layouts.DataSet | Labels | None  # None: phantoms
 
 
 def run(
@@ -52,9 +61,10 @@ def run(
 ) -> Path:
     """Train one stage, alone or as one of torchrun's processes, and return the model folder `output/model`.
 
-    data: "phantom" or the folder of a data set, see `layouts.find`. config replaces the preset's model (its training
-    settings stay). quick: see `load_settings`. Raises CopeditError for bad settings, unusable data, an output folder in
-    use, or a loss that is not finite; Stopped after SIGTERM or SIGINT, with a checkpoint of the step under way.
+    data: "phantom", "labels:FOLDER" (`Labels`) or the folder of a data set, see `layouts.find`. config replaces the
+    preset's model (its training settings stay). quick: see `load_settings`. Raises CopeditError for bad settings,
+    unusable data, an output folder in use, or a loss that is not finite; Stopped after SIGTERM or SIGINT, with a
+    checkpoint of the step under way.
     """
     settings = load_settings(stage, preset, overrides, quick)
     config = config or ModelConfig.preset(preset)
@@ -70,14 +80,16 @@ def expected(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bo
 
 def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig) -> Path:
     """Check everything, then claim the folder, then prepare images and train."""
-    found = None if data == "phantom" else layouts.find(Path(data), config)
+    found: Source = Labels.of(data, config)
+    if not found and data != "phantom":
+        found = layouts.find(Path(data), config)
     described: dict[str, Any] = {
         "stage": settings.stage,
         "settings": dataclasses.asdict(settings),
         "model": config.to_dict(),
     }
     if found:
-        described["data"] = str(Path(data).resolve())
+        described["data"] = f"labels:{found.folder}" if isinstance(found, Labels) else str(Path(data).resolve())
     console = Console(stderr=True, quiet=distributed.rank() > 0)
     console.print_json(data=described["settings"])
     make = _checked(preset, settings, config, output)
@@ -120,11 +132,12 @@ def _checked(
         raise CopeditError(
             f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
         )
-    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy")
+    prior = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
+    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", prior)
 
 
 def _images(
-    config: ModelConfig, settings: Settings, found: layouts.DataSet | None, output: Path, console: Console
+    config: ModelConfig, settings: Settings, found: Source, output: Path, console: Console
 ) -> np.ndarray:
     """The training images, prepared or from an earlier start."""
     with _ended_by_sigterm(), shown(console, "preparing images", "subject") as advance:
@@ -132,6 +145,8 @@ def _images(
         def progress(done: int, total: int) -> None:
             advance(done, total, "")
 
+        if isinstance(found, Labels):
+            return simulated_images(config, found, settings.subjects, output / "simulated.npy", progress)
         if found is None:
             return phantom_images(config, settings.subjects, output / "phantom.npy", progress)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,118 @@
+"""An informed prior: what is missing, filled voxel by voxel before any network of the model has looked at it.
+
+The denoiser of a model with a prior is given the encoded fill as a second latent of each missing element and corrects
+it (`MDiT3D.predict`). A fill is a small function of the observed images, fitted once (`copedit_training.stages.prior`)
+and kept in `prior.safetensors`; NumPy alone computes it, for every engine alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copedit_rt.errors import CopeditError
+from copedit_rt.files import write_atomically
+
+PRIOR = "prior.safetensors"
+WINDOWS = (3, 7)  # voxels; of the local means
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of what an image shows; they tell one protocol from another
+ROWS = 1 << 16  # voxels at a time: activations stay in the cache
+
+Array = NDArray[np.float32]
+
+
+def box_mean(image: Array, window: int) -> Array:
+    """The mean over window^3 voxels around each one [X, Y, Z]; voxels outside the image count as 0."""
+    half = window // 2
+    for axis in range(3):
+        sums = np.cumsum(np.moveaxis(image, axis, 0), axis=0, dtype=np.float32)
+        n = len(sums)
+        upper = sums[np.minimum(np.arange(n) + half, n - 1)]
+        upper[half + 1 :] -= sums[: n - half - 1]
+        image = np.moveaxis(upper, 0, axis)
+    return image / np.float32(window**3)
+
+
+def shown(image: Array) -> Array:
+    """The quantiles of what an image shows, its voxels above 0; zeros where it shows nothing."""
+    values = image[image > 0]
+    return np.quantile(values, QUANTILES).astype(np.float32) if values.size else np.zeros(len(QUANTILES), np.float32)
+
+
+def views(images: Array) -> tuple[Array, Array]:
+    """What the fill looks at: of images [m, X, Y, Z] themselves and their local means [m, 1 + windows, X, Y, Z], and of
+    each the quantiles [m, quantiles]."""
+    local = np.stack([np.stack([image, *(box_mean(image, n) for n in WINDOWS)]) for image in images])
+    return local, np.stack([shown(image) for image in images])
+
+
+def features(local: Array, quantiles: Array, observed: NDArray[np.bool_]) -> Array:
+    """One row a voxel [N, m (1 + windows + quantiles + 1)]; what is not observed is 0 in it.
+
+    local [m, 1 + windows, N] and quantiles [m, quantiles] of all elements (those of missing ones are not read),
+    observed [m].
+    """
+    seen = observed.astype(np.float32)
+    near = np.where(observed[:, None, None], local, np.float32(0)).reshape(-1, local.shape[-1])
+    whole = np.concatenate((np.where(observed[:, None], quantiles, np.float32(0)).ravel(), seen))
+    return np.concatenate((near.T, np.broadcast_to(whole, (local.shape[-1], len(whole)))), axis=1)
+
+
+class Prior:
+    """The fill of a brain's missing modalities: a perceptron on `features`, the same for every missing pattern."""
+
+    def __init__(self, weights: Mapping[str, Array]):
+        """weights: "mean" and "scale" of the features, "w0", "b0", "w1", ... of the layers [inputs, outputs]."""
+        self.weights = dict(weights)
+        self.layers = [(weights[f"w{i}"], weights[f"b{i}"]) for i in range(sum(k.startswith("w") for k in weights))]
+
+    @classmethod
+    def load(cls, folder: Path, elements: int) -> Prior:
+        """Of a model folder. Raises CopeditError for a file that is missing, damaged or of another model."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = folder / PRIOR
+        try:
+            prior = cls(load_file(path))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CopeditError(f"{path}: cannot be read ({error}); copy the model again") from error
+        width = elements * (2 + len(WINDOWS) + len(QUANTILES))
+        if prior.weights["mean"].shape != (width,) or prior.layers[-1][0].shape[1] != elements:
+            raise CopeditError(f"{path}: is not of a model with {elements} elements; copy the model again")
+        return prior
+
+    def save(self, folder: Path) -> None:
+        """Into a model folder."""
+        from safetensors.numpy import save
+
+        write_atomically(folder / PRIOR, save({name: np.ascontiguousarray(x) for name, x in self.weights.items()}))
+
+    def __call__(self, rows: Array) -> Array:
+        """Images' values [N, m] in 0..1 of rows of `features`."""
+        x = (rows - self.weights["mean"]) * self.weights["scale"]
+        for i, (weight, bias) in enumerate(self.layers):
+            x = x @ weight + bias
+            if i + 1 < len(self.layers):
+                np.maximum(x, 0, out=x)
+        return np.clip(x, 0, 1, out=x)
+
+    def fill(self, images: Array, observed: NDArray[np.bool_], quantiles: Array | None = None) -> Array:
+        """Images of the missing elements [missing, 1, H, W, D]; 0 where no observed image shows anything.
+
+        images [m, 1, H, W, D] in 0..1, observed [m]; images of missing elements are not read. quantiles
+        [m, quantiles]: of the whole images where these are crops.
+        """
+        given = np.where(observed[:, None, None, None], images[:, 0], np.float32(0))
+        local, whole = views(given)
+        quantiles = whole if quantiles is None else quantiles
+        where = np.flatnonzero((given > 0).any(0))
+        local = local.reshape(*local.shape[:2], -1)
+        out = np.zeros((int((~observed).sum()), given[0].size), np.float32)
+        for start in range(0, len(where), ROWS):
+            some = where[start : start + ROWS]
+            out[:, some] = self(features(local[..., some], quantiles, observed))[:, ~observed].T
+        return out.reshape(-1, 1, *given.shape[1:])

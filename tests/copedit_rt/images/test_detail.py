@@ -1,0 +1,91 @@
+"""Detail carried over from the observed images, and the range of what is made."""
+
+import numpy as np
+import pytest
+
+from copedit_rt.images.detail import BRIGHT, Detail, full_range, local_slopes, window_mean
+from copedit_rt.images.grids import resample_matrix
+
+FINE, COARSE = (24, 20, 18), (8, 10, 6)
+
+
+def matrices(a, b):
+    return [resample_matrix(n, 1.0, m, n / m).astype(np.float32) for n, m in zip(a, b, strict=True)]
+
+
+def along(ms, x):
+    return np.einsum("xa,yb,zc,abc->xyz", *ms, x, optimize=True).astype(np.float32)
+
+
+def down(x):
+    return along(matrices(FINE, COARSE), x)
+
+
+def up(x):
+    return along([resample_matrix(m, n / m, n, 1.0).astype(np.float32) for n, m in zip(FINE, COARSE, strict=True)], x)
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).random((count, *FINE), dtype=np.float32)
+
+
+def carried(predictions, observed, background=None, **options):
+    guides = np.array([down(x) for x in observed]).reshape(-1, *COARSE)
+    detail = Detail(predictions, guides, up, **options)
+    made = [up(x) for x in predictions]
+    for i, image in enumerate(observed):
+        detail.add(made, i, image, background)
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_linear_relation_is_recovered(count):
+    observed, weights = images(count), np.array([0.7, -0.4, 1.1], np.float32)[:count]
+    truth = np.tensordot(weights, observed, 1) + np.float32(0.2)
+    slopes = local_slopes(down(truth), np.stack([down(x) for x in observed]), ridge=0.0)
+    np.testing.assert_allclose(slopes, np.broadcast_to(weights[:, None, None, None], slopes.shape), atol=2e-3)
+    (made,) = carried(down(truth)[None], observed, ridge=0.0)
+    np.testing.assert_allclose(made, truth, atol=5e-3)
+    assert np.abs(up(down(truth)) - truth).max() > 0.3
+
+
+def test_without_observed_images_nothing_changes_and_background_is_left():
+    prediction = down(images(1)[0])[None]
+    (made,) = carried(prediction, images(0))
+    np.testing.assert_array_equal(made, up(prediction[0]))
+    background = np.zeros(FINE, bool)
+    background[:5] = True
+    (made,) = carried(prediction, images(2, seed=1), background)
+    np.testing.assert_array_equal(made[:5], up(prediction[0])[:5])
+    assert (made[5:] != up(prediction[0])[5:]).any()
+
+
+def test_slopes_are_the_ridge_regression_of_each_window():
+    guides, prediction = images(2)[:, :7, :6, :5], images(1, seed=4)[0, :7, :6, :5]
+    slopes = local_slopes(prediction, guides, ridge=0.05)
+    for x, y, z in ((3, 3, 2), (0, 0, 0), (6, 5, 4)):
+        window = tuple(slice(max(0, i - 1), i + 2) for i in (x, y, z))
+        a = guides[(slice(None), *window)].reshape(2, -1).astype(np.float64)
+        b = prediction[window].ravel().astype(np.float64)
+        a, b = a - a.mean(1, keepdims=True), b - b.mean()
+        expected = np.linalg.solve(a @ a.T / b.size + 0.05 * np.eye(2), a @ b / b.size)
+        np.testing.assert_allclose(slopes[:, x, y, z], expected, atol=1e-4)
+
+
+def test_window_means():
+    array = images(1)[0]
+    mean = window_mean(array, 1)
+    assert mean[4, 5, 6] == pytest.approx(array[3:6, 4:7, 5:8].mean(), abs=1e-6)
+    assert mean[0, 0, 0] == pytest.approx(array[:2, :2, :2].mean(), abs=1e-6)
+
+
+def test_the_brightest_voxels_are_lifted_to_the_full_range_and_nothing_else():
+    image = 0.7 * images(1)[0]
+    lifted = full_range(image)
+    assert np.quantile(lifted, 0.995) == pytest.approx(1, abs=1e-3)
+    below = image <= np.quantile(image, BRIGHT)
+    np.testing.assert_array_equal(lifted[below], image[below])
+    order = np.argsort(image, axis=None)
+    assert (np.diff(lifted.ravel()[order]) >= 0).all()
+    for other in (image / np.quantile(image, 0.995), np.zeros(FINE, np.float32)):
+        np.testing.assert_array_equal(full_range(other), other)

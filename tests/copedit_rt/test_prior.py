@@ -1,0 +1,140 @@
+"""The informed prior: its features and fill, and a model that starts from one, on every engine."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from small import BRAIN, perturb, saved, study
+
+from copedit_rt import checkpoint
+from copedit_rt.engines import onnx_export
+from copedit_rt.errors import CopeditError
+from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.sampler import Plan, sample
+from copedit_rt.prior import PRIOR, QUANTILES, WINDOWS, Prior, box_mean, features, shown
+from copedit_rt.synthesizer import Synthesizer
+
+MODEL = replace(BRAIN, name="tiny-prior", denoiser=replace(BRAIN.denoiser, prior=True))
+M = len(MODEL.elements)
+WIDTH = M * (2 + len(WINDOWS) + len(QUANTILES))
+OBSERVED = np.array([True, False, True, False])
+
+
+def perceptron(seed: int = 0) -> Prior:
+    rng = np.random.default_rng(seed)
+    sizes = (WIDTH, 16, M)
+    weights = {"mean": rng.random(WIDTH), "scale": 1 + rng.random(WIDTH)}
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        weights |= {f"w{i}": rng.standard_normal((a, b)) / a**0.5, f"b{i}": 0.3 + 0.1 * rng.standard_normal(b)}
+    return Prior({name: x.astype(np.float32) for name, x in weights.items()})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = saved(MODEL, tmp_path_factory.mktemp("prior"))
+    perceptron().save(path)
+    return path
+
+
+def images(seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).random((M, 1, 12, 10, 9), dtype=np.float32)
+    x[..., :3, :, :] = 0  # background
+    return x
+
+
+@pytest.mark.parametrize("window", [3, 7])
+def test_local_means_are_those_of_a_naive_sum(window):
+    image, half = images()[0, 0], window // 2
+    padded = np.pad(image.astype(np.float64), half)
+    expected = [padded[i : i + window, j : j + window, k : k + window].sum() for i, j, k in np.ndindex(image.shape)]
+    np.testing.assert_allclose(box_mean(image, window).ravel(), np.array(expected) / window**3, atol=1e-6)
+
+
+def test_quantiles_are_of_what_an_image_shows():
+    image = images()[0, 0]
+    np.testing.assert_allclose(shown(image), np.quantile(image[image > 0], QUANTILES), rtol=1e-6)
+    assert not shown(np.zeros((3, 3, 3), np.float32)).any()
+
+
+def test_what_is_missing_is_never_read():
+    given, prior = images(), perceptron()
+    poisoned = given.copy()
+    poisoned[~OBSERVED] = np.nan
+    filled = prior.fill(poisoned, OBSERVED)
+    assert filled.shape == (2, 1, 12, 10, 9) and np.array_equal(filled, prior.fill(given, OBSERVED))
+    assert not np.array_equal(filled, prior.fill(given[[2, 1, 0, 3]], OBSERVED))
+
+
+def test_the_fill_is_the_perceptron_of_each_voxel():
+    given, prior = images(), perceptron()
+    x, y, z = 6, 5, 4
+    local = [[image[0][x, y, z], box_mean(image[0], 3)[x, y, z], box_mean(image[0], 7)[x, y, z]] for image in given]
+    row = features(np.array(local, np.float32)[..., None], np.stack([shown(i[0]) for i in given]), OBSERVED)
+    w = {name: value.astype(np.float64) for name, value in prior.weights.items()}
+    hidden = np.maximum((row[0] - w["mean"]) * w["scale"] @ w["w0"] + w["b0"], 0)
+    expected = np.clip(hidden @ w["w1"] + w["b1"], 0, 1)
+    np.testing.assert_allclose(prior.fill(given, OBSERVED)[:, 0, x, y, z], expected[~OBSERVED], atol=1e-5)
+
+
+def test_background_stays_empty_and_a_crop_takes_the_quantiles_of_the_whole():
+    given, prior = images(), perceptron()
+    whole = prior.fill(given, OBSERVED)
+    assert not whole[..., :3, :, :].any()
+    quantiles = np.stack([shown(image[0]) for image in given])
+    crop = prior.fill(given[..., 1:, :, :], OBSERVED, quantiles)
+    np.testing.assert_allclose(crop[..., 4:, :, :], whole[..., 5:, :, :], atol=1e-6)  # beyond the reach of the windows
+
+
+def test_a_prior_of_another_model_or_none_is_refused(tmp_path):
+    with pytest.raises(CopeditError, match=r"prior.safetensors: cannot be read .* copy the model again"):
+        Prior.load(tmp_path, M)
+    perceptron().save(tmp_path)
+    assert np.array_equal(Prior.load(tmp_path, M).fill(images(), OBSERVED), perceptron().fill(images(), OBSERVED))
+    with pytest.raises(CopeditError, match="is not of a model with 3 elements"):
+        Prior.load(tmp_path, 3)
+    (tmp_path / PRIOR).write_bytes(b"no tensors")
+    with pytest.raises(CopeditError, match=r"prior.safetensors: cannot be read"):
+        Prior.load(tmp_path, M)
+
+
+def network(**changes):
+    config = replace(MODEL, denoiser=replace(MODEL.denoiser, **changes))
+    torch.manual_seed(0)
+    return config, build_denoiser(config).double().eval()
+
+
+@pytest.mark.parametrize("backbone", ["mdit3d", "dit3d", "dit"])
+def test_a_fresh_network_returns_its_prior_and_a_trained_one_corrects_it(backbone):
+    config, net = network(backbone=backbone)
+    z, prior = torch.randn(2, 2, M, 3, *config.latent, dtype=torch.float64).unbind()
+    arguments = torch.tensor([3, 499]), torch.randn(2, 3, 16, dtype=torch.float64), torch.ones(2, M, dtype=torch.bool)
+    assert torch.equal(net(z, *arguments, prior=prior), prior)
+    perturb(net)
+    made = net(z, *arguments, prior=prior)
+    assert (made - prior).abs().max() > 0.01 and (net(z, *arguments, prior=prior + 1) - made - 1).abs().max() > 0.01
+
+
+def test_the_plan_samples_as_the_plain_loop_does():
+    config, net = network()
+    perturb(net)
+    z, prior = torch.randn(2, 1, M, 3, *config.latent, dtype=torch.float64).unbind()
+    prompts, observed = torch.randn(1, 3, 16, dtype=torch.float64), torch.from_numpy(OBSERVED)[None]
+    plain = sample(lambda x, t: net(x, t, prompts, observed, prior=prior), z, observed, config.diffusion, 3)
+    planned = Plan(net, config, 3, observed).run(z, prompts, prior=prior)
+    assert (planned - plain).abs().max() <= 1e-10 * plain.abs().max()
+    assert torch.equal(planned[observed], z[observed])
+
+
+def test_a_study_is_the_same_on_every_engine(folder, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    onnx_export.export_onnx(folder, tmp_path / "onnx")
+    case = study(MODEL, "t1", "t2")
+    torch_made = Synthesizer.load(folder, "cpu").synthesize(case)
+    other = Synthesizer.load(tmp_path / "onnx", engine="onnxruntime").synthesize(case)
+    for name in ("t1ce", "flair"):
+        a, b = (x.study.volumes[name].data for x in (torch_made, other))
+        np.testing.assert_allclose(a, b, atol=1e-3 * np.ptp(a))
+    plain = checkpoint.load_denoiser(folder)[1]
+    assert plain.config.prior and (tmp_path / "onnx" / PRIOR).exists()
