@@ -502,7 +502,7 @@ class Disease:
     """What a draw may have, as probabilities: multiple sclerosis, small-vessel disease by age, tumours."""
 
     sclerosis: float = 0.4
-    tumour: float = 0.4
+    tumour: float = 0.35
 
 
 def paint_lesions(
@@ -512,8 +512,8 @@ def paint_lesions(
     painter = Painter(head, rng)
     if age > 45 and rng.random() < 0.6:  # small-vessel disease: nearly all brains over 65 have some (de Leeuw 2001)
         painter.blobs(int(rng.integers(1, 30)), 0.8, 3.0 if age < 65 else 5.0)
-    if age > 55 and rng.random() < 0.5:
-        painter.band(rng.uniform(1, 2 + (age - 55) / 7), rng.uniform(0.2, 0.8))
+    if age > 55 and rng.random() < 0.4:
+        painter.band(rng.uniform(0.5, 2 + (age - 55) / 12), rng.uniform(0.2, 0.8))
     if rng.random() < disease.sclerosis:
         _sclerosis(painter, lesions, rng)
     pushes = []
@@ -531,9 +531,9 @@ def _sclerosis(painter: Painter, lesions: Sequence[tuple[Tensor, np.ndarray]], r
         mask, voxel = lesions[i]
         painter.mask(mask, voxel, active)
     if not masks or rng.random() < 0.5:
-        painter.blobs(int(rng.integers(1, 40)), 1.2, 8.0, active)
+        painter.blobs(int(np.exp(rng.uniform(0, np.log(40)))), 1.2, 6.0, active)
     if rng.random() < 0.35:
-        painter.band(rng.uniform(0.5, 5), rng.uniform(0.2, 1.0))
+        painter.band(rng.uniform(0.5, 3.5), rng.uniform(0.2, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------- a draw

@@ -58,9 +58,9 @@ def draw_tissues(rng: np.random.Generator, age: float) -> Tissues:
         t1[name], t2[name], pd[name] = a, b, c
 
     # White: 1.5 T 500 (BrainWeb), 656 (Rooney), 884 (Stanisz); 3 T 832 (Wansapura), 1084 (Stanisz). Grey over white:
-    # 1.6 (Wansapura) to 1.8 (Rooney), 1.3 in Stanisz at 1.5 T (1124 over 884).
+    # 1.6 (Wansapura) to 1.8 (Rooney), 1.3 in Stanisz at 1.5 T (1124 over 884); in T2 1.19 (BrainWeb), 1.43 (Stanisz).
     white = (u(700, 1100) if high else u(520, 900), u(60, 84), u(0.66, 0.75))
-    grey = (white[0] * u(1.3, 1.8), white[1] * u(1.08, 1.42), white[2] + u(0.07, 0.16))
+    grey = (white[0] * u(1.3, 1.8), white[1] * u(1.14, 1.44), white[2] + u(0.07, 0.16))
     put("white", *white)
     put("cortex", *grey)
     put("hippocampus", grey[0] * u(0.92, 1.08), grey[1] * u(1.0, 1.15), grey[2])
@@ -96,7 +96,7 @@ def _fluids(put, u) -> None:
     shares voxels with vessels and pia and it flows."""
     t1, t2 = u(2600, 4500), u(350, 2000)
     put("ventricle", t1, t2, 1.0)
-    put("sulcus", t1 * u(0.9, 1.0), t2 * u(0.3, 1.0), u(0.85, 1.0))
+    put("sulcus", t1 * u(0.85, 1.0), t2 * u(0.45, 1.0), u(0.88, 1.0))
     put("plexus", t1 * u(0.3, 0.5), u(120, 400), u(0.88, 0.98))
     put("eye", t1 * u(0.9, 1.05), u(500, 1500), 1.0)  # vitreous is nearly water
 
@@ -131,7 +131,7 @@ def _lesions(put, u, white: tuple[float, ...], grey: tuple[float, ...]) -> None:
     put("solid tumour", grey[0] * u(0.9, 1.5), grey[1] * u(1.05, 2.2), u(0.82, 0.95))
     put("rim", grey[0] * u(0.85, 1.35), grey[1] * u(0.9, 1.8), u(0.8, 0.95))
     wet = u(0.3, 1.1)
-    put("oedema", white[0] * (1 + wet), white[1] * (1.3 + wet * u(0.8, 1.7)), white[2] + u(0.1, 0.24))
+    put("oedema", white[0] * (1 + 0.9 * wet), white[1] * (1.45 + wet * u(1.0, 1.8)), white[2] + u(0.1, 0.24))
 
 
 def _textures(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -152,10 +152,13 @@ def _textures(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _flow(rng: np.random.Generator) -> np.ndarray:
-    """Fluid that the inversion of a FLAIR misses: half of the scans show some (Rydberg et al. 1995)."""
+    """Fluid that the inversion of a FLAIR misses: half of the scans show some in the ventricles (Rydberg et al. 1995).
+    Sulci, where it pulses between vessels and pia, are less well nulled: on two patients half as bright as grey."""
     out = np.zeros(len(NAMES))
     if rng.random() < 0.5:
-        out[INDEX["ventricle"]], out[INDEX["sulcus"]] = rng.uniform(0, 0.06), rng.uniform(0, 0.05)
+        out[INDEX["ventricle"]] = rng.uniform(0, 0.06)
+    if rng.random() < 0.75:
+        out[INDEX["sulcus"]] = rng.uniform(0, 0.1)
     return out
 
 
@@ -246,7 +249,7 @@ class Protocol:
 def draw_sequence(contrast: str, rng: np.random.Generator, tissues: Tissues) -> Protocol:
     """A protocol for one of `CONTRASTS`, drawn again until it shows what a radiographer wants from it."""
     drawn = {"t1": _draw_t1, "t1ce": _draw_t1, "t2": _draw_t2, "flair": _draw_flair, "pd": _draw_pd}[contrast]
-    for _ in range(20):
+    for _ in range(60):
         protocol = drawn(rng, tissues)
         if _useful(contrast, signal(tissues, protocol)):
             break
@@ -254,10 +257,11 @@ def draw_sequence(contrast: str, rng: np.random.Generator, tissues: Tissues) -> 
 
 
 def _useful(contrast: str, value: np.ndarray) -> bool:
-    """T1: white over grey, which is not nulled, and fluid dark; FLAIR: fluid dark."""
+    """T1: white over grey, which is not nulled, and fluid dark; FLAIR: fluid dark, grey about as bright as white or a
+    little brighter, as in all clinical protocols (Hajnal 1992, Rydberg 1995)."""
     white, grey, fluid = (float(value[INDEX[name]]) for name in ("white", "cortex", "ventricle"))
     if contrast == "flair":
-        return abs(fluid) < 0.35 * white
+        return abs(fluid) < 0.3 * white and 0.95 * white < grey < 1.4 * white
     return contrast not in ("t1", "t1ce") or (0.4 * white < grey < 0.97 * white and abs(fluid) < 0.7 * grey)
 
 
@@ -296,7 +300,7 @@ def _draw_flair(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     fluid = tissues.t1[INDEX["ventricle"]]
     null = fluid * np.log((1 + f) / (1 + f * np.exp(-rest / fluid)))
     fat = u(0.05, 0.5) if rng.random() < 0.4 else 1.0
-    values = {"tr": rest, "te": u(75, 160), "ti": null * u(0.9, 1.03), "f": f}
+    values = {"tr": rest, "te": u(75, 160), "ti": null * u(0.92, 1.03), "f": f}
     return Protocol("flair", values, bool(rng.random() < 0.85), u(0, 0.3), fat)
 
 
@@ -348,7 +352,8 @@ def signal_with_texture(tissues: Tissues, s: Protocol, step: float = 0.03) -> np
 @dataclass(frozen=True)
 class Scan:
     """How an image is acquired: mm of its voxels along each axis, width of the point spread (voxels of its own), shift
-    against the other images (mm), noise as a share of white matter, ghost share and axis, gamma, and bias (log)."""
+    against the other images (mm), noise as a share of white matter, ghost share and axis, gamma, bias (log), where the
+    first slice lies (voxels), and whether the scanner writes 0 where there is only air."""
 
     voxel: tuple[float, float, float]
     spread: float

@@ -127,10 +127,11 @@ class Simulator:
         protocols = self._protocols(rng, tissues)
         clean, box = self._clean(anatomy, protocols, rng)
         images = {}
-        mask = _volume(anatomy.mask, anatomy)[box] if stripped else None
+        mask = _volume(anatomy.mask, anatomy)[box]
+        occupied = None if stripped else _volume(1 - anatomy.fractions[:, INDEX["air"]], anatomy) > 0
         gain = float(np.exp(rng.uniform(np.log(100), np.log(2000))))
         for (name, (_, sequence)), volume in zip(protocols.items(), clean, strict=True):
-            images[name] = self._image(name, sequence, volume, mask, box, gain, rng)
+            images[name] = self._image(name, sequence, volume, mask, box, occupied, gain, rng)
         about = {"map": self.files[which].name, "age": anatomy.age, "field": tissues.field}
         about |= {name: sequence for name, (_, sequence) in protocols.items()}
         return Simulated(images, anatomy.labels(), self.spacing, stripped, about)
@@ -172,16 +173,17 @@ class Simulator:
         name: str,
         sequence: physics.Protocol,
         clean: Tensor,
-        mask: Tensor | None,
+        mask: Tensor,
         box: tuple[slice, ...],
+        occupied: Tensor | None,
         gain: float,
         rng: np.random.Generator,
     ) -> Tensor:
-        scan = physics.draw_scan(rng, name, mask is not None)
+        scan = physics.draw_scan(rng, name, occupied is None)
         own = gain * float(np.exp(rng.normal(0, 0.5)))
         image = own * physics.acquire(clean, scan, self.spacing, 1.0, sequence.magnitude, rng)
-        if mask is None:
-            return image
+        if occupied is not None:
+            return image * occupied if scan.silent_air else image
         out = torch.zeros(self.shape, device=image.device)
         out[box] = image * mask
         return out
