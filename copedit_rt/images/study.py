@@ -236,7 +236,8 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
         )
     for name in (name for name in others if name not in differing):
         if (off := grid_distance(study.volumes[name], reference)) > GRID_TOLERANCE:
-            study.notes += (f"the grids of {name} and {first} are {off:.2g} mm apart, less than {NEAR:g} voxels: equal",)
+            near = f"{off:.2g} mm apart, less than {NEAR:g} voxels: equal"
+            study.notes += (f"the grids of {name} and {first} are {near}",)
     for name in differing:
         volume = study.volumes[name]
         data = resample_onto(volume, reference)
