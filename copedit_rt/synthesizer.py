@@ -208,6 +208,9 @@ class Synthesizer:
                 images = prepared.restore(self.decode(z, prepared.observed) + begun.beyond)
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
+                    if samples == 1:
+                        mean[name] = images[name]
+                        continue
                     value = images[name].astype(np.float64)
                     if name not in mean:
                         mean[name], spread[name] = value, np.zeros_like(value)
@@ -216,9 +219,11 @@ class Synthesizer:
                         mean[name] += delta / (sample + 1)
                         spread[name] += delta * (value - mean[name])
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
-        volumes = {name: value.astype(np.float32) for name, value in mean.items()}
+        volumes = {name: value.astype(np.float32, copy=False) for name, value in mean.items()}
         record = self._record(prepared, wanted, {"method": solver, "steps": steps, "seed": seed, "samples": samples})
-        return Result(study.with_synthetic(volumes), self._perception(prepared, encoded), record, std)
+        made = study.with_synthetic(volumes)
+        made.notes += prepared.notes
+        return Result(made, self._perception(prepared, encoded), record, std)
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""

@@ -142,7 +142,7 @@ class _Search:
 
     def collect(self) -> None:
         """All images below the roots, but for those that are no observed images by name or mark."""
-        several = sum(root.is_dir() for root in self.roots) > 1
+        several = sum(map(_is_folder, self.roots)) > 1
         for root in self.roots:
             if _is_folder(root):
                 for path in _walk(root, self.skipped):

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from nibabel.orientations import inv_ornt_aff, io_orientation
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 
 GRID_TOLERANCE = 0.01  # mm at the corners: header rounding stays below, a shifted grid does not
+# Voxels that are computed with at a time, in and out. Studies of 1 mm go in as one, as products of other sizes round
+# otherwise; on the way out there are several images already.
+SLAB_IN, SLAB_OUT = 10_000_000, 2_000_000
 SAME_SPACING = 1e-4  # relative: below it two spacings are one, and voxels are copied instead of interpolated
 
 
 def spacing(affine: NDArray) -> NDArray[np.float64]:
     """Voxel size [3] in mm of a 4x4 affine, in the order of its voxel axes."""
     return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
+
+
+def apart(a: NDArray, b: NDArray, shape: Sequence[int]) -> float:
+    """The largest distance in mm between the places that two affines give a corner of a grid of this shape."""
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], np.float64)
+    corners[:, :3] *= np.array(shape) - 1
+    return float(np.linalg.norm((corners @ (a - b).T)[:, :3], axis=1).max())
 
 
 def slice_axis(shape: Sequence[int], affine: NDArray) -> int:
@@ -31,7 +40,8 @@ def slice_axis(shape: Sequence[int], affine: NDArray) -> int:
 class Orientation:
     """A permutation of the voxel axes, then flips: lossless, and so is the way back.
 
-    order[a] is the file's axis that becomes axis a; flip[a] says whether axis a is then reversed.
+    order[a] is the file's axis that becomes axis a; flip[a] says whether axis a is then reversed. The arithmetic is
+    `nibabel.orientations`'.
     """
 
     order: tuple[int, int, int]
@@ -40,35 +50,37 @@ class Orientation:
     @classmethod
     def to_ras(cls, affine: NDArray) -> Orientation:
         """Axes nearest to left->right, posterior->anterior, inferior->superior."""
-        world, sign = io_orientation(affine).T
-        order = np.argsort(world)
-        return cls(_triple(order, int), _triple(sign[order] < 0, bool))
+        return cls._of(io_orientation(affine))
 
     @classmethod
     def slices_last(cls, affine: NDArray, axis: int) -> Orientation:
         """Slice axis last and never reversed; the two axes of the plane in RAS order and direction."""
-        world, sign = io_orientation(affine).T
-        order = [int(a) for a in np.argsort(world) if a != axis] + [axis]
-        return cls(_triple(order, int), (bool(sign[order[0]] < 0), bool(sign[order[1]] < 0), False))
+        ornt = io_orientation(affine)
+        ornt[axis] = 3, 1  # after the other two
+        ornt[:, 0] = ornt[:, 0].argsort().argsort()
+        return cls._of(ornt)
+
+    @classmethod
+    def _of(cls, ornt: NDArray) -> Orientation:
+        order = ornt[:, 0].argsort()
+        (a, b, c), (x, y, z) = order.tolist(), (ornt[order, 1] < 0).tolist()
+        return cls((a, b, c), (x, y, z))
+
+    @property
+    def _ornt(self) -> NDArray:
+        return np.array(sorted((source, a, -1 if self.flip[a] else 1) for a, source in enumerate(self.order)))[:, 1:]
 
     def apply(self, array: NDArray) -> NDArray:
         """[X, Y, Z] in the file's voxel order -> the same voxels in the new order (a view)."""
-        return array.transpose(self.order)[self._steps]
+        return apply_orientation(array, self._ornt)
 
     def invert(self, array: NDArray) -> NDArray:
         """The way back (a view)."""
-        return array[self._steps].transpose(np.argsort(self.order))
-
-    @property
-    def _steps(self) -> tuple[slice, ...]:
-        return tuple(slice(None, None, -1 if flip else None) for flip in self.flip)
+        return apply_orientation(array, np.array([self.order, [-1 if flip else 1 for flip in self.flip]]).T)
 
     def affine(self, affine: NDArray, shape: Sequence[int]) -> NDArray[np.float64]:
         """The affine of apply(array), where shape is the array's shape in the file's order."""
-        ornt = np.empty((3, 2))
-        for axis, (source, flip) in enumerate(zip(self.order, self.flip, strict=True)):
-            ornt[source] = axis, -1 if flip else 1
-        return np.asarray(affine, np.float64) @ inv_ornt_aff(ornt, shape)
+        return np.asarray(affine, np.float64) @ inv_ornt_aff(self._ornt, shape)
 
 
 def resample_matrix(
@@ -113,14 +125,36 @@ def fill_slices(data: NDArray, missing: Sequence[int], axis: int) -> NDArray[np.
     return filled
 
 
+def from_border(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The voxels of a region that are connected to the grid's border through faces, within the region.
+
+    Swept to and fro along the axes, a plane at a time, until nothing is added.
+    """
+    reached = region.copy()
+    reached[1:-1, 1:-1, 1:-1] = False
+    before = -1
+    while before != (before := int(reached.sum())):
+        for axis in range(3):
+            planes, open_ = np.moveaxis(reached, axis, 0), np.moveaxis(region, axis, 0)
+            for order in (range(1, len(planes)), range(len(planes) - 2, -1, -1)):
+                back = 1 if order.step > 0 else -1
+                for i in order:
+                    planes[i] |= planes[i - back] & open_[i]
+    return reached
+
+
 @dataclass(frozen=True)
 class Frame:
-    """One volume's way to the model's grid and back: an orientation and one matrix per axis for each way."""
+    """One volume's way to the model's grid and back: an orientation and one matrix per axis for each way.
+
+    shift: by how many mm the centre of the view is off the grid's centre, along each of the model's axes.
+    """
 
     orientation: Orientation
     inward: tuple[NDArray[np.float32], ...]
     outward: tuple[NDArray[np.float32], ...]
     field_of_view: tuple[float, ...]
+    shift: tuple[float, ...] = (0.0, 0.0, 0.0)
 
     @classmethod
     def of(
@@ -130,41 +164,64 @@ class Frame:
         orientation: Orientation,
         grid: Sequence[int],
         field_of_view: Sequence[float | None],
+        offset: Sequence[float] = (0.0, 0.0, 0.0),
     ) -> Frame:
-        """shape and affine are the file's; grid is the model's (X, Y, Z), field_of_view its extent in mm."""
-        inward, outward, extents = [], [], []
+        """shape and affine are the file's; grid is the model's (X, Y, Z), field_of_view its extent in mm.
+
+        offset: of the view's centre from the grid's, in the file's voxels, along the model's axes.
+        """
+        inward, outward, extents, shifts = [], [], [], []
         size = spacing(affine)
-        for source, n_out, extent in zip(orientation.order, grid, field_of_view, strict=True):
+        for source, n_out, extent, off in zip(orientation.order, grid, field_of_view, offset, strict=True):
             n_in, s_in = shape[source], float(size[source])
             extent = n_in * s_in if extent is None else float(extent)
             s_out = extent / n_out
-            # Equal voxels, counts of different parity: half a voxel aside, so that voxels are copied.
-            shift = s_in / 2 if abs(s_out / s_in - 1) < SAME_SPACING and (n_in - n_out) % 2 else 0.0
+            if abs(s_out / s_in - 1) < SAME_SPACING:  # equal voxels are copied: by whole voxels
+                off = np.ceil((n_in - n_out) / 2 + off) - (n_in - n_out) / 2
+            shift = float(off) * s_in
             inward.append(resample_matrix(n_in, s_in, n_out, s_out, shift).astype(np.float32))
             outward.append(resample_matrix(n_out, s_out, n_in, s_in, -shift).astype(np.float32))
             extents.append(extent)
-        return cls(orientation, tuple(inward), tuple(outward), tuple(extents))
+            shifts.append(shift)
+        return cls(orientation, tuple(inward), tuple(outward), tuple(extents), tuple(shifts))
 
-    def to_model(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The file's voxel order and grid -> the model's."""
-        return _apply(self.inward, self.orientation.apply(array))
+    def to_model(
+        self, array: NDArray[np.float32], unit: Callable[[NDArray], NDArray[np.float32]] | None = None
+    ) -> NDArray[np.float32]:
+        """The file's voxel order and grid -> the model's; unit: done to each slab of voxels before."""
+        x, y, z = self.inward
+        turned = self.orientation.apply(array)
+        coarse = np.empty((len(x), len(y), turned.shape[2]), np.float32)
+        for part in slabs(turned.shape, SLAB_IN):
+            slab = turned[..., part] if unit is None else unit(turned[..., part])
+            coarse[..., part] = _along(y, _along(x, slab, 0), 1)
+        return np.ascontiguousarray(_along(z, coarse, 2))
 
-    def to_file(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The model's grid -> the file's voxel order and grid; 0 outside the field of view."""
-        return self.orientation.invert(_apply(self.outward, array))
+    def to_plane(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The model's grid -> the file's in the two axes of the plane; `to_slab` does the third."""
+        x, y, _ = self.outward
+        return _along(y, _along(x, array, 0), 1)
 
-    def coverage(self) -> NDArray[np.float32]:
-        """[X, Y, Z] in the file's order: which share of each voxel lies inside the field of view."""
+    def to_slab(self, planes: NDArray[np.float32], part: slice) -> NDArray[np.float32]:
+        """Slices `part` of the file's grid, in the model's orientation; 0 outside the field of view."""
+        return _along(self.outward[2][part], planes, 2)
+
+    def coverage(self, part: slice = slice(None)) -> NDArray[np.float32]:
+        """Which share of each voxel lies inside the field of view: slices `part`, in the model's orientation."""
         x, y, z = (matrix.sum(axis=1) for matrix in self.outward)
-        return self.orientation.invert(x[:, None, None] * y[None, :, None] * z[None, None, :])
+        return x[:, None, None] * y[None, :, None] * z[part]
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some of the grid lies outside the field of view."""
+        return any(matrix.sum(axis=1).min() < 1 - 1e-6 for matrix in self.outward)
 
 
-def _apply(matrices: Sequence[NDArray[np.float32]], array: NDArray[np.float32]) -> NDArray[np.float32]:
-    for axis, matrix in enumerate(matrices):
-        array = np.moveaxis(np.tensordot(matrix, array, (1, axis)), 0, axis)
-    return np.ascontiguousarray(array)
+def slabs(shape: Sequence[int], voxels: int = SLAB_OUT) -> Iterator[slice]:
+    """The last axis in parts of about so many voxels, so that what is computed takes little memory."""
+    step = max(2, voxels // (shape[0] * shape[1]))
+    return (slice(start, start + step) for start in range(0, shape[2], step))
 
 
-def _triple(values: Any, kind: type) -> tuple[Any, Any, Any]:
-    a, b, c = (kind(value) for value in values)
-    return a, b, c
+def _along(matrix: NDArray[np.float32], array: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    return np.moveaxis(np.tensordot(matrix, array, (1, axis)), 0, axis)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
+import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -20,9 +23,24 @@ from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
-from copedit_rt.images.grids import GRID_TOLERANCE, Orientation, spacing
+from copedit_rt.images.grids import Orientation, apart, spacing
+
+deflate: Any
+try:
+    from isal import isal_zlib as deflate  # several times as fast
+
+    _LEVEL = 2
+except ImportError:
+    deflate, _LEVEL = zlib, 4
 
 MARK = "synthetic, CoPeDiT"  # how the header's description of every output begins
+NEAR = 0.1  # voxels: grids that differ by less count as equal
+WORKING = 20  # bytes a voxel that filling in a study takes at most beside the images that were read
+VOXEL_MM, EXTENT_MM = (0.05, 50.0), (20.0, 1000.0)  # what voxels measure, and images along their longest side
+_UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of metres, millimetres, micrometres, in mm
+_GZIP = b"\x1f\x8b"
+_SILENT = logging.Logger("copedit")
+_SILENT.addHandler(logging.NullHandler())
 
 
 @dataclass(eq=False)
@@ -62,23 +80,55 @@ class Volume:
         return f"{' x '.join(map(str, self.data.shape))} voxels of {size} mm"
 
 
+@dataclass(frozen=True)
+class Promise:
+    """What a file's header says of its image, all of it checked."""
+
+    path: Path
+    header: nib.Nifti1Header
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]  # in mm
+    offset: int  # where the voxels begin
+    size: str  # the dimensions as the header has them
+
+    @property
+    def voxels(self) -> int:
+        return int(np.prod([int(n) for n in self.shape], dtype=object))
+
+    @property
+    def end(self) -> int:
+        """Bytes of content up to the last voxel."""
+        return self.offset + self.voxels * self.header.get_data_dtype().itemsize
+
+
 def read_volume(path: Path, *, keep_raw: bool = False) -> Volume:
     """Read one 3-D NIfTI file, gzipped or not, whatever its name ends with.
 
     Checks what the file is, not what the image shows: voxels may be NaN or all the same.
     """
-    path = Path(path)
-    header, shape, affine, offset = _read_promise(path)
+    return read_volumes({"": path}, keep_raw=keep_raw)[""]
+
+
+def read_volumes(paths: Mapping[str, Path], *, keep_raw: bool = False) -> dict[str, Volume]:
+    """Read the files of one study; before the first voxel of any, what reading and filling in take is checked."""
+    promises = {name: _read_promise(Path(path)) for name, path in paths.items()}
+    _check_memory(list(promises.values()))
+    return {name: _read(promise, keep_raw) for name, promise in promises.items()}
+
+
+def _read(promise: Promise, keep_raw: bool) -> Volume:
+    header, shape = promise.header, promise.shape
+    content, digest = _read_content(promise.path, promise.end)
+    raw = np.frombuffer(content, header.get_data_dtype(), promise.voxels, promise.offset).reshape(shape, order="F")
     slope, inter = header.get_slope_inter()
-    dtype, count = header.get_data_dtype(), int(np.prod(shape))
-    content, digest = _read_content(path, offset + count * dtype.itemsize)
-    raw = np.frombuffer(content, dtype, count, offset).reshape(shape, order="F")
+    data = np.empty(shape, np.float32, order="F")
     with np.errstate(over="ignore", invalid="ignore"):
-        if slope in (None, 1) and inter in (None, 0):
-            data = raw.astype(np.float32)
-        else:
-            data = (raw.astype(np.float64) * slope + inter).astype(np.float32)
-    return Volume(data, affine, header, path, digest, raw if keep_raw else None)
+        for k in range(shape[2]):  # slice by slice, as float64 takes twice the memory
+            if slope in (None, 1) and inter in (None, 0):
+                data[..., k] = raw[..., k]
+            else:
+                data[..., k] = raw[..., k].astype(np.float64) * slope + inter
+    return Volume(data, promise.affine, header, promise.path, digest, raw if keep_raw else None)
 
 
 def read_outline(path: Path) -> Volume:
@@ -86,30 +136,32 @@ def read_outline(path: Path) -> Volume:
 
     A gzip file ends with the size of its content; where that is not the promised one, all of it is read to find out.
     """
-    path = Path(path)
-    header, shape, affine, offset = _read_promise(path)
-    promised = offset + int(np.prod(shape)) * header.get_data_dtype().itemsize
-    with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
+    promise = _read_promise(Path(path))
+    _check_memory([promise])
+    with open(promise.path, "rb") as file:
+        zipped = file.read(2) == _GZIP
         file.seek(-4, os.SEEK_END)
         size = int.from_bytes(file.read(), "little") if zipped else file.tell()
-    if size != (promised % 2**32 if zipped else promised):
-        _read_content(path, promised)
-    return Volume(np.broadcast_to(np.float32(0), shape), affine, header, path)
+    if size != (promise.end % 2**32 if zipped else promise.end):
+        _read_content(promise.path, promise.end)
+    return Volume(np.broadcast_to(np.float32(0), promise.shape), promise.affine, promise.header, promise.path)
 
 
-def _read_promise(path: Path) -> tuple[nib.Nifti1Header, tuple[int, ...], NDArray[np.float64], int]:
-    """Header, shape, affine and where the voxels begin, all checked."""
+def _read_promise(path: Path) -> Promise:
+    """What a file holds, from its header, after every check that needs no voxel."""
     header = _read_header(path)
-    shape = _volume_shape(path, header)
+    shape, size = _volume_shape(path, header)
     try:
-        affine = np.asarray(header.get_best_affine(), np.float64)
+        affine = np.array(header.get_best_affine(), np.float64)
         header.get_slope_inter()
         offset = max(int(header.get_data_offset()), int(header.single_vox_offset))
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise CopeditError(f"{path}: its header is damaged ({error}); export or convert the image again") from error
+    affine[:3] *= _UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
     _check_affine(path, affine)
-    return header, shape, affine, offset
+    promise = Promise(path, header, shape, affine, offset, size)
+    _check_size(promise)
+    return promise
 
 
 def _read_header(path: Path) -> nib.Nifti1Header:
@@ -128,11 +180,19 @@ def _read_header(path: Path) -> nib.Nifti1Header:
     if kind is None or magic[:3] not in (b"n+1", b"n+2"):
         raise CopeditError(f"{path} is not a NIfTI file; convert it to .nii.gz, DICOM for example with dcm2niix")
     try:
-        # check=False: nibabel would repair zero voxel sizes, and that is for the user to see
         with _open(path) as file:
-            return kind.from_fileobj(file, check=False)
-    except (HeaderDataError, ValueError, EOFError, zlib.error, OSError) as error:
+            header = kind.from_fileobj(file, check=False)
+    except (HeaderDataError, ValueError, EOFError, zlib.error, OSError, OverflowError, MemoryError) as error:
         raise CopeditError(f"{path}: its header is damaged ({error}); copy or export the image again") from error
+    voxel = header["pixdim"][1:4].copy()
+    _repair(header)
+    header["pixdim"][1:4] = np.where(voxel == 0, 0, header["pixdim"][1:4])  # nibabel would say 1 mm: not ours to guess
+    return header
+
+
+def _repair(header: nib.Nifti1Header) -> None:
+    """What nibabel mends in silence when it reads a file: codes it does not know, the sign of the third axis."""
+    header.check_fix(_SILENT, error_level=100)
 
 
 def _peek(path: Path, count: int = 544) -> bytes:
@@ -149,8 +209,10 @@ def _peek(path: Path, count: int = 544) -> bytes:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """The file's content; by its first bytes, as names lie about compression."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file")  # a pipe would block for ever
     with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
+        zipped = file.read(2) == _GZIP
         file.seek(0)
         if zipped:
             with gzip.GzipFile(fileobj=file) as content:
@@ -159,18 +221,18 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, ...]:
-    """(X, Y, Z) after all checks of what the header promises, none of which reads a voxel."""
+def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int, int], str]:
+    """(X, Y, Z) and the dimensions in words, after all checks of what the header promises of them."""
     try:
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
     except (HeaderDataError, KeyError, ValueError) as error:
         raise CopeditError(f"{path}: its header is damaged ({error}); copy or export the image again") from error
+    while len(shape) > 3 and shape[-1] in (0, 1):  # some programs write 0 where there is no fourth dimension
+        shape = shape[:-1]
     size = " x ".join(map(str, shape)) or "none"
     if any(n <= 0 for n in shape):
         raise CopeditError(f"{path} holds no voxels (its dimensions are {size}); export the image again")
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
     if len(shape) > 3:
         raise CopeditError(
             f"{path} holds {int(np.prod(shape[3:]))} volumes ({size}), one is needed; split it and give one of them"
@@ -179,25 +241,52 @@ def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, ...]:
         raise CopeditError(f"{path} is a 2-D image ({size}); a 3-D volume is needed, so give the whole series")
     if dtype.kind not in "iuf":
         raise CopeditError(f"{path} holds {dtype} voxels; convert it to integers or floating-point grey values")
-    count = int(np.prod([float(n) for n in shape]))
-    promised = count * dtype.itemsize
-    needed = promised + 12 * count  # the numbers on disk and three float32 copies
-    available = available_memory()
+    return (shape[0], shape[1], shape[2]), size
+
+
+def _check_size(promise: Promise) -> None:
+    """Whether the file can hold what its header promises, and whether voxels and image are as large as a body's."""
+    on_disk = promise.path.stat().st_size
+    with open(promise.path, "rb") as file:
+        most = on_disk * (1032 if file.read(2) == _GZIP else 1)  # deflate's limit
+    if max(promise.end - promise.offset, promise.offset) > most:
+        needed = _needed([promise])
+        if needed > (available := available_memory()):
+            raise _too_large(promise, needed, available)
+        raise CopeditError(
+            f"{promise.path} is truncated or its header is damaged: it promises {promise.size} voxels ({promise.end} "
+            f"bytes), which {on_disk} bytes cannot hold; copy or download it again"
+        )
+    size = spacing(promise.affine)
+    extent = size * promise.shape
+    longest = extent.max()
+    if not (VOXEL_MM[0] <= size.min() and size.max() <= VOXEL_MM[1] and EXTENT_MM[0] <= longest <= EXTENT_MM[1]):
+        words = " x ".join(f"{s:.3g}" for s in size), " x ".join(f"{e:.4g}" for e in extent)
+        raise CopeditError(
+            f"{promise.path}: voxels of {words[0]} mm and an extent of {words[1]} mm are not those of a scan "
+            f"({VOXEL_MM[0]:g} to {VOXEL_MM[1]:g} mm, {EXTENT_MM[0]:g} to {EXTENT_MM[1]:g} mm); correct the voxel "
+            f"sizes, or the unit in the header's xyzt_units"
+        )
+
+
+def _needed(promises: Sequence[Promise]) -> int:
+    """Bytes at the peak: the images as float32, one file (cardiac: kept), and what filling in takes a voxel."""
+    images = sum(4 * p.voxels for p in promises)
+    return images + max(p.end + p.path.stat().st_size + WORKING * p.voxels for p in promises)
+
+
+def _check_memory(promises: Sequence[Promise]) -> None:
+    needed, available = _needed(promises), available_memory()
     if needed > available:
-        raise CopeditError(
-            f"{path}: its header promises {size} voxels, which take {needed / 2**30:.1f} GiB to read, "
-            f"more than the {available / 2**30:.1f} GiB of memory available; check the header, or crop or "
-            f"downsample the image"
-        )
-    on_disk = path.stat().st_size
-    with open(path, "rb") as file:
-        most = on_disk * (1032 if file.read(2) == b"\x1f\x8b" else 1)  # deflate's limit
-    if promised > most:
-        raise CopeditError(
-            f"{path} is truncated or its header is damaged: it promises {size} voxels ({promised} bytes), "
-            f"which {on_disk} bytes cannot hold; copy or download it again"
-        )
-    return shape
+        raise _too_large(max(promises, key=lambda p: p.voxels), needed, available)
+
+
+def _too_large(promise: Promise, needed: int, available: int) -> CopeditError:
+    return CopeditError(
+        f"{promise.path}: its header promises {promise.size} voxels, which take {needed / 2**30:.1f} GiB to read and "
+        f"fill in, more than the {available / 2**30:.1f} GiB of memory available; check the header, or crop or "
+        f"downsample the image"
+    )
 
 
 def _check_affine(path: Path, affine: NDArray) -> None:
@@ -216,14 +305,8 @@ def _read_content(path: Path, size: int) -> tuple[bytes, str]:
     try:
         stored = path.read_bytes()
         digest = hashlib.sha256(stored).hexdigest()
-        if stored[:2] == b"\x1f\x8b":
-            with gzip.GzipFile(fileobj=io.BytesIO(stored)) as file:
-                content = file.read(size)
-                while file.read(1 << 20):
-                    pass
-        else:
-            content = stored
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        content = _inflate(stored, size) if stored[:2] == _GZIP else stored
+    except (EOFError, zlib.error, deflate.error) as error:
         raise CopeditError(f"{path} is a truncated or damaged gzip file; copy or download it again") from error
     except OSError as error:
         raise CopeditError(f"cannot read {path}: {error.strerror or error}") from error
@@ -232,6 +315,20 @@ def _read_content(path: Path, size: int) -> tuple[bytes, str]:
             f"{path} is truncated: {size} bytes are promised, {len(content)} are there; copy or download it again"
         )
     return content, digest
+
+
+def _inflate(stored: bytes, size: int) -> bytes:
+    """The first `size` bytes of gzip members one after another (bgzip, pigz); what follows the last is no matter."""
+    pieces: list[bytes] = []
+    while size > 0 and stored[:2] == _GZIP:
+        member = deflate.decompressobj(31)
+        pieces.append(member.decompress(stored, size))
+        size -= len(pieces[-1])
+        while not member.eof:  # on to the checksum
+            if not (member.decompress(member.unconsumed_tail, 1 << 20) or member.eof):
+                raise EOFError
+        stored = member.unused_data
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def available_memory() -> int:
@@ -253,27 +350,42 @@ def available_memory() -> int:
 
 
 def same_grid(a: Volume, b: Volume) -> bool:
-    """Whether two volumes sample the same points of the world, in whatever voxel order each is stored."""
+    """Whether two volumes sample the same points of the world up to a tenth of a voxel, whatever their voxel order."""
+    return grid_distance(a, b) <= NEAR * min(spacing(a.affine).min(), spacing(b.affine).min())
+
+
+def grid_distance(a: Volume, b: Volume) -> float:
+    """How far apart the corners of two grids are at most, in mm; infinite for grids of another shape."""
     one, two = Orientation.to_ras(a.affine), Orientation.to_ras(b.affine)
-    if one.apply(a.data).shape != two.apply(b.data).shape:
-        return False
-    ends = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-    corners = []
-    for volume, orientation in ((a, one), (b, two)):
-        affine = orientation.affine(volume.affine, volume.data.shape)
-        voxels = ends * (np.array(orientation.apply(volume.data).shape) - 1)
-        corners.append(voxels @ affine[:3, :3].T + affine[:3, 3])
-    return bool(np.abs(corners[0] - corners[1]).max() <= GRID_TOLERANCE)
+    shape = one.apply(a.data).shape
+    if two.apply(b.data).shape != shape:
+        return float("inf")
+    return apart(one.affine(a.affine, a.data.shape), two.affine(b.affine, b.data.shape), shape)
+
+
+def transforms_apart(volume: Volume) -> float:
+    """How far qform and sform put a voxel apart at most, in voxels; 0 where the header does not have both."""
+    header = volume.header
+    if not (header["qform_code"] and header["sform_code"]):
+        return 0.0
+    try:
+        qform = header.get_qform()
+    except (HeaderDataError, ValueError):
+        return 0.0
+    if not np.isfinite(qform).all():
+        return 0.0
+    return apart(qform, header.get_sform(), volume.data.shape) / spacing(header.get_sform()).min()
 
 
 def resample_onto(volume: Volume, reference: Volume) -> NDArray[np.float32]:
     """Linear interpolation of a volume at the reference's voxels; 0 where the volume does not reach."""
-    from scipy import ndimage
+    if find_spec("scipy") is None:
+        raise CopeditError("--resample needs the package scipy, which is not installed; pip install scipy")
+    from nibabel.processing import resample_from_to
 
-    matrix = np.linalg.inv(volume.affine) @ reference.affine
-    return ndimage.affine_transform(
-        volume.data, matrix[:3, :3], matrix[:3, 3], reference.data.shape, np.float32, order=1, cval=0.0
-    )
+    moving = nib.Nifti1Image(volume.data, volume.affine)
+    made = resample_from_to(moving, (reference.data.shape, reference.affine), order=1)
+    return np.asarray(made.dataobj)
 
 
 def is_synthetic(path: Path) -> bool:
@@ -292,8 +404,11 @@ def refuse_synthetic(path: Path) -> None:
 
 def write_nifti(
     path: Path, data: NDArray, header: nib.Nifti1Header, description: str | None, *, scaled: bool = False
-) -> None:
-    """The array under this header, but for type and description; scaled: the header's slope applies to it."""
+) -> str:
+    """The array under this header, but for type and description; scaled: the header's slope applies to it.
+
+    Returns the file's sha256. Written slice by slice, so that it takes little memory; atomic.
+    """
     header = header.copy()
     header.set_data_shape(data.shape)
     header.set_data_dtype(data.dtype)
@@ -301,13 +416,24 @@ def write_nifti(
         header.set_slope_inter(1, 0)
     header["vox_offset"] = 0  # nibabel then puts the data right after the header and its extensions
     header["magic"] = header.single_magic
+    _repair(header)  # so that every reader sees what we saw
     if description is not None:
         header["descrip"] = description.encode("ascii", "replace")[:79]
     stream = io.BytesIO()
     header.write_to(stream)
     stream.write(bytes(int(header.get_data_offset()) - stream.tell()))
-    stream.write(data.astype(header.get_data_dtype(), copy=False).tobytes(order="F"))
-    content = stream.getvalue()
-    # mtime 0: the same image gives the same file
-    zipped = path.name.lower().endswith(".gz")
-    write_atomically(path, gzip.compress(content, 4, mtime=0) if zipped else content)
+    pieces = _pieces(stream.getvalue(), data, header.get_data_dtype())
+    return write_atomically(path, _zipped(pieces) if path.name.lower().endswith(".gz") else pieces)
+
+
+def _pieces(head: bytes, data: NDArray, dtype: np.dtype) -> Iterator[bytes]:
+    yield head
+    for k in range(data.shape[-1]):
+        yield data[..., k].astype(dtype, copy=False).tobytes(order="F")
+
+
+def _zipped(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """As one gzip member without a time: the same image gives the same file."""
+    packer = deflate.compressobj(_LEVEL, wbits=31)
+    yield from map(packer.compress, pieces)
+    yield packer.flush()

@@ -1,13 +1,15 @@
 """From a study's own grids to the model's grid, and back.
 
 Steps of the way in, for each volume: reorient (brain: to RAS; cardiac: slices last, in the file's own slice
-order, the plane towards RAS) -> percentiles to 0..1 -> crop or pad to the field of view about the volume's
-centre -> resize to the model's grid. The last two are one small matrix per axis, and so is the way back.
+order, the plane towards RAS) -> percentiles to 0..1 -> crop or pad to the field of view (brain: about the head, where
+the grid is larger than the view) -> resize to the model's grid. The last two are one small matrix per axis, and so is
+the way back. Voxels are computed with slab by slab: beside the images, all of it takes at most `nifti.WORKING` bytes a
+voxel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,21 @@ from numpy.typing import NDArray
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.grids import Frame, Orientation, fill_slices, slice_axis, spacing
+from copedit_rt.images.grids import (
+    SAME_SPACING,
+    Frame,
+    Orientation,
+    fill_slices,
+    from_border,
+    slabs,
+    slice_axis,
+    spacing,
+)
 from copedit_rt.images.nifti import same_grid
 from copedit_rt.images.study import Study
+
+TISSUE = 0.1  # of the percentile range: brighter is taken for the head
+WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
 
 
 @dataclass(frozen=True)
@@ -36,10 +50,11 @@ class Prepared:
     frame: Frame  # the reference volume's: the outputs' grid
     intensity: dict[str, tuple[float, float]]  # per observed volume, what 0 and 1 stand for
     fill: NDArray[np.float32] | float  # outside the field of view; the file's grid or one value
-    background: NDArray[np.bool_] | None  # brain: where no observed volume shows anything, file order
+    background: NDArray[np.bool_] | None  # brain: connected to the border, nothing in any observed volume, file order
     study: Study
     missing_slices: tuple[int, ...] = ()
     version: int = 1
+    outside: int = 0  # brain: voxels of tissue that the model's field of view does not reach
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -59,27 +74,76 @@ class Prepared:
         if not np.isfinite(element_images).all():
             raise CopeditError(f"{self.study.name}: the model returned NaN or infinity; nothing is written")
         images = np.clip(np.asarray(element_images, np.float32), 0, 1)
-        reference = next(iter(self.study.volumes))
-        low, high = (np.float32(value) for value in self.intensity[reference])
-        coverage = self.frame.coverage()
-
-        def to_file(image: NDArray[np.float32]) -> NDArray[np.float32]:
-            inside = self.frame.to_file(image) * (high - low) + coverage * low
-            return inside + (1 - coverage) * self.fill
-
         if self.task == "cardiac":
-            stack = self.study.volumes[reference].data.copy()
-            where: list[Any] = [slice(None)] * 3
-            where[self.frame.orientation.order[2]] = list(self.missing_slices)
-            if self.missing_slices:
-                stack[tuple(where)] = to_file(np.concatenate(list(images[:, 0]), axis=-1))[tuple(where)]
-            return {reference: stack}
+            return self._restore_stack(images)
         volumes = {}
         for name, image, there in zip(self.elements, images[:, 0], self.observed, strict=True):
             if not there:
-                volumes[name] = np.ascontiguousarray(to_file(image))
+                volumes[name] = self._to_file(image, self._beyond(image))
                 volumes[name][self.background] = self.fill
         return volumes
+
+    def _restore_stack(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        name = next(iter(self.study.volumes))
+        stack = self.study.volumes[name].data.copy()
+        if self.missing_slices:
+            filled = self.frame.orientation.apply(np.asarray(self.fill))
+            made = self._to_file(np.concatenate(list(images[:, 0]), axis=-1), lambda part: filled[..., part])
+            where: list[Any] = [slice(None)] * 3
+            where[self.frame.orientation.order[2]] = list(self.missing_slices)
+            stack[tuple(where)] = made[tuple(where)]
+        return {name: stack}
+
+    def _to_file(self, image: NDArray[np.float32], beyond: Callable[[slice], Any]) -> NDArray[np.float32]:
+        """One image on the file's grid, on the reference's percentile range; `beyond` is what lies outside the view."""
+        reference = next(iter(self.study.volumes))
+        low, high = (np.float32(value) for value in self.intensity[reference])
+        volume = np.empty(self.study.volumes[reference].data.shape, np.float32)
+        turned = self.frame.orientation.apply(volume)
+        planes = self.frame.to_plane(image)
+        for part in slabs(turned.shape):
+            coverage = self.frame.coverage(part)
+            slab = self.frame.to_slab(planes, part)
+            slab *= high - low
+            slab += coverage * low
+            slab += (1 - coverage) * beyond(part)
+            turned[..., part] = slab
+        return volume
+
+    def _beyond(self, image: NDArray[np.float32]) -> Callable[[slice], Any]:
+        """What stands for an image where the model does not see: a linear relation to what is observed there."""
+        if not self.frame.cuts:
+            return lambda part: self.fill
+        names = [name for name, there in zip(self.elements, self.observed, strict=True) if there]
+        constant, *slopes = linear_relation(image, self.images[self.observed, 0])
+        low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
+
+        def beyond(part: slice) -> NDArray[np.float32]:
+            made: Any = np.float32(constant)
+            for name, slope in zip(names, slopes, strict=True):
+                volume = self.study.volumes[name]
+                turned = Orientation.to_ras(volume.affine).apply(volume.data)
+                made = made + np.float32(slope) * _unit(volume.data, *self.intensity[name])(turned[..., part])
+            # Above 0: an exact 0 would say that there is nothing.
+            return np.clip(made, np.float32(1e-3), 1) * (high - low) + low
+
+        return beyond
+
+    @property
+    def outside_ml(self) -> float:
+        """Tissue that the model's field of view does not reach, in millilitres."""
+        return self.outside * float(np.prod(spacing(self.study.reference.affine))) / 1000
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the way in."""
+        if not self.outside:
+            return ()
+        extent = " x ".join(f"{e:g}" for e in self.frame.field_of_view)
+        return (
+            f"{self.outside_ml:.3g} ml of tissue lie outside the model's field of view of {extent} mm; there, a linear "
+            f"relation to the observed images stands for what is synthesised",
+        )
 
     def record(self) -> dict[str, Any]:
         """Everything that was done to the reference volume, as JSON can hold it."""
@@ -95,6 +159,8 @@ class Prepared:
             "order": list(self.frame.orientation.order),
             "flip": list(self.frame.orientation.flip),
             "field_of_view_mm": [round(e, 4) for e in extent],
+            "view_shift_mm": [round(s, 4) for s in self.frame.shift],
+            "outside_view": {"voxels": self.outside, "millilitres": round(self.outside_ml, 3)},
             "model_grid": grid,
             "model_voxel_mm": [round(e / n, 4) for e, n in zip(extent, grid, strict=True)],
             "intensity": {name: {"low": low, "high": high} for name, (low, high) in self.intensity.items()},
@@ -136,22 +202,29 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
     for name, volume in observed.items():
         if not same_grid(volume, study.reference):
             raise CopeditError(f"{study.name}: {name} is on a grid of its own; resample it to the first")
-    images = np.zeros((len(config.elements), 1, *config.image), np.float32)
-    intensity, frames, fills = {}, [], []
-    background: NDArray[np.bool_] | None = None
+    intensity, fills, tissue, background = {}, [], None, None
+    first = Orientation.to_ras(study.reference.affine)
     for name, volume in observed.items():
         low, high = _percentiles(volume.data, config.preprocessing.percentiles, f"{study.name}: {name}")
-        normal, empty, fill = to_unit_range(volume.data, low, high)
-        orientation = Orientation.to_ras(volume.affine)
-        frame = Frame.of(
-            volume.data.shape, volume.affine, orientation, config.image, config.preprocessing.field_of_view
-        )
-        images[config.elements.index(name), 0] = frame.to_model(normal)
         intensity[name] = (low, high)
-        frames.append(frame)
-        fills.append(fill)
-        empty = frames[0].orientation.invert(orientation.apply(empty))
+        fill = _backdrop(volume.data, low, high)
+        fills.append(fill or 0.0)
+        empty = _is_empty(volume.data, fill)
+        bright = volume.data > np.float32(low + TISSUE * (high - low))
+        bright &= ~empty
+        there, empty = (first.invert(Orientation.to_ras(volume.affine).apply(mask)) for mask in (bright, empty))
+        tissue = there if tissue is None else tissue | there
         background = empty if background is None else background & empty
+    assert tissue is not None and background is not None
+    turned = first.apply(tissue)
+    view = config.preprocessing.field_of_view
+    offset = _head_centre(turned, spacing(study.reference.affine)[list(first.order)], view)
+    images = np.zeros((len(config.elements), 1, *config.image), np.float32)
+    frames = []
+    for name, volume in observed.items():
+        orientation = Orientation.to_ras(volume.affine)
+        frames.append(Frame.of(volume.data.shape, volume.affine, orientation, config.image, view, offset))
+        images[config.elements.index(name), 0] = frames[-1].to_model(volume.data, _unit(volume.data, *intensity[name]))
     return Prepared(
         images=images,
         observed=np.array([name in observed for name in config.elements]),
@@ -160,10 +233,48 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         frame=frames[0],
         intensity=intensity,
         fill=fills[0],
-        background=background,
+        background=from_border(background),
         study=study,
         version=config.preprocessing.version,
+        outside=_unseen(turned, frames[0]) if frames[0].cuts else 0,
     )
+
+
+def _head_centre(
+    tissue: NDArray[np.bool_], size: NDArray[np.float64], view: Sequence[float | None]
+) -> tuple[float, ...]:
+    """Where the view's centre lies, in voxels from the grid's centre along each RAS axis: in the middle of the head.
+
+    0 where the whole grid fits into the view. A head that is higher than a view meant for whole heads keeps its crown.
+    """
+    offset = []
+    for axis, extent in enumerate(view):
+        count = np.count_nonzero(tissue, axis=tuple(a for a in range(3) if a != axis))
+        n, middle = len(count), len(count) / 2
+        if extent is not None and n * size[axis] > extent * (1 + SAME_SPACING) and count.any():
+            there = np.flatnonzero(count > 0.01 * count.max())  # specks of noise are no head
+            first, last = there[0], there[-1] + 1
+            middle = (first + last) / 2
+            if axis == 2 and extent >= WHOLE_HEAD and (last - first) * size[axis] > extent:
+                middle = last - round(extent / size[axis]) / 2
+        offset.append(float(middle - n / 2))
+    return tuple(offset)
+
+
+def _unseen(tissue: NDArray[np.bool_], frame: Frame) -> int:
+    """How many voxels of tissue lie outside the view, most of them at least."""
+    return sum(int((tissue[..., part] & (frame.coverage(part) < 0.5)).sum()) for part in slabs(tissue.shape))
+
+
+def linear_relation(prediction: NDArray, observed: NDArray) -> NDArray[np.float64]:
+    """Constant and slopes [1 + k] of the least-squares relation of an image to observed ones [k, ...], on one grid.
+
+    Only where something is observed; of many voxels, every so manieth.
+    """
+    there = np.flatnonzero(observed.any(axis=0))
+    there = there[:: max(1, len(there) // 200_000)]
+    rows = np.stack([np.ones(len(there)), *(image.ravel()[there] for image in observed)], axis=1)
+    return np.linalg.lstsq(rows, prediction.ravel()[there].astype(np.float64), rcond=1e-6)[0]
 
 
 def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) -> Prepared:
@@ -190,7 +301,7 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         (height, width, m * depth),
         config.preprocessing.field_of_view,
     )
-    stack = frame.to_model(_normalise(filled, low, high))
+    stack = frame.to_model(filled, lambda slab: _normalise(slab, low, high))
     images = np.stack(np.split(stack, m, axis=-1))[:, None]
     spaced = spacing(volume.affine)[axis]
     observed = ~slabs_touched(missing, count, spaced, frame.field_of_view[2], m, depth)
@@ -217,17 +328,35 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
 
 
 def to_unit_range(data: NDArray[np.float32], low: float, high: float) -> tuple[NDArray[np.float32], NDArray, float]:
-    """A skull-stripped image with low..high as 0..1, clipped; where it shows nothing (bool); and the value there.
+    """A skull-stripped image with low..high as 0..1, clipped; where it shows nothing (bool); and the value there."""
+    fill = _backdrop(data, low, high)
+    return _unit(data, low, high)(data), _is_empty(data, fill), fill or 0.0
+
+
+def _backdrop(data: NDArray[np.float32], low: float, high: float) -> float | None:
+    """The background's value in a standardised image; None where it is whatever is not above 0.
 
     Below 0 there is only interpolation ringing, unless the image was standardised (z-scores): then its background is
     the value of its corners, and it has to be told from tissue of the same grey.
     """
     standardised = low < -0.01 * high
-    fill = float(np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])) if standardised else 0.0
-    empty = data == fill if standardised else data <= 0
-    normal = _normalise(data, low, high)
-    normal[empty] = 0
-    return normal, empty, fill
+    return float(np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])) if standardised else None
+
+
+def _is_empty(data: NDArray[np.float32], fill: float | None) -> NDArray[np.bool_]:
+    return data <= 0 if fill is None else data == fill
+
+
+def _unit(data: NDArray[np.float32], low: float, high: float) -> Callable[[NDArray], NDArray[np.float32]]:
+    """What takes voxels of an image to 0..1: low..high, clipped, 0 where it shows nothing."""
+    fill = _backdrop(data, low, high)
+
+    def unit(part: NDArray[np.float32]) -> NDArray[np.float32]:
+        normal = _normalise(part, low, high)
+        normal[_is_empty(part, fill)] = 0
+        return normal
+
+    return unit
 
 
 def slabs_touched(
@@ -244,7 +373,15 @@ def slabs_touched(
 
 
 def _percentiles(data: NDArray, percentiles: tuple[float, float], what: str) -> tuple[float, float]:
-    low, high = (float(value) for value in np.percentile(data, percentiles))
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = (float(value) for value in np.percentile(data, percentiles))
+        span = np.float32(high - low)
+        sound = bool(np.isfinite([low, high, span]).all())
+        sound = sound and (span == 0 or bool(np.isfinite(np.float32(1 / (high - low)))))
+    if not sound:
+        raise CopeditError(
+            f"{what}: its values, {low:g} to {high:g}, are too large or too small to compute with; rescale the image"
+        )
     if not high > low:
         raise CopeditError(
             f"{what}: at least {percentiles[1] - percentiles[0]:g} % of the voxels have one value ({low:g}), "

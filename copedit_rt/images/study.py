@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import unwritable, write_atomically
+from copedit_rt.files import write_atomically
 from copedit_rt.images.find import StudyFiles, find_studies, output_path
-from copedit_rt.images.grids import slice_axis
-from copedit_rt.images.names import STACK, STYLES, Naming
-from copedit_rt.images.nifti import MARK, Volume, read_outline, read_volume, resample_onto, same_grid, write_nifti
+from copedit_rt.images.grids import GRID_TOLERANCE, from_border, slice_axis
+from copedit_rt.images.names import STACK, STYLES, Naming, stem_of
+from copedit_rt.images.nifti import (
+    MARK,
+    NEAR,
+    Volume,
+    grid_distance,
+    read_outline,
+    read_volumes,
+    resample_onto,
+    same_grid,
+    transforms_apart,
+    write_nifti,
+)
 from copedit_rt.task import Task
 
 
@@ -58,7 +70,7 @@ class Study:
         files = files if isinstance(files, StudyFiles) else _only_study(files)
         if files.problem:
             raise CopeditError(files.problem)
-        volumes = {e: read_volume(path, keep_raw=files.task == "cardiac") for e, path in files.files.items()}
+        volumes = read_volumes(files.files, keep_raw=files.task == "cardiac")
         study = cls(files.name, files.task, volumes, naming=files.naming)
         if study.task == "cardiac":
             _read_stack(study, missing_slices or (), check_content)
@@ -70,6 +82,11 @@ class Study:
             f"{v.path} has no orientation (qform and sform codes are 0); taken as {''.join(nib.aff2axcodes(v.affine))}"
             for v in volumes.values()
             if not (v.header["qform_code"] or v.header["sform_code"])
+        )
+        study.notes += tuple(
+            f"{v.path}: qform and sform are {off:.2g} voxels apart; the sform is used"
+            for v in volumes.values()
+            if (off := transforms_apart(v)) > NEAR
         )
         return study
 
@@ -118,13 +135,17 @@ class Study:
         record: Mapping[str, Any] | None = None,
         std: Mapping[str, NDArray] | None = None,
     ) -> list[Path]:
-        """Write what was synthesised as .nii.gz with a .json sidecar (`record`); atomic, images last.
+        """Write what was synthesised as .nii.gz with a .json sidecar (`record`); every file atomically.
 
         std: {element: [X, Y, Z]}, written as float32 beside it (`..._sd.nii.gz`). Headers are the reference's
-        but for data type and description. A cardiac stack keeps its type, scaling and every number of its
-        present slices. Existing files are replaced, inputs never. Returns the images' paths.
+        but for data type, description and (brain) display range. A cardiac stack keeps its type, scaling and every
+        number of its present slices. The sidecar is written last and holds the images' sha256: what was interrupted,
+        or written by two at once, is not complete (`is_complete`). Existing files are replaced, inputs never.
+        Returns the images' paths.
         """
-        header, written = self.reference.header, []
+        header, written = self.reference.header.copy(), []
+        if self.task == "brain":
+            header["cal_min"] = header["cal_max"] = 0  # another image's display range
         for element in (name for name in self.volumes if name in self.synthetic):
             path = self.output_path(folder, element)
             sidecar = {
@@ -135,22 +156,18 @@ class Study:
                 **({"synthetic_slices": list(self.missing_slices)} if self.task == "cardiac" else {}),
                 **(record or {}),
             }
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise unwritable(path.parent, error) from error
-            text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
-            write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             if std and element in std:
                 sd_header = header.copy()
-                sd_header["cal_min"] = sd_header["cal_max"] = 0  # they are an image's display range
-                spread = np.asarray(std[element], np.float32)
+                sd_header["cal_min"] = sd_header["cal_max"] = 0
                 sd_path = self._naming.path(folder, element, "_sd")
-                write_nifti(sd_path, spread, sd_header, f"{MARK} {model}, SD map")
-            if self.task == "cardiac" and self.volumes[element].raw is not None:
-                write_nifti(path, self._raw_stack(), header, f"{MARK} {model}", scaled=True)
-            else:
-                write_nifti(path, self.volumes[element].data, header, f"{MARK} {model}")
+                spread = np.asarray(std[element], np.float32)
+                digest = write_nifti(sd_path, spread, sd_header, f"{MARK} {model}, SD map")
+                sidecar["sd"] = {"file": sd_path.name, "sha256": digest}
+            stack = self._raw_stack() if self.task == "cardiac" and self.volumes[element].raw is not None else None
+            data = self.volumes[element].data if stack is None else stack
+            sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=stack is not None)
+            text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
+            write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             written.append(path)
         return written
 
@@ -165,8 +182,26 @@ class Study:
         if raw.dtype.kind in "iu":
             limits = np.iinfo(raw.dtype)
             values = np.rint(values).clip(limits.min, limits.max)
-        raw[tuple(where)] = values
+        with np.errstate(over="ignore", invalid="ignore"):
+            raw[tuple(where)] = values
+            kept = np.isfinite(raw[tuple(where)].astype(np.float64) * (slope or 1) + (inter or 0))
+        if not kept.all():
+            raise CopeditError(
+                f"{volume.path}: its scl_slope of {slope:g} cannot hold the filled slices; rescale the stack"
+            )
         return raw
+
+
+def is_complete(path: Path) -> bool:
+    """Whether an output is there with the sidecar of the same run: its sha256, and that of the SD map if it has one."""
+    try:
+        sidecar = json.loads(path.with_name(f"{stem_of(path)}.json").read_text(encoding="utf-8"))
+        images = [(path, sidecar["sha256"])]
+        if "sd" in sidecar:
+            images.append((path.with_name(sidecar["sd"]["file"]), sidecar["sd"]["sha256"]))
+        return all(hashlib.sha256(image.read_bytes()).hexdigest() == digest for image, digest in images)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _only_study(files: Mapping[str, Path | str] | Sequence[Path | str] | Path | str) -> StudyFiles:
@@ -181,6 +216,8 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
     reference, (first, *others) = study.reference, study.volumes
     if check_content:
         for name, volume in study.volumes.items():
+            if _empty_background(volume.data):
+                study.notes += (f"{volume.path}: the background of {name} is NaN and was set to 0",)
             if bad := volume.data.size - int(np.isfinite(volume.data).sum()):
                 raise CopeditError(f"{volume.path}: {bad} voxels of {name} are NaN or infinite; set them to 0")
             if volume.data.min() == volume.data.max():
@@ -191,11 +228,16 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
     differing = [name for name in others if not same_grid(study.volumes[name], reference)]
     if differing and not resample:
         grids = "; ".join(f"{name} ({study.volumes[name].path}): {study.volumes[name].grid}" for name in differing)
+        off = grid_distance(reference, study.volumes[differing[0]])
+        far = f", {off:.3g} mm apart" if reference.grid == study.volumes[differing[0]].grid else ""
         raise CopeditError(
             f"{study.name}: the files are on different grids, {first} ({reference.path}): {reference.grid}; "
-            f"{grids}{_offset(reference, study.volumes[differing[0]])}; use --resample to bring all onto the "
-            f"grid of {first}"
+            f"{grids}{far}; use --resample to bring all onto the grid of {first}"
         )
+    for name in (name for name in others if name not in differing):
+        if (off := grid_distance(study.volumes[name], reference)) > GRID_TOLERANCE:
+            near = f"{off:.2g} mm apart, less than {NEAR:g} voxels: equal"
+            study.notes += (f"the grids of {name} and {first} are {near}",)
     for name in differing:
         volume = study.volumes[name]
         data = resample_onto(volume, reference)
@@ -208,13 +250,13 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
         study.notes += (f"{name} was resampled from {volume.grid} onto the grid of {first}",)
 
 
-def _offset(a: Volume, b: Volume) -> str:
-    """For grids of one shape and voxel size: how far apart they are."""
-    if a.grid != b.grid:
-        return ""
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-    corners[:, :3] *= np.array(a.data.shape) - 1
-    return f", {np.linalg.norm((corners @ (a.affine - b.affine).T)[:, :3], axis=1).max():.3g} mm apart"
+def _empty_background(data: NDArray[np.float32]) -> bool:
+    """Set NaN to 0 in place where that is how a file says background: at most corners, and inwards from the border."""
+    nothing = np.isnan(data)
+    if nothing[np.ix_((0, -1), (0, -1), (0, -1))].sum() <= 4 or not (from_border(nothing) == nothing).all():
+        return False
+    data[nothing] = 0
+    return True
 
 
 def _read_stack(study: Study, missing_slices: Sequence[int], check_content: bool) -> None:

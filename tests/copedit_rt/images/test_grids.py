@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.images import nifti
-from copedit_rt.images.grids import SAME_SPACING, Orientation, fill_slices, resample_matrix, slice_axis
+from copedit_rt.images.grids import SAME_SPACING, Orientation, fill_slices, from_border, resample_matrix, slice_axis
 from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
@@ -215,12 +215,12 @@ def test_modalities_may_be_stored_in_different_orders():
     np.testing.assert_array_equal(restored, stored_as(t2 * ~both_empty, RAS, ("L", "A", "S")).data)
 
 
-def test_same_grid_tolerates_rounding_and_nothing_else():
+def test_grids_less_than_a_tenth_of_a_voxel_apart_are_one():
     a = Volume.from_array(np.zeros((5, 6, 7)), RAS)
     moved = [RAS.copy() for _ in range(3)]
-    moved[0][0, 3] += 0.005
-    moved[1][0, 3] += 0.1
-    moved[2][0, 0] *= 1.01
+    moved[0][0, 3] += 0.19  # of voxels of 2 mm
+    moved[1][0, 3] += 0.21
+    moved[2][0, 0] *= 1.03
     assert [same_grid(a, Volume.from_array(a.data, m)) for m in moved] == [True, False, False]
     assert not same_grid(a, Volume.from_array(np.zeros((5, 6, 8)), RAS))
 
@@ -281,14 +281,78 @@ def test_standardised_images_keep_their_background_value():
     np.testing.assert_allclose(restored, np.clip(data, low, high), atol=1e-5)
 
 
-def test_outside_the_field_of_view_there_is_background():
+def test_tissue_outside_the_field_of_view_is_said_and_never_zero():
     data = unit_image((16, 24, 8)) + 0.5
-    prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), config(image=(8, 8, 8), field_of_view=(16, 16, 20)))
-    restored = prepared.restore(np.ones_like(prepared.images))["t2"]
+    data[:, :, 7] = 0
+    volumes = {"t1": Volume.from_array(data, RAS), "t2": Volume.from_array(data * 2, RAS)}
+    prepared = prepare(brain(volumes), config(image=(8, 8, 8), field_of_view=(16, 16, 20)))
     seen = np.zeros(data.shape, bool)
-    seen[4:12, 8:16, 2:6] = True
-    assert (restored[seen] > 1).all()
-    assert not restored[~seen].any()
+    seen[4:12, 8:16, 1:5] = True  # about the tissue's seven slices, not the grid's eight
+    tissue = data > 0.6  # a tenth of the range and more
+    assert prepared.outside == (tissue & ~seen).sum()
+    assert prepared.record()["outside_view"] == {"voxels": prepared.outside, "millilitres": prepared.outside * 0.02}
+    assert "ml of tissue lie outside" in prepared.notes[0]
+    images = prepared.images.copy()
+    images[1] = 0.25 + 0.5 * images[0]
+    images[3] = 1 - images[0]
+    restored = prepared.restore(images)
+    low, high = prepared.intensity["t1"]
+    unit = np.clip((data - low) / (high - low), 0, 1)
+    there = data > 0
+    np.testing.assert_allclose(restored["t1ce"][there], ((0.25 + 0.5 * unit) * (high - low) + low)[there], atol=1e-4)
+    assert (restored["flair"][there & ~seen] > 0).all()
+    assert not restored["t1ce"][~there].any()
+
+
+@pytest.mark.parametrize("shift", [-30, 0, 17, 40])
+def test_the_view_follows_the_head(shift):
+    head = np.zeros((120, 60, 20), np.float32)
+    head[44:76, 20:40, 4:16] = unit_image((32, 20, 12)) + 0.2
+    small = config(image=(24, 24, 8), field_of_view=(72.0, 120.0, 100.0))
+    still = prepare(brain({"t1": Volume.from_array(head, RAS)}), small)
+    moved = prepare(brain({"t1": Volume.from_array(np.roll(head, shift, 0), RAS)}), small)
+    np.testing.assert_array_equal(moved.images, still.images)
+    assert moved.outside == 0 and moved.record()["view_shift_mm"] == [2.0 * shift, 0, 0]
+    made = [prepared.restore(np.full_like(prepared.images, 0.5))["t2"] for prepared in (still, moved)]
+    np.testing.assert_array_equal(made[1], np.roll(made[0], shift, 0))
+
+
+def test_of_a_head_that_is_too_high_the_crown_is_kept():
+    data = np.zeros((40, 40, 60), np.float32)
+    data[5:35, 5:35, 0:56] = unit_image((30, 30, 56)) + 0.2  # 280 mm with the neck
+    view = config(image=(20, 20, 32), field_of_view=(80.0, 80.0, 160.0))
+    prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), view)
+    np.testing.assert_array_equal(prepared.images[0, 0][2, 2] > 0, np.ones(32, bool))
+    assert prepared.frame.coverage()[20, 20].nonzero()[0].tolist() == list(range(24, 56))
+
+
+def test_holes_deep_inside_are_filled_and_background_is_not():
+    data = unit_image((16, 24, 8)) * 100 + 1
+    data[:4] = data[:, :, 0] = 0
+    data[8:10, 10:12, 4] = 0  # a hole
+    data[13:, 5, 5] = 0  # a bay
+    prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), config())
+    restored = prepared.restore(np.full_like(prepared.images, 0.7))["t2"]
+    assert (restored[8:10, 10:12, 4] > 0).all()
+    assert not restored[:4].any() and not restored[13:, 5, 5].any()
+
+
+@QUICK
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.8))
+def test_the_border_is_flooded_as_scipy_labels(seed, share):
+    region = np.random.default_rng(seed).random((9, 8, 7)) < share
+    labels, _ = ndimage.label(region)
+    edge = np.ones(region.shape, bool)
+    edge[1:-1, 1:-1, 1:-1] = False
+    expected = np.isin(labels, np.setdiff1d(labels[edge], 0))
+    np.testing.assert_array_equal(from_border(region), expected)
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-44])
+def test_values_that_cannot_be_computed_with_are_refused(scale):
+    data = (unit_image((16, 24, 8)).astype(np.float64) * 3 * scale).astype(np.float32)
+    with pytest.raises(CopeditError, match="too large or too small to compute with; rescale"):
+        prepare(brain({"t1": Volume.from_array(np.where(data > 2 * scale, -data, data), RAS)}), config())
 
 
 def test_odd_sizes_with_equal_voxels_are_copied_not_blurred():

@@ -20,7 +20,7 @@ from copedit_rt.images.nifti import MARK, Volume, read_volume
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
 
-AFFINE = np.array([[-1.2, 0.1, 0, 40], [0.1, 1.2, 0.2, -50], [0, -0.2, 4, -20], [0, 0, 0, 1]])
+AFFINE = np.array([[-1.2, 0, 0, 40], [0, 1.2, 0.6576, -50], [0, -0.2, 3.9456, -20], [0, 0, 0, 1]])
 BRATS = ("t1", "t1ce", "t2", "flair")
 
 
@@ -277,7 +277,7 @@ def test_one_volume_in_four_dimensions_is_a_volume(tmp_path):
 
 def test_a_file_without_orientation_is_read_and_said(tmp_path):
     nifti = nib.Nifti1Image(image().astype(np.float32), None)
-    nifti.header["pixdim"][1:4] = 1, 1, 3
+    nifti.header["pixdim"][1:4] = 3, 3, 4
     nib.save(nifti, tmp_path / "A_t1.nii.gz")
     study = Study.read(tmp_path)
     assert "A_t1.nii.gz has no orientation" in study.notes[0]
@@ -328,7 +328,8 @@ def test_output_header_is_the_references_but_for_type_and_description(tmp_path, 
     written = nib.load(out)
     np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), data)
     assert written.get_data_dtype() == np.float32
-    changed = {"datatype", "bitpix", "descrip", "scl_slope", "scl_inter"}
+    changed = {"datatype", "bitpix", "descrip", "scl_slope", "scl_inter", "cal_max"}
+    assert written.header["cal_max"] == 0  # it was the T1's
     for key in set(before.keys()) - changed:
         np.testing.assert_array_equal(written.header[key], before[key], err_msg=key)
     np.testing.assert_array_equal(written.affine, nib.load(path).affine)
@@ -425,7 +426,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(CopeditError, match=r"cannot write .*A_t2.json: No space left on device"):
+    with pytest.raises(CopeditError, match=r"cannot write .*A_t2.nii.gz: No space left on device"):
         write(study, {"t2": image()}, tmp_path / "o")
     assert not list((tmp_path / "o").iterdir())
 
