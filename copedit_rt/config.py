@@ -29,11 +29,15 @@ class Preprocessing:
 
     field_of_view: crop about the volume's centre in mm along RAS x, y, z; None keeps the whole extent of that axis.
     percentiles: the intensities that become 0 and 1.
+    detail: on the way back, what the grid cannot hold is carried over from the observed images. whole_range: there, the
+    brightest voxels are lifted to where those of every training image are.
     """
 
     version: int = 1
     field_of_view: tuple[float, float, float | None] = (192.0, 192.0, 90.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
+    detail: bool = False
+    whole_range: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ PRESETS: dict[str, ModelConfig] = {
             replace(_DEMO_TOKENIZER, prompt_stride=2),
             DenoiserConfig(width=192, heads=3, blocks=8, patch=(4, 4, 4), prior=True),
             DiffusionConfig(steps=1),
-            Preprocessing(field_of_view=(192.0, 224.0, 192.0)),
+            Preprocessing(field_of_view=(192.0, 224.0, 192.0), detail=True, whole_range=True),
         ),
         ModelConfig(
             "demo-cardiac",

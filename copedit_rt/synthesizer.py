@@ -177,6 +177,7 @@ class Synthesizer:
         samples: int = 1,
         progress: Callable[[int, int], None] | None = None,
         solver: str | None = None,
+        detail: bool | None = None,
     ) -> Result:
         """Synthesise what is missing from a study.
 
@@ -184,6 +185,7 @@ class Synthesizer:
         seed: with the study's name and the element it determines the noise. samples: with more than one, the returned
         volume is their mean, and `std` their standard deviation (n - 1 in the denominator). progress: called with
         the denoising steps done (on a GPU: queued) and in all. solver: "ddim" or "dpm2m" (None: the model's default).
+        detail: whether to carry over what the model's grid cannot hold from the observed images (None: the model's).
 
         Raises CopeditError for a study that the model cannot take, an unknown target or solver, steps or samples out of
         range, and a max_memory that is too small.
@@ -192,6 +194,7 @@ class Synthesizer:
         steps = config.diffusion.steps if steps is None else steps
         solver = config.diffusion.solver if solver is None else solver
         schedule.solver_tables(config.diffusion, steps, solver)
+        detail = config.preprocessing.detail if detail is None else detail
         if samples < 1:
             raise CopeditError(f"samples {samples}: must be at least 1")
         prepared = prepare(study, config)
@@ -205,7 +208,8 @@ class Synthesizer:
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
                 start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
                 z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
-                images = prepared.restore(self.decode(z, prepared.observed) + begun.beyond)
+                decoded = self.decode(z, prepared.observed) + begun.beyond
+                images = prepared.restore(decoded, detail, config.preprocessing.whole_range)
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                     if samples == 1:
@@ -221,6 +225,7 @@ class Synthesizer:
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
         volumes = {name: value.astype(np.float32, copy=False) for name, value in mean.items()}
         record = self._record(prepared, wanted, {"method": solver, "steps": steps, "seed": seed, "samples": samples})
+        record["output"] = {"detail": detail, "whole_range": config.preprocessing.whole_range}
         made = study.with_synthetic(volumes)
         made.notes += prepared.notes
         return Result(made, self._perception(prepared, encoded), record, std)

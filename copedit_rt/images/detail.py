@@ -7,10 +7,12 @@ prediction's own low frequencies stay, because no offset is carried over. NumPy 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from copedit_rt.images.grids import Frame
 
 RADIUS = 1  # windows of 3 x 3 x 3 grid voxels; of the sizes tried on real brains the best
 RIDGE = 1e-2  # in squared units of images that run from 0 to 1: a contrast below 0.1 is not followed
@@ -18,26 +20,25 @@ LIMIT = 2.0  # largest coefficient: beyond it noise of a flat observed image wou
 TOP, BRIGHT = 0.995, 0.98  # quantiles: what becomes 1 in every image a model has seen, and where lifting begins
 
 Array = NDArray[np.float32]
-ToFile = Callable[[Array], Array]
 
 
 class Detail:
-    """The sum of what observed images add to predictions of the same study, one observed image at a time."""
+    """What observed images add to a prediction of the same study, slab by slab of the file's grid."""
 
-    def __init__(self, predictions: Array, guides: Array, to_file: ToFile, ridge: float = RIDGE):
-        """predictions [n, H, W, D] and guides [k, H, W, D], the observed images, float32 in 0..1 on the model's grid;
-        to_file: the model's grid -> the file's."""
-        self._slopes = [local_slopes(prediction, guides, ridge=ridge) for prediction in predictions]
-        self._guides, self._to_file = guides, to_file
+    def __init__(self, prediction: Array, guides: Array, frame: Frame, ridge: float = RIDGE):
+        """prediction [H, W, D] and guides [k, H, W, D], the observed images, float32 in 0..1 on the model's grid."""
+        self._frame = frame
+        self._slopes = [frame.to_plane(slope) for slope in local_slopes(prediction, guides, ridge=ridge)]
+        self._guides = [frame.to_plane(guide) for guide in guides]
 
-    def add(self, made: list[Array], index: int, image: Array, background: NDArray[np.bool_] | None = None) -> None:
-        """Add to each image [X, Y, Z] made of a prediction, in place, what observed image `index` shows beyond its own
-        copy on the grid: image [X, Y, Z] in 0..1, background [X, Y, Z] is left as it is."""
-        lost = np.subtract(image, self._to_file(self._guides[index]), dtype=np.float32)
-        if background is not None:
-            lost[background] = 0
-        for out, slopes in zip(made, self._slopes, strict=True):
-            out += self._to_file(slopes[index]) * lost
+    def slab(self, images: Iterable[Array], part: slice) -> Array | float:
+        """The detail of slices `part`: images, the observed ones there, in 0..1 and the model's orientation."""
+        out: Array | float = 0.0
+        for image, slope, guide in zip(images, self._slopes, self._guides, strict=True):
+            lost = image - self._frame.to_slab(guide, part)
+            lost *= self._frame.to_slab(slope, part)
+            out = lost + out
+        return out
 
 
 def local_slopes(prediction: Array, guides: Array, radius: int = RADIUS, ridge: float = RIDGE) -> Array:

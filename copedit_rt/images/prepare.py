@@ -9,7 +9,7 @@ voxel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
+from copedit_rt.images.detail import Detail, full_range
 from copedit_rt.images.grids import (
     SAME_SPACING,
     Frame,
@@ -31,6 +32,7 @@ from copedit_rt.images.grids import (
 from copedit_rt.images.nifti import same_grid
 from copedit_rt.images.study import Study
 
+NOTHING = np.float32(1e-3)  # the least that tissue may be
 TISSUE = 0.1  # of the percentile range: brighter is taken for the head
 WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
 
@@ -61,13 +63,16 @@ class Prepared:
         """Names of the elements that are to be synthesised."""
         return tuple(name for name, there in zip(self.elements, self.observed, strict=True) if not there)
 
-    def restore(self, element_images: NDArray) -> dict[str, NDArray[np.float32]]:
+    def restore(
+        self, element_images: NDArray, detail: bool = False, whole_range: bool = False
+    ) -> dict[str, NDArray[np.float32]]:
         """Images of all elements [m, 1, H, W, D] on the model's grid -> volumes on the reference file's grid.
 
         Brain: {missing modality: float32 [X, Y, Z]}, 0..1 mapped to the reference's percentile range.
         Cardiac: {"sax": the stack}, its missing slices filled and every other voxel as it was. Observed
         elements are not used for brain; for cardiac they count only in so far as a missing slice lies partly
-        in an observed slab.
+        in an observed slab. Brain: detail, what the grid could not hold is carried over from the observed images
+        (`detail.Detail`); whole_range, the brightest voxels are lifted to the top of the range (`detail.full_range`).
         """
         if element_images.shape != self.images.shape:
             raise ValueError(f"element_images has shape {element_images.shape}, expected {self.images.shape}")
@@ -79,9 +84,41 @@ class Prepared:
         volumes = {}
         for name, image, there in zip(self.elements, images[:, 0], self.observed, strict=True):
             if not there:
-                volumes[name] = self._to_file(image, self._beyond(image))
-                volumes[name][self.background] = self.fill
+                volumes[name] = self._restore_image(image, detail, whole_range)
         return volumes
+
+    def _restore_image(self, image: NDArray[np.float32], detail: bool, whole_range: bool) -> NDArray[np.float32]:
+        """One modality on the file's grid."""
+        guided = Detail(image, self.images[self.observed, 0], self.frame) if detail else None
+        beyond, there = self._beyond(image), ~self.background if self.background is not None else None
+        low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
+        volume = np.empty(self.study.reference.data.shape, np.float32)
+        turned = self.frame.orientation.apply(volume)
+        planes = self.frame.to_plane(image)
+        for part in slabs(turned.shape):
+            slab = self.frame.to_slab(planes, part)
+            if guided:
+                slab += guided.slab(self._shown(part), part)
+            slab += (1 - self.frame.coverage(part)) * beyond(part)
+            # Above 0: an exact 0 would say that there is nothing.
+            turned[..., part] = np.clip(slab, NOTHING, 1, out=slab) if detail or whole_range else slab
+        if there is not None:
+            volume[self.background] = 0
+        if whole_range:
+            volume = full_range(volume)
+        volume *= high - low
+        volume += low
+        if self.background is not None:
+            volume[self.background] = self.fill
+        return volume
+
+    def _shown(self, part: slice) -> Iterator[NDArray[np.float32]]:
+        """Slices `part` of the observed images in 0..1, in the model's orientation."""
+        for name, there in zip(self.elements, self.observed, strict=True):
+            if there:
+                volume = self.study.volumes[name]
+                turned = Orientation.to_ras(volume.affine).apply(volume.data)
+                yield _unit(volume.data, *self.intensity[name])(turned[..., part])
 
     def _restore_stack(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         name = next(iter(self.study.volumes))
@@ -111,21 +148,16 @@ class Prepared:
         return volume
 
     def _beyond(self, image: NDArray[np.float32]) -> Callable[[slice], Any]:
-        """What stands for an image where the model does not see: a linear relation to what is observed there."""
+        """What stands for an image where the model does not see, in 0..1: a linear relation to what is observed."""
         if not self.frame.cuts:
-            return lambda part: self.fill
-        names = [name for name, there in zip(self.elements, self.observed, strict=True) if there]
+            return lambda part: np.float32(0)
         constant, *slopes = linear_relation(image, self.images[self.observed, 0])
-        low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
 
         def beyond(part: slice) -> NDArray[np.float32]:
             made: Any = np.float32(constant)
-            for name, slope in zip(names, slopes, strict=True):
-                volume = self.study.volumes[name]
-                turned = Orientation.to_ras(volume.affine).apply(volume.data)
-                made = made + np.float32(slope) * _unit(volume.data, *self.intensity[name])(turned[..., part])
-            # Above 0: an exact 0 would say that there is nothing.
-            return np.clip(made, np.float32(1e-3), 1) * (high - low) + low
+            for shown, slope in zip(self._shown(part), slopes, strict=True):
+                made = made + np.float32(slope) * shown
+            return np.clip(made, NOTHING, 1)
 
         return beyond
 

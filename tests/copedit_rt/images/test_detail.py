@@ -4,38 +4,30 @@ import numpy as np
 import pytest
 
 from copedit_rt.images.detail import BRIGHT, Detail, full_range, local_slopes, window_mean
-from copedit_rt.images.grids import resample_matrix
+from copedit_rt.images.grids import Frame, Orientation
 
 FINE, COARSE = (24, 20, 18), (8, 10, 6)
 
 
-def matrices(a, b):
-    return [resample_matrix(n, 1.0, m, n / m).astype(np.float32) for n, m in zip(a, b, strict=True)]
-
-
-def along(ms, x):
-    return np.einsum("xa,yb,zc,abc->xyz", *ms, x, optimize=True).astype(np.float32)
+FRAME = Frame.of(FINE, np.eye(4), Orientation.to_ras(np.eye(4)), COARSE, FINE)
+ALL = slice(None)
 
 
 def down(x):
-    return along(matrices(FINE, COARSE), x)
+    return FRAME.to_model(x)
 
 
 def up(x):
-    return along([resample_matrix(m, n / m, n, 1.0).astype(np.float32) for n, m in zip(FINE, COARSE, strict=True)], x)
+    return FRAME.to_slab(FRAME.to_plane(x), ALL)
 
 
 def images(count, seed=0):
     return np.random.default_rng(seed).random((count, *FINE), dtype=np.float32)
 
 
-def carried(predictions, observed, background=None, **options):
+def carried(prediction, observed, **options):
     guides = np.array([down(x) for x in observed]).reshape(-1, *COARSE)
-    detail = Detail(predictions, guides, up, **options)
-    made = [up(x) for x in predictions]
-    for i, image in enumerate(observed):
-        detail.add(made, i, image, background)
-    return made
+    return up(prediction) + Detail(prediction, guides, FRAME, **options).slab(observed, ALL)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -44,20 +36,23 @@ def test_a_linear_relation_is_recovered(count):
     truth = np.tensordot(weights, observed, 1) + np.float32(0.2)
     slopes = local_slopes(down(truth), np.stack([down(x) for x in observed]), ridge=0.0)
     np.testing.assert_allclose(slopes, np.broadcast_to(weights[:, None, None, None], slopes.shape), atol=2e-3)
-    (made,) = carried(down(truth)[None], observed, ridge=0.0)
+    made = carried(down(truth), observed, ridge=0.0)
     np.testing.assert_allclose(made, truth, atol=5e-3)
     assert np.abs(up(down(truth)) - truth).max() > 0.3
 
 
-def test_without_observed_images_nothing_changes_and_background_is_left():
-    prediction = down(images(1)[0])[None]
-    (made,) = carried(prediction, images(0))
-    np.testing.assert_array_equal(made, up(prediction[0]))
-    background = np.zeros(FINE, bool)
-    background[:5] = True
-    (made,) = carried(prediction, images(2, seed=1), background)
-    np.testing.assert_array_equal(made[:5], up(prediction[0])[:5])
-    assert (made[5:] != up(prediction[0])[5:]).any()
+def test_without_observed_images_nothing_changes():
+    prediction = down(images(1)[0])
+    np.testing.assert_array_equal(carried(prediction, images(0)), up(prediction))
+
+
+def test_slabs_are_parts_of_the_whole():
+    prediction, observed = down(images(1)[0]), images(2, seed=1)
+    detail = Detail(prediction, np.stack([down(x) for x in observed]), FRAME)
+    part = slice(5, 9)
+    whole = detail.slab(observed, ALL)
+    assert np.abs(whole).max() > 0.01
+    np.testing.assert_allclose(detail.slab([x[..., part] for x in observed], part), whole[..., part], atol=1e-6)
 
 
 def test_slopes_are_the_ridge_regression_of_each_window():
