@@ -27,9 +27,9 @@ from copedit_rt.images.grids import Orientation, apart, spacing
 
 deflate: Any
 try:
-    from isal import isal_zlib as deflate  # several times as fast
+    from isal import isal_zlib  # several times as fast
 
-    _LEVEL = 2
+    deflate, _LEVEL = isal_zlib, 2
 except ImportError:
     deflate, _LEVEL = zlib, 4
 

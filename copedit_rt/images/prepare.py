@@ -408,7 +408,7 @@ def _percentiles(data: NDArray, percentiles: tuple[float, float], what: str) -> 
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = (float(value) for value in np.percentile(data, percentiles))
         span = np.float32(high - low)
-        sound = bool(np.isfinite([low, high, span]).all())
+        sound = bool(np.isfinite([low, high, float(span)]).all())
         sound = sound and (span == 0 or bool(np.isfinite(np.float32(1 / (high - low)))))
     if not sound:
         raise CopeditError(

@@ -245,7 +245,8 @@ def training_step(config: ModelConfig, settings: Any, repeats: int = REPEATS) ->
 
     def step(number: int) -> float:
         start = time.perf_counter()
-        gradients(task, task.module, (task.draw(number, part) for part in range(settings.accumulate)))
+        drawn_now: list[Any] = [task.draw(number, part) for part in range(settings.accumulate)]
+        gradients(task, task.module, drawn_now)
         for optimizer in optimizers:
             optimizer.step()
         task.after_step(number)

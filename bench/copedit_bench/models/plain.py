@@ -35,8 +35,15 @@ class PlainMDiT3D(MDiT3D):
     """`MDiT3D` with the backbone "mdit3d"."""
 
     def forward(
-        self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, corner: Tensor | None = None
+        self,
+        z: Tensor,
+        t: Tensor,
+        prompts: Tensor | None,
+        observed: Tensor,
+        corner: Tensor | None = None,
+        prior: Tensor | None = None,
     ) -> Tensor:
+        assert prior is None  # no preset of the benchmarks starts from one
         time, prompted = self.condition(t, prompts, observed)
         x = self.embed(self.patchify(z)) + self.position.to(z.dtype)
         for i, block in enumerate(self.blocks):

@@ -129,7 +129,7 @@ def _number(settings: Settings) -> int:
 def _truth(stage: Stage, config: ModelConfig, settings: Settings) -> tuple[dict[str, Tensor], Answer]:
     """Weights from which all start, on the host, and the plain model's loss and gradients in float32."""
     task = _task(stage, config, dataclasses.replace(settings, dtype="float32"), BASELINE)
-    perturb(task.denoiser if isinstance(task, DenoiserTask) else task.tokenizer)  # type: ignore[arg-type]
+    perturb(task.denoiser if isinstance(task, DenoiserTask) else task.tokenizer)  # type: ignore[attr-defined]
     with no_tf32():
         _answer(task, settings)  # codes and prompt encoders start from the first data that they see
         state = {name: x.detach().cpu().clone() for name, x in task.module.state_dict().items()}

@@ -50,7 +50,7 @@ def measures(images: Images) -> dict[str, float]:
     volumes = {name: scaled(np.asarray(image)) for name, image in images.items()}
     brain = ndimage.binary_fill_holes(np.any([v > 0 for v in volumes.values()], axis=0))
     values = {name: v[brain] for name, v in volumes.items()}
-    out = {}
+    out: dict[str, float] = {}
     for name, v in values.items():
         out |= {f"{name} {q} %": float(x) for q, x in zip(QUANTILES, np.percentile(v, QUANTILES), strict=True)}
     for a, b in itertools.combinations(values, 2):

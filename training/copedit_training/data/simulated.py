@@ -141,7 +141,7 @@ class Simulator:
     ) -> dict[str, tuple[physics.Tissues, physics.Protocol]]:
         """Tissues and a sequence per element; T1 with gadolinium is mostly the same sequence as without."""
         enhanced = physics.with_gadolinium(tissues, rng)
-        out = {}
+        out: dict[str, tuple[physics.Tissues, physics.Protocol]] = {}
         for name in self.elements:
             own = enhanced if name == "t1ce" else tissues
             sequence = physics.draw_sequence(name, rng, tissues)
@@ -156,8 +156,8 @@ class Simulator:
         """Signed signals over white matter's, float32 [elements, x, y, z], in the box that is not empty."""
         rows = []
         for tissues, sequence in protocols.values():
-            table = physics.signal_with_texture(tissues, sequence)
-            rows.append(table / max(abs(table[0, INDEX["white"]]), 1e-6))
+            signals = physics.signal_with_texture(tissues, sequence)
+            rows.append(signals / max(abs(signals[0, INDEX["white"]]), 1e-6))
         table = torch.from_numpy(np.concatenate(rows).astype(np.float32)).to(self.device)
         values = (anatomy.fractions @ table.T).view(-1, len(rows), 1 + len(physics.FIELDS))
         out = values[..., 0].clone()

@@ -235,7 +235,7 @@ def gflop(task: DenoiserTask) -> float:
     """10^9 floating-point operations of linear layers and convolutions in a forward pass of one training sample."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    c, size = task.config, tuple(task.latents.shape[-3:])
+    c, size = task.config, tuple(task.config.latent)
     if task.settings.crop:
         size = (*(n * p for n, p in zip(task.size, c.denoiser.patch, strict=False)), size[-1])
     m = len(c.elements)
@@ -400,6 +400,7 @@ def visible(task: DenoiserTask, samples: int = 256) -> float:
     correlation is below one half is called missing. This is what prompts and mask codes have to add to.
     """
     rng = np.random.default_rng(0)
+    assert task.latents is not None
     z = task.latents[torch.from_numpy(rng.integers(0, len(task.latents), samples))].float()
     missing = torch.from_numpy(rng.random(z.shape[:2]) < 0.5)
     eps = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32))

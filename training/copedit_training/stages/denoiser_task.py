@@ -270,7 +270,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             images = images if corner is None else self._cut(images, corner)
         if self.prior:
             assert images is not None
-            fill = self._fill(images, observed, self.quantiles[subjects])
+            fill = self._fill(images, observed, list(self.quantiles[subjects]))
         if self.latents is not None and not self.augmentation:
             latents = self._latents(rows, corner)
         if not self.augmentation:

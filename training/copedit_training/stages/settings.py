@@ -30,7 +30,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("count_weight", "position_weight", "contrast_weight"), (0, 100)),
 }
 # Of `--quick`: the most that each is.
-_QUICK = {
+_QUICK: dict[Stage, dict[str, Any]] = {
     "tokenizer": {
         "prompt_steps": 1,
         "quantise_from": 1,
@@ -193,7 +193,7 @@ def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = (), quic
         raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
     values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
     if quick:
-        values |= {key: min(values.get(key, most), most) for key, most in (_QUICK_BOTH | _QUICK[stage]).items()}
+        values |= {key: min(values.get(key, most), most) for key, most in {**_QUICK_BOTH, **_QUICK[stage]}.items()}
     return _KINDS[stage](**values | dict(_parsed(stage, item) for item in overrides))
 
 

@@ -73,8 +73,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors there."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **values)
 
 
 B = TypeVar("B", bound=Batch)

@@ -88,11 +88,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.adversary: Adversary | None = None
         if settings.adversarial_from >= 0:
             self.adversary = Adversary((crop or h, crop or w, d * m if self.cardiac else d))
-        self.module.tokenizer, self.module.codebook, self.module.adversary = (
-            self.tokenizer,
-            self.codebook,
-            self.adversary,
-        )
+        self.module.tokenizer, self.module.codebook = self.tokenizer, self.codebook
+        self.module.adversary = self.adversary  # type: ignore[assignment]
         self.module.register_buffer("scaled", torch.tensor(False))
         self.perceptual = Perceptual(Path(settings.perceptual), self.device) if settings.perceptual else None
         if settings.checkpointing:
@@ -172,7 +169,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         if not self.module.scaled:
             scale_prompts(self.tokenizer, features.detach().flatten(0, 1))
             distributed.broadcast(*(p.data for p in self.tokenizer.prompt_encoders.parameters()))
-            self.module.scaled.fill_(True)
+            self.module.scaled.fill_(True)  # type: ignore[operator]
         assert observed is not None
         return self.judge(features, observed)
 

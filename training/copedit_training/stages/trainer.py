@@ -195,7 +195,7 @@ def _loop(
     with (
         shown(console, stage, "step", start) as advance,
         _Signals() as signals,
-        closing(ahead(task.draw, wanted)) as batches,
+        closing(ahead(task.draw, wanted)) as batches,  # type: ignore[type-var]
         _Log(output, start, settings.steps, console) if writes else nullcontext() as log,
     ):
         for step in range(start, settings.steps):
