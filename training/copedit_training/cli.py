@@ -117,8 +117,7 @@ def evaluate(
     synthesizer = _load(model, device)
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     networks = Networks(fid_network, fvd_network, lpips_network, synthesizer.engine.device)
-    options: dict[str, Any] = {"preset": preset, "output": output, "data": data, "overrides": override or ()}
-    options["resume"] = resume
+    options: dict[str, Any] = {"steps": steps, "solver": solver, "seed": seed, "patterns": patterns}
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
     paths, remark = write_report(report, output)
@@ -317,7 +316,8 @@ def _train(
         say(trainer.expected(stage, preset, override or (), quick))
         return
     check_writable(output)
-    options: dict[str, Any] = {"preset": preset, "output": output, "data": data, "overrides": override or (), "resume": resume}
+    options: dict[str, Any] = {"preset": preset, "output": output, "data": data, "overrides": override or ()}
+    options["resume"] = resume
     folder = trainer.run(stage, **options, quick=quick)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one speaks
         say(folder)
