@@ -117,7 +117,8 @@ class HeadMap:
     def to(self, device: torch.device) -> HeadMap:
         """The same on another device."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return HeadMap(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return HeadMap(**values)
 
 
 @dataclass(frozen=True)
