@@ -285,11 +285,10 @@ def test_tissue_outside_the_field_of_view_is_said_and_never_zero():
     data = unit_image((16, 24, 8)) + 0.5
     data[:, :, 7] = 0
     volumes = {"t1": Volume.from_array(data, RAS), "t2": Volume.from_array(data * 2, RAS)}
-    prepared = prepare(brain(volumes), config(image=(8, 8, 8), field_of_view=(16, 16, 20)))
+    prepared = prepare(brain(volumes), config(image=(8, 8, 4), field_of_view=(16, 16, 20)))
     seen = np.zeros(data.shape, bool)
-    seen[4:12, 8:16, 1:5] = True  # about the tissue's seven slices, not the grid's eight
-    tissue = data > 0.6  # a tenth of the range and more
-    assert prepared.outside == (tissue & ~seen).sum()
+    seen[4:12, 8:16, 2:6] = True
+    assert prepared.outside == ((data > 0) & ~seen).sum()
     assert prepared.record()["outside_view"] == {"voxels": prepared.outside, "millilitres": prepared.outside * 0.02}
     assert "ml of tissue lie outside" in prepared.notes[0]
     images = prepared.images.copy()
@@ -320,7 +319,7 @@ def test_the_view_follows_the_head(shift):
 def test_of_a_head_that_is_too_high_the_crown_is_kept():
     data = np.zeros((40, 40, 60), np.float32)
     data[5:35, 5:35, 0:56] = unit_image((30, 30, 56)) + 0.2  # 280 mm with the neck
-    view = config(image=(20, 20, 32), field_of_view=(80.0, 80.0, 160.0))
+    view = config(image=(16, 16, 32), field_of_view=(64.0, 64.0, 160.0))
     prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), view)
     np.testing.assert_array_equal(prepared.images[0, 0][2, 2] > 0, np.ones(32, bool))
     assert prepared.frame.coverage()[20, 20].nonzero()[0].tolist() == list(range(24, 56))
@@ -361,9 +360,9 @@ def test_odd_sizes_with_equal_voxels_are_copied_not_blurred():
     np.testing.assert_array_equal(prepared.images[0, 0], data[1:, 1:, 1:])
     images = prepared.images.copy()
     images[1] = images[0]
-    expected = np.zeros_like(data)
-    expected[1:, 1:, 1:] = data[1:, 1:, 1:]
-    np.testing.assert_array_equal(prepared.restore(images)["t1ce"], expected)
+    restored = prepared.restore(images)["t1ce"]
+    np.testing.assert_array_equal(restored[1:, 1:, 1:], data[1:, 1:, 1:])
+    np.testing.assert_allclose(restored, data, atol=2e-3)  # what is outside the view follows the T1 that is there
 
 
 def test_a_restored_image_must_be_finite_and_of_the_right_shape():
