@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 GRID_TOLERANCE = 0.01  # mm at the corners: header rounding stays below, a shifted grid does not
 # Voxels that are computed with at a time, in and out. Studies of 1 mm go in as one, as products of other sizes round
 # otherwise; on the way out there are several images already.
-SLAB_IN, SLAB_OUT = 10_000_000, 1_000_000
+SLAB_IN, SLAB_OUT = 10_000_000, 500_000
 SAME_SPACING = 1e-4  # relative: below it two spacings are one, and voxels are copied instead of interpolated
 
 
