@@ -139,10 +139,9 @@ def inputs_of(
 
 
 def strided(name: str, x: Tensor) -> Layout:
-    """The free dimensions backwards in memory, gaps everywhere."""
-    free = x.ndim - 1
-    order = (*reversed(range(free)), free)
-    return Layout(order, (1,) * x.ndim, (2,) * x.ndim, (2,) * free + (1,))
+    """The free dimensions backwards in memory, gaps everywhere, which differ between arguments."""
+    free, gap = x.ndim - 1, 1 + len(name)
+    return Layout((*reversed(range(free)), free), (1,) * x.ndim, (gap,) * x.ndim, (2,) * free + (1,))
 
 
 class Recorder(TorchDispatchMode):

@@ -68,8 +68,8 @@ def test_opcheck(op: str, variant: dict[str, Any], learn: bool) -> None:
     calls = recorded(op, variant, learn)
     assert len(calls) == (2 if learn and OPERATORS[op].learn else 1)
     for func, args in calls:
-        forward = not func.name().endswith("_backward")
-        fresh = [x.detach().requires_grad_(x.requires_grad and forward) if isinstance(x, Tensor) else x for x in args]
+        learns = learn and not func.name().endswith("_backward")
+        fresh = [x.detach().requires_grad_(x.requires_grad and learns) if isinstance(x, Tensor) else x for x in args]
         torch.library.opcheck(func, tuple(fresh))
 
 

@@ -176,8 +176,9 @@ def _swiglu(sizes: Sizes, fill: Fill) -> dict[str, Any]:
 
 
 def _codes(sizes: Sizes, fill: Fill, ties: bool = False) -> dict[str, Any]:
+    """ties: whole numbers, so that many codes are equally near, all of them far away."""
     z, book = (fill(sizes[letter], sizes["d"]) for letter in "NK")
-    return {"z": z.round(), "codebook": book.round()} if ties else {"z": z, "codebook": book}
+    return {"z": z.round(), "codebook": book.round() + 5} if ties else {"z": z, "codebook": book}
 
 
 def _step(sizes: Sizes, fill: Fill, on_device: bool = True) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_modulation_is_one_product_a_block_before_the_loop(monkeypatch: pytest.M
 
     monkeypatch.setattr(plan, "_advance", watched)
     plan.run(z, prompts)
-    assert calls == [(STEPS, 1, 288), (STEPS, 3, 288)] * 2
+    assert calls == [(STEPS, 1, 576), (STEPS, 3, 576)] * 2
 
 
 def test_the_network_sees_the_timesteps_in_order() -> None:
