@@ -28,8 +28,9 @@ CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.
 
 
 def list_models() -> list[str]:
-    """Names of the models inside the package."""
-    return sorted(p.parent.name for p in BUILT_IN.glob(f"*/{CONFIG}"))
+    """Names of the models inside the package; those that have seen nothing but phantoms come last."""
+    names = (p.parent.name for p in BUILT_IN.glob(f"*/{CONFIG}"))
+    return sorted(names, key=lambda name: (name.startswith("demo-"), name))
 
 
 def locate(model: str | Path) -> Path:
