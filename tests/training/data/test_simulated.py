@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_anatomy import made_up
 
 from copedit_rt.errors import CopeditError
 from copedit_training.data import reality
 from copedit_training.data.anatomy import CSF, RIM, WHITE, Disease
 from copedit_training.data.simulated import Simulator
+from tests.training.data.test_anatomy import made_up
 
 ELEMENTS = ("t1", "t1ce", "t2", "flair")
 
