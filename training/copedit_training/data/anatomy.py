@@ -501,8 +501,8 @@ class Painter:
 class Disease:
     """What a draw may have, as probabilities: multiple sclerosis, small-vessel disease by age, tumours."""
 
-    sclerosis: float = 0.4
-    tumour: float = 0.35
+    sclerosis: float = 0.35
+    tumour: float = 0.3
 
 
 def paint_lesions(
@@ -647,8 +647,8 @@ class Edge:
 def _edge(rng: np.random.Generator) -> Edge:
     """From masks that eat into the cortex to those that leave fluid and some dura and skull."""
     surface = "hull" if rng.random() < 0.7 else "brain"
-    reach = float(rng.uniform(-1.5, 1)) if rng.random() < 0.35 else float(rng.uniform(0, 5))
-    return Edge(surface, reach, float(rng.uniform(0.2, 1.8)), bool(rng.random() < 0.5))
+    reach = float(rng.uniform(-1.5, 1)) if rng.random() < 0.25 else float(rng.uniform(0, 4))
+    return Edge(surface, reach, float(rng.uniform(0.1, 1.5)), bool(rng.random() < 0.75))
 
 
 def draw(
@@ -682,7 +682,7 @@ def draw(
     fine = [p.reshape(-1)[voxels] for p in points]
     index = _fine_index(head, fine, place, spacing, sub)
     kinds = tissue.reshape(-1)[index]
-    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.5 - (age - 50) / 130, 0.12), 0.12, 0.85)))
+    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.5 - (age - 50) / 160, 0.12), 0.12, 0.85)))
     if rng.random() < 0.7:
         kinds = _vessels(kinds, index, tissue.shape, tubes, rng)
     mask = torch.ones(len(voxels), device=kinds.device)

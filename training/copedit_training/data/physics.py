@@ -96,7 +96,7 @@ def _fluids(put, u) -> None:
     t1, t2 = u(2600, 4500), u(350, 2000)
     put("ventricle", t1, t2, 1.0)
     put("sulcus", t1 * u(0.85, 1.0), t2 * u(0.45, 1.0), u(0.88, 1.0))
-    put("plexus", t1 * u(0.3, 0.5), u(120, 400), u(0.88, 0.98))
+    put("plexus", t1 * u(0.35, 0.7), u(90, 300), u(0.8, 0.95))
     put("eye", t1 * u(0.9, 1.05), u(500, 1500), 1.0)  # vitreous is nearly water
 
 
