@@ -511,7 +511,7 @@ def paint_lesions(
     """The tissues of a map with lesions, uint8 [X, Y, Z], and the mass effects of its tumours."""
     painter = Painter(head, rng)
     if age > 45 and rng.random() < 0.6:  # small-vessel disease: nearly all brains over 65 have some (de Leeuw 2001)
-        painter.blobs(int(rng.integers(1, 30)), 0.8, 3.0 if age < 65 else 5.0)
+        painter.blobs(int(np.exp(rng.uniform(0, np.log(30)))), 0.8, 2.5 if age < 65 else 4.0)
     if age > 55 and rng.random() < 0.4:
         painter.band(rng.uniform(0.5, 2 + (age - 55) / 12), rng.uniform(0.2, 0.8))
     if rng.random() < disease.sclerosis:

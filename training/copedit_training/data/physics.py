@@ -291,7 +291,7 @@ def _draw_t2(rng: np.random.Generator, tissues: Tissues) -> Protocol:
 
 
 def _draw_flair(rng: np.random.Generator, tissues: Tissues) -> Protocol:
-    """TR 5000-11000, TE 80-160, TI near the null of CSF (Hajnal 1992; ADNI 9000/90/2500; Lesjak 2017, a 3-D one:
+    """TR 5000-11000, TE 80-175, TI near the null of CSF (Hajnal 1992; ADNI 9000/90/2500; Lesjak 2017, a 3-D one:
     5000/392/1800, whose long train of low flip angles weighs like 90-140 ms (Mugler 2014))."""
     u = rng.uniform
     tr, f = u(4800, 11000), u(0.95, 1)
@@ -299,7 +299,7 @@ def _draw_flair(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     fluid = tissues.t1[INDEX["ventricle"]]
     null = fluid * np.log((1 + f) / (1 + f * np.exp(-rest / fluid)))
     fat = u(0.05, 0.5) if rng.random() < 0.4 else 1.0
-    values = {"tr": rest, "te": u(75, 160), "ti": null * u(0.92, 1.03), "f": f}
+    values = {"tr": rest, "te": u(80, 175), "ti": null * u(0.92, 1.03), "f": f}
     return Protocol("flair", values, bool(rng.random() < 0.85), u(0, 0.3), fat)
 
 
@@ -385,7 +385,7 @@ def draw_scan(rng: np.random.Generator, contrast: str, stripped: bool) -> Scan:
         float(np.exp(u(np.log(0.004), np.log(0.04)))),
         u(0.005, 0.03) if rng.random() < 0.1 else 0.0,
         int(rng.integers(0, 2)),
-        float(np.exp(rng.normal(0, 0.1))),
+        float(np.exp(rng.normal(0, 0.12))),
         u(0, 0.1) if stripped else u(0.02, 0.2),  # log; stripped studies mostly are bias-corrected
         tuple(u(0, 1, 3)),
         bool(rng.random() < 0.3),
