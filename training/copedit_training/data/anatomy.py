@@ -510,8 +510,8 @@ class Painter:
 class Disease:
     """What a draw may have, as probabilities: multiple sclerosis, small-vessel disease by age, tumours."""
 
-    sclerosis: float = 0.4
-    tumour: float = 0.35
+    sclerosis: float = 0.35
+    tumour: float = 0.3
 
 
 def paint_lesions(
@@ -520,7 +520,7 @@ def paint_lesions(
     """The tissues of a map with lesions, uint8 [X, Y, Z], and the mass effects of its tumours."""
     painter = Painter(head, rng)
     if age > 45 and rng.random() < 0.6:  # small-vessel disease: nearly all brains over 65 have some (de Leeuw 2001)
-        painter.blobs(int(rng.integers(1, 30)), 0.8, 3.0 if age < 65 else 5.0)
+        painter.blobs(int(np.exp(rng.uniform(0, np.log(30)))), 0.8, 2.5 if age < 65 else 4.0)
     if age > 55 and rng.random() < 0.4:
         painter.band(rng.uniform(0.5, 2 + (age - 55) / 12), rng.uniform(0.2, 0.8))
     if rng.random() < disease.sclerosis:
@@ -656,8 +656,8 @@ class Edge:
 def _edge(rng: np.random.Generator) -> Edge:
     """From masks that eat into the cortex to those that leave fluid and some dura and skull."""
     surface = "hull" if rng.random() < 0.7 else "brain"
-    reach = float(rng.uniform(-1.5, 1)) if rng.random() < 0.35 else float(rng.uniform(0, 5))
-    return Edge(surface, reach, float(rng.uniform(0.2, 1.8)), bool(rng.random() < 0.5))
+    reach = float(rng.uniform(-1.5, 1)) if rng.random() < 0.25 else float(rng.uniform(0, 4))
+    return Edge(surface, reach, float(rng.uniform(0.1, 1.5)), bool(rng.random() < 0.75))
 
 
 def draw(
@@ -691,7 +691,7 @@ def draw(
     fine = [p.reshape(-1)[voxels] for p in points]
     index = _fine_index(head, fine, place, spacing, sub)
     kinds = tissue.reshape(-1)[index]
-    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.5 - (age - 50) / 130, 0.12), 0.12, 0.85)))
+    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.5 - (age - 50) / 160, 0.12), 0.12, 0.85)))
     if rng.random() < 0.7:
         kinds = _vessels(kinds, index, tissue.shape, tubes, rng)
     mask = torch.ones(len(voxels), device=kinds.device)

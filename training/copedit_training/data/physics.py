@@ -97,7 +97,7 @@ def _fluids(put, u) -> None:
     t1, t2 = u(2600, 4500), u(350, 2000)
     put("ventricle", t1, t2, 1.0)
     put("sulcus", t1 * u(0.85, 1.0), t2 * u(0.45, 1.0), u(0.88, 1.0))
-    put("plexus", t1 * u(0.3, 0.5), u(120, 400), u(0.88, 0.98))
+    put("plexus", t1 * u(0.35, 0.7), u(90, 300), u(0.8, 0.95))
     put("eye", t1 * u(0.9, 1.05), u(500, 1500), 1.0)  # vitreous is nearly water
 
 
@@ -292,7 +292,7 @@ def _draw_t2(rng: np.random.Generator, tissues: Tissues) -> Protocol:
 
 
 def _draw_flair(rng: np.random.Generator, tissues: Tissues) -> Protocol:
-    """TR 5000-11000, TE 80-160, TI near the null of CSF (Hajnal 1992; ADNI 9000/90/2500; Lesjak 2017, a 3-D one:
+    """TR 5000-11000, TE 80-175, TI near the null of CSF (Hajnal 1992; ADNI 9000/90/2500; Lesjak 2017, a 3-D one:
     5000/392/1800, whose long train of low flip angles weighs like 90-140 ms (Mugler 2014))."""
     u = rng.uniform
     tr, f = u(4800, 11000), u(0.95, 1)
@@ -300,7 +300,7 @@ def _draw_flair(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     fluid = tissues.t1[INDEX["ventricle"]]
     null = fluid * np.log((1 + f) / (1 + f * np.exp(-rest / fluid)))
     fat = u(0.05, 0.5) if rng.random() < 0.4 else 1.0
-    values = {"tr": rest, "te": u(75, 160), "ti": null * u(0.92, 1.03), "f": f}
+    values = {"tr": rest, "te": u(80, 175), "ti": null * u(0.92, 1.03), "f": f}
     return Protocol("flair", values, bool(rng.random() < 0.85), u(0, 0.3), fat)
 
 
@@ -386,7 +386,7 @@ def draw_scan(rng: np.random.Generator, contrast: str, stripped: bool) -> Scan:
         float(np.exp(u(np.log(0.004), np.log(0.04)))),
         u(0.005, 0.03) if rng.random() < 0.1 else 0.0,
         int(rng.integers(0, 2)),
-        float(np.exp(rng.normal(0, 0.1))),
+        float(np.exp(rng.normal(0, 0.12))),
         u(0, 0.1) if stripped else u(0.02, 0.2),  # log; stripped studies mostly are bias-corrected
         tuple(u(0, 1, 3)),
         bool(rng.random() < 0.3),
