@@ -63,7 +63,7 @@ SETTINGS = (
 )
 
 
-def save(path: Path, seed: int = 0, spacing: tuple = (1, 1, 2), shape: tuple = (12, 14, 9), data=None) -> Path:
+def save(path: Path, seed: int = 0, spacing: tuple = (1, 1, 2), shape: tuple = (12, 14, 11), data=None) -> Path:
     image = np.random.default_rng(seed).uniform(1, 200, shape) if data is None else data
     path.parent.mkdir(parents=True, exist_ok=True)
     Volume.from_array(image, np.diag([*spacing, 1.0])).save(path)

@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_used(model_folder, tmp_path):
     root = tmp_path / "data"
     for file in ("a_t1.nii.gz", "a_t2.nii.gz"):
         root.mkdir(exist_ok=True)
-        Volume.from_array(np.random.default_rng(0).random((8, 8, 8)), np.eye(4)).save(root / file)
+        Volume.from_array(np.random.default_rng(0).random((8, 8, 8)), np.diag([3.0, 3.0, 3.0, 1.0])).save(root / file)
     for options in ([str(root)], [str(tmp_path / "nothing")], [str(root), "--split", "nothing.json"]):
         refused = CliRunner().invoke(app, [*command, *options])
         assert refused.exit_code == 1 and refused.stderr.count("\n") == 1, refused.output
