@@ -2,7 +2,8 @@
 
 Steps of the way in, for each volume: reorient (brain: to RAS; cardiac: slices last, in the file's own slice
 order, the plane towards RAS) -> percentiles to 0..1 -> crop or pad to the field of view about the volume's
-centre -> resize to the model's grid. The last two are one small matrix per axis, and so is the way back.
+centre -> resize to the model's grid. The last two are one small matrix per axis, and so is the way back. Slices of a
+stack are copied to the nearest slices of the grid, never mixed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.grids import Frame, Orientation, fill_slices, slice_axis, spacing
-from copedit_rt.images.nifti import same_grid
+from copedit_rt.images.grids import Frame, Orientation, fill_slices, nearest_matrices, slice_axis, spacing
+from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.study import Study
 
 
@@ -36,8 +37,9 @@ class Prepared:
     frame: Frame  # the reference volume's: the outputs' grid
     intensity: dict[str, tuple[float, float]]  # per observed volume, what 0 and 1 stand for
     fill: NDArray[np.float32] | float  # outside the field of view; the file's grid or one value
-    background: NDArray[np.bool_] | None  # brain: where no observed volume shows anything, file order
+    background: NDArray[np.bool_]  # where no observed volume shows anything (hearts: at the border), file order
     study: Study
+    stack: NDArray[np.float32] | None = None  # cardiac: [H, W, slices of the file], 0..1; missing ones interpolated
     missing_slices: tuple[int, ...] = ()
     version: int = 1
 
@@ -46,40 +48,55 @@ class Prepared:
         """Names of the elements that are to be synthesised."""
         return tuple(name for name, there in zip(self.elements, self.observed, strict=True) if not there)
 
-    def restore(self, element_images: NDArray) -> dict[str, NDArray[np.float32]]:
+    def restore(
+        self, element_images: NDArray, stack: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Images of all elements [m, 1, H, W, D] on the model's grid -> volumes on the reference file's grid.
 
-        Brain: {missing modality: float32 [X, Y, Z]}, 0..1 mapped to the reference's percentile range.
-        Cardiac: {"sax": the stack}, its missing slices filled and every other voxel as it was. Observed
-        elements are not used for brain; for cardiac they count only in so far as a missing slice lies partly
-        in an observed slab.
+        Brain: {missing modality: float32 [X, Y, Z]}, 0..1 mapped to the reference's percentile range; observed
+        elements are not used. Cardiac: {"sax": the stack}, its missing slices filled and every other voxel as it was.
+        stack [H, W, slices of the file]: a heart's own fill (None: `self.stack`). What it holds and the model's grid
+        cannot, as that has fewer slices, is kept.
         """
         if element_images.shape != self.images.shape:
             raise ValueError(f"element_images has shape {element_images.shape}, expected {self.images.shape}")
         if not np.isfinite(element_images).all():
             raise CopeditError(f"{self.study.name}: the model returned NaN or infinity; nothing is written")
-        images = np.clip(np.asarray(element_images, np.float32), 0, 1)
-        reference = next(iter(self.study.volumes))
-        low, high = (np.float32(value) for value in self.intensity[reference])
-        coverage = self.frame.coverage()
-
-        def to_file(image: NDArray[np.float32]) -> NDArray[np.float32]:
-            inside = self.frame.to_file(image) * (high - low) + coverage * low
-            return inside + (1 - coverage) * self.fill
-
+        images = np.asarray(element_images, np.float32)
         if self.task == "cardiac":
-            stack = self.study.volumes[reference].data.copy()
-            where: list[Any] = [slice(None)] * 3
-            where[self.frame.orientation.order[2]] = list(self.missing_slices)
-            if self.missing_slices:
-                stack[tuple(where)] = to_file(np.concatenate(list(images[:, 0]), axis=-1))[tuple(where)]
-            return {reference: stack}
+            return {next(iter(self.study.volumes)): self._filled(images, stack)}
         volumes = {}
-        for name, image, there in zip(self.elements, images[:, 0], self.observed, strict=True):
+        for name, image, there in zip(self.elements, np.clip(images[:, 0], 0, 1), self.observed, strict=True):
             if not there:
-                volumes[name] = np.ascontiguousarray(to_file(image))
+                volumes[name] = np.ascontiguousarray(self._to_file(self.frame.to_file(image)))
                 volumes[name][self.background] = self.fill
         return volumes
+
+    def elements_of(self, stack: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Slabs [m, 1, H, W, D] of a stack in the model's plane [H, W, slices of the file]."""
+        return np.stack(np.split(stack @ self.frame.inward[2].T, len(self.elements), axis=-1))[:, None]
+
+    def _filled(self, images: NDArray[np.float32], stack: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """The stack of a file with its missing slices made of images [m, 1, H, W, D]."""
+        kept = self.stack if stack is None else stack
+        assert kept is not None
+        inward, outward = (matrices[2] for matrices in (self.frame.inward, self.frame.outward))
+        made = np.concatenate(list(images[:, 0]), axis=-1) @ outward.T
+        beyond = ~inward.any(0)  # slices that the model's grid has no room for
+        made[..., beyond] += (kept - kept @ inward.T @ outward.T)[..., beyond]
+        volume = self._to_file(self.frame.from_plane(np.clip(made, 0, 1)))
+        volume[self.background] = 0
+        where: list[Any] = [slice(None)] * 3
+        where[self.frame.orientation.order[2]] = list(self.missing_slices)
+        result = self.study.reference.data.copy()
+        result[tuple(where)] = volume[tuple(where)]
+        return result
+
+    def _to_file(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """0..1 on the file's grid to the reference's intensities; `fill` outside the field of view."""
+        low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
+        coverage = self.frame.coverage()
+        return image * (high - low) + coverage * low + (1 - coverage) * self.fill
 
     def record(self) -> dict[str, Any]:
         """Everything that was done to the reference volume, as JSON can hold it."""
@@ -180,40 +197,48 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         raise CopeditError(f"{study.name}: every slice is missing; at least one slab of slices is needed")
     present = [index for index in range(count) if index not in missing]
     shown = np.take(volume.data, present, axis)
-    low, high = _percentiles(shown, config.preprocessing.percentiles, study.name)
+    border = empty_border((shown == 0).all(axis))
+    low, high = _percentiles(np.moveaxis(shown, axis, 0)[:, ~border], config.preprocessing.percentiles, study.name)
     filled = fill_slices(volume.data, missing, axis)
-    height, width, depth = config.image
-    frame = Frame.of(
-        volume.data.shape,
-        volume.affine,
-        Orientation.slices_last(volume.affine, axis),
-        (height, width, m * depth),
-        config.preprocessing.field_of_view,
-    )
-    stack = frame.to_model(_normalise(filled, low, high))
-    images = np.stack(np.split(stack, m, axis=-1))[:, None]
-    spaced = spacing(volume.affine)[axis]
-    observed = ~slabs_touched(missing, count, spaced, frame.field_of_view[2], m, depth)
-    if not observed.any():
-        raise CopeditError(
-            f"{study.name}: each of the {m} slabs of slices holds a missing slice (missing: "
-            f"{', '.join(map(str, missing))} of 0..{count - 1}), so no slab is observed; "
-            f"at least one must be complete"
-        )
-    images[~observed] = 0
-    return Prepared(
-        images=images,
-        observed=observed,
+    frame, spaced = stack_frame(volume, config), spacing(volume.affine)[axis]
+    prepared = Prepared(
+        images=np.zeros((m, 1, *config.image), np.float32),
+        observed=observed_slabs(missing, count, spaced, frame.field_of_view[2], m, config.image[2]),
         elements=tuple(config.elements),
         task="cardiac",
         frame=frame,
         intensity={name: (low, high)},
         fill=filled,
-        background=None,
+        background=np.broadcast_to(np.expand_dims(border, axis), filled.shape),
         study=study,
+        stack=frame.to_plane(_normalise(filled.copy(), low, high)),
         missing_slices=missing,
         version=config.preprocessing.version,
     )
+    assert prepared.stack is not None
+    prepared.images[prepared.observed] = prepared.elements_of(prepared.stack)[prepared.observed]
+    return prepared
+
+
+def stack_frame(volume: Volume, config: ModelConfig) -> Frame:
+    """A stack's way to the grid of a cardiac model and back."""
+    height, width, depth = config.image
+    return Frame.of(
+        volume.data.shape,
+        volume.affine,
+        Orientation.slices_last(volume.affine, slice_axis(volume.data.shape, volume.affine)),
+        (height, width, len(config.elements) * depth),
+        config.preprocessing.field_of_view,
+        slices=True,
+    )
+
+
+def empty_border(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Of pixels that show nothing [X, Y] those of the border: an edge is reached over nothing else, along a row or a
+    column."""
+    ways = (np.logical_and.accumulate(empty[::step, :], 0)[::step, :] for step in (1, -1))
+    across = (np.logical_and.accumulate(empty[:, ::step], 1)[:, ::step] for step in (1, -1))
+    return np.any([*ways, *across], axis=0)
 
 
 def to_unit_range(data: NDArray[np.float32], low: float, high: float) -> tuple[NDArray[np.float32], NDArray, float]:
@@ -241,6 +266,22 @@ def slabs_touched(
     target = ((np.array(missing) + 0.5 - count / 2) * size / (extent / total) + total / 2) // 1
     absent = np.isin(source, missing) | np.isin(np.arange(total), target)
     return np.any(absent.reshape(m, depth), axis=1)
+
+
+def observed_slabs(
+    missing: Sequence[int], count: int, size: float, extent: float, m: int, depth: int
+) -> NDArray[np.bool_]:
+    """Which of m slabs count as observed [m]: those that `slabs_touched` leaves.
+
+    Where every slab lacks something, the (first) one that lacks least. Perception, prompts and the network need one
+    that is given; as few with gaps as can be, for the slices in those gaps stay what the fill made of them.
+    """
+    touched = slabs_touched(missing, count, size, extent, m, depth)
+    if not touched.all():
+        return ~touched
+    inward, _ = nearest_matrices(count, size, m * depth, extent / (m * depth))
+    lacking = inward[:, list(missing)].sum(1).reshape(m, depth).sum(1)
+    return np.arange(m) == np.argmin(lacking)
 
 
 def _percentiles(data: NDArray, percentiles: tuple[float, float], what: str) -> tuple[float, float]:

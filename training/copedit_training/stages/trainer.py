@@ -32,6 +32,7 @@ from copedit_training.data import layouts
 from copedit_training.data.prepared import (
     Labels,
     folder_images,
+    heart_centres,
     held_out_images,
     phantom_images,
     simulated_images,
@@ -122,7 +123,8 @@ def _checked(
         )
     torch.manual_seed(settings.seed)
     if isinstance(settings, TokenizerSettings):
-        return TokenizerTask(config, settings).on
+        task = TokenizerTask(config, settings)
+        return lambda images: task.on(images, heart_centres(output))
     assert isinstance(settings, DenoiserSettings)
     check(config, settings)
     if not settings.tokenizer:
@@ -167,6 +169,8 @@ def fit(
         cut_log(output / "log.jsonl", start)
     _loop(stage, output, task, optimization, start, held_out, console)
     if not distributed.rank():
+        if held_out is not None and (words := task.settle(held_out)):
+            console.print(words, highlight=False)
         task.export(output / "model")
     distributed.wait()
     return output / "model"
