@@ -177,6 +177,12 @@ PUBLISHED = {
         },
         [],
     ),
+    "Sunnybrook": (
+        HEART,
+        [f"SC-{n}_{e}{m}.nii.gz" for n in ("HF-I-09", "N-7") for e in ("ED", "ES") for m in ("", "_lv")],
+        {f"SC-{n}_{e}": f"Sunnybrook/SC-{n}" for n in ("HF-I-09", "N-7") for e in ("ED", "ES")},
+        [],
+    ),
     "other brains": (
         IXI,
         ["a/s1/t1.nii.gz", "a/s1/t2.nii.gz", "a/s1/pd.nii.gz", "b/T1/7.nii.gz", "b/T2/7.nii.gz", "b/PD/7.nii.gz"],
@@ -185,8 +191,8 @@ PUBLISHED = {
     ),
     "other hearts": (
         HEART,
-        ["SC-HF-I-09_ED.nii.gz", "SC-HF-I-09_ES.nii.gz", "x/001.nii.gz"],
-        {"SC-HF-I-09_ED": "SC-HF-I-09", "SC-HF-I-09_ES": "SC-HF-I-09", "x/001": "x/001"},
+        ["x/001.nii.gz", "x/002_ED.nii.gz"],
+        {"x/001": "x/001", "x/002_ED": "x/002"},
         [],
     ),
 }
@@ -205,7 +211,7 @@ def test_published_layouts(tmp_path, monkeypatch, layout):
     name = layout.split(",")[0]
     assert {entry.layout for entry in found.studies} == {"other" if name.startswith("other") else name}
     used = {path for entry in found.studies for path in entry.files.files.values()}
-    assert not any(word in path.name for path in used for word in ("gt", "seg", "label", "manual", "4d", "la_", "ao"))
+    assert not any(word in path.name for path in used for word in ("gt", "seg", "label", "manual", "4d", "la_", "ao", "_lv"))
     report = layouts.check(found, config)
     assert report["studies"] == len(complete)
     assert sum(report["subjects"].values()) == len(set(complete.values()))
@@ -403,6 +409,17 @@ def test_the_cache_is_used_again_and_damage_is_told_once(tmp_path):
     assert not said and np.array_equal(before, again), "a resumed run sees what it saw"
     other = dataclasses.replace(BRAIN, preprocessing=Preprocessing(field_of_view=(14.0, 14.0, 16.0)))
     assert len(prepared.folder_images(other, layouts.find(root, other), tmp_path / "run", say=said.append)) >= 7
+
+
+def test_the_heart_lies_where_its_mask_does(tmp_path):
+    mask = np.zeros((12, 14, 9), np.float32)
+    mask[7:10, 3:6, 2:5] = 1
+    save(tmp_path / "SC-N-1_ED_lv.nii.gz", data=mask)
+    fill(tmp_path, ["SC-N-1_ED.nii.gz", "SC-N-2_ED.nii.gz"], shape=(12, 14, 9))
+    first, second = layouts.find(tmp_path, HEART).studies
+    # 12 x 14 voxels about the middle of 16 x 16
+    assert layouts.heart_centre(HEART, first) == pytest.approx((8 + 2, 4 + 1))
+    assert layouts.heart_centre(HEART, second) is None
 
 
 def test_too_much_damage_is_an_error_that_names_it_and_leaves_nothing(tmp_path):
