@@ -51,7 +51,8 @@ def test_what_is_made_is_the_fill_where_the_model_changes_nothing(count):
 
 
 @pytest.mark.parametrize(
-    ("count", "missing", "given"), [(16, (1, 5, 6, 9, 13), 0), (8, range(1, 7), 0), (5, range(1, 5), 0), (7, range(6), 3)]
+    ("count", "missing", "given"),
+    [(16, (1, 5, 6, 9, 13), 0), (8, range(1, 7), 0), (5, range(1, 5), 0), (7, range(6), 3)],
 )
 def test_where_every_slab_lacks_a_slice_that_which_lacks_least_is_given(count, missing, given):
     study = blanked(count, missing)
