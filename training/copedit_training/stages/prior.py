@@ -4,7 +4,8 @@ core."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ NEAR, STRIDE = 22, 2  # voxels in the plane: how far from the heart's centre, an
 BORDERED = 0.35  # share of the stacks that are seen a second time with a border of zeros
 ENDS, MIDDLE, SLICES = 0.8, 0.3, 0.4  # shares of the runs at an end, of the others, and of their slices that are fitted
 RIDGE, FLOOR = 1e-4, 1e-3  # of the sum of squares; of a slice's mean squared error, whose inverse is its weight
+TOP_UP = 100  # slices
 
 Centres = Sequence[tuple[float, float] | None]
 
@@ -132,20 +134,43 @@ def fit_slice_prior(images: np.ndarray, centres: Centres | None = None, seed: in
     of zeros. Base and apex need not be exchanged: `features` treat a stack and its reverse alike.
     """
     rng = np.random.default_rng(seed)
-    sums: dict[Class, tuple[np.ndarray, np.ndarray, float]] = {}
+    sums: dict[Class, _Sums] = {}
     for i, study in enumerate(images):
         stack = stack_of(study)
         known = centres[i] if centres else None
         centre = np.array(known if known else [n / 2 for n in stack.shape[:2]]).round().astype(int)
         for shown in (stack, _bordered(stack, centre, rng)) if rng.random() < BORDERED else (stack,):
             for kind, given, truth in _samples(shown, centre, rng):
-                weight = 1 / (np.mean(truth**2) + FLOOR)
-                products, answer, count = sums.get(kind, (np.zeros((FEATURES, FEATURES)), np.zeros(FEATURES), 0.0))
-                x = given.astype(np.float64)
-                sums[kind] = products + weight * x @ x.T, answer + weight * x @ truth, count + weight * len(truth)
+                sums[kind] = sums.get(kind, _Sums()) + _Sums.of(given.astype(np.float64), truth)
     classes = sorted(sums)
-    weights = [np.linalg.solve(a + RIDGE * n * np.eye(FEATURES), b) for a, b, n in (sums[kind] for kind in classes)]
-    return SlicePrior(np.array(classes, np.int32), np.array(weights, np.float32))
+    return SlicePrior(np.array(classes, np.int32), np.array([_solved(sums, kind) for kind in classes], np.float32))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What least squares need of so many slices."""
+
+    products: np.ndarray | float = 0.0
+    answer: np.ndarray | float = 0.0
+    slices: int = 0
+
+    @classmethod
+    def of(cls, given: np.ndarray, truth: np.ndarray) -> _Sums:
+        weight = 1 / (np.mean(truth**2) + FLOOR) / len(truth)
+        return cls(weight * given @ given.T, weight * given @ truth, 1)
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.products + other.products, self.answer + other.answer, self.slices + other.slices)
+
+
+def _solved(sums: Mapping[Class, _Sums], kind: Class) -> np.ndarray:
+    """The weights of a class, topped up with the mean of those as far from the nearest slice, whatever their gap: few
+    stacks are long enough for wide gaps, and weights of few slices make edges where there are none."""
+    alike = sum((x for other, x in sums.items() if other[:2] == kind[:2]), _Sums())
+    own, share = sums[kind], TOP_UP / alike.slices
+    products = own.products + share * alike.products
+    ridge = RIDGE * np.trace(products) * np.eye(FEATURES)
+    return np.linalg.solve(products + ridge, own.answer + share * alike.answer)
 
 
 def _bordered(stack: np.ndarray, centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
