@@ -164,9 +164,10 @@ class _Sums:
 
 
 def _solved(sums: Mapping[Class, _Sums], kind: Class) -> np.ndarray:
-    """The weights of a class, topped up with the mean of those as far from the nearest slice, whatever their gap: few
-    stacks are long enough for wide gaps, and weights of few slices make edges where there are none."""
-    alike = sum((x for other, x in sums.items() if other[:2] == kind[:2]), _Sums())
+    """The weights of a class, topped up with the mean of those about as far from the nearest slice, whatever their gap:
+    few stacks are long enough for wide gaps, and weights of few slices make edges where there are none."""
+    near = (x for other, x in sums.items() if other[0] == kind[0] and abs(other[1] - kind[1]) <= 1)
+    alike = sum(near, _Sums())
     own, share = sums[kind], TOP_UP / alike.slices
     products = own.products + share * alike.products
     ridge = RIDGE * np.trace(products) * np.eye(FEATURES)
@@ -177,7 +178,7 @@ def _bordered(stack: np.ndarray, centre: np.ndarray, rng: np.random.Generator) -
     """A stack that shows only a rectangle of at least NEAR about the heart."""
     masked = np.zeros_like(stack)
     sides = [
-        slice(max(0, c - int(rng.integers(NEAR, n // 2 + 1))), c + int(rng.integers(NEAR, n // 2 + 1)))
+        slice(*(max(0, c + sign * int(rng.integers(min(NEAR, n // 2), n // 2 + 1))) for sign in (-1, 1)))
         for c, n in zip(centre, stack.shape[:2], strict=True)
     ]
     masked[tuple(sides)] = stack[tuple(sides)]
