@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from copedit_rt.networks.denoiser import MDiT3D, UNet
     from copedit_rt.networks.tokenizer import CoPeVAE
     from copedit_rt.prior import Prior
+    from copedit_rt.prior_heart import SlicePrior
 
 BUILT_IN = Path(__file__).parent / "weights"
 CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
@@ -128,11 +129,13 @@ def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
     return config, denoiser.eval(), digest
 
 
-def load_prior(folder: Path, config: ModelConfig) -> Prior | None:
+def load_prior(folder: Path, config: ModelConfig) -> Prior | SlicePrior | None:
     """The prior of a model that has one."""
     from copedit_rt.prior import Prior
+    from copedit_rt.prior_heart import SlicePrior
 
-    return Prior.load(folder, len(config.elements)) if config.denoiser.prior else None
+    kind: type[Prior] | type[SlicePrior] = SlicePrior if config.task == "cardiac" else Prior
+    return kind.load(folder, config) if config.denoiser.prior else None
 
 
 def save(

@@ -277,5 +277,15 @@ PRESETS: dict[str, ModelConfig] = {
             DiffusionConfig(steps=1),
             Preprocessing(field_of_view=(288.0, 288.0, None)),
         ),
+        ModelConfig(
+            "heart-3mm",
+            "cardiac",
+            _SLABS,
+            (96, 96, 4),
+            _DEMO_TOKENIZER,
+            DenoiserConfig(width=144, heads=3, blocks=4, patch=(4, 4, 4), prior=True),
+            DiffusionConfig(steps=1),
+            Preprocessing(field_of_view=(288.0, 288.0, None)),
+        ),
     )
 }

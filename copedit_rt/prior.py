@@ -8,13 +8,16 @@ and kept in `prior.safetensors`; NumPy alone computes it, for every engine alike
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
+from copedit_rt.images.prepare import Prepared
 
 PRIOR = "prior.safetensors"
 WINDOWS = (3, 7)  # voxels; of the local means
@@ -22,6 +25,46 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of what an image shows; they tell o
 ROWS = 1 << 16  # voxels at a time: activations stay in the cache
 
 Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A study with what was missing filled.
+
+    images [m, 1, H, W, D]: of all elements. stack [H, W, slices of the file]: hearts, what the slabs were taken from.
+    """
+
+    images: Array
+    stack: Array | None = None
+
+
+def read(folder: Path, shapes: Mapping[str, tuple[int | None, ...]], config: ModelConfig) -> dict[str, Array]:
+    """The tensors of a model folder's prior, these of these shapes among them (None: any size).
+
+    Raises CopeditError for a file that is missing, damaged or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / PRIOR
+    try:
+        tensors: dict[str, Array] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CopeditError(f"{path}: cannot be read ({error}); copy the model again") from error
+    for name, shape in shapes.items():
+        there = tensors[name].shape if name in tensors else ()
+        if len(there) != len(shape) or any(n not in (None, size) for n, size in zip(shape, there, strict=True)):
+            raise CopeditError(
+                f"{path}: is not of a {config.task} model with {len(config.elements)} elements; copy the model again"
+            )
+    return tensors
+
+
+def write(folder: Path, tensors: Mapping[str, NDArray]) -> None:
+    """The prior of a model folder."""
+    from safetensors.numpy import save
+
+    write_atomically(folder / PRIOR, save({name: np.ascontiguousarray(x) for name, x in tensors.items()}))
 
 
 def box_mean(image: Array, window: int) -> Array:
@@ -70,26 +113,22 @@ class Prior:
         self.layers = [(weights[f"w{i}"], weights[f"b{i}"]) for i in range(sum(k.startswith("w") for k in weights))]
 
     @classmethod
-    def load(cls, folder: Path, elements: int) -> Prior:
+    def load(cls, folder: Path, config: ModelConfig) -> Prior:
         """Of a model folder. Raises CopeditError for a file that is missing, damaged or of another model."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        path = folder / PRIOR
-        try:
-            prior = cls(load_file(path))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise CopeditError(f"{path}: cannot be read ({error}); copy the model again") from error
-        width = elements * (2 + len(WINDOWS) + len(QUANTILES))
-        if prior.weights["mean"].shape != (width,) or prior.layers[-1][0].shape[1] != elements:
-            raise CopeditError(f"{path}: is not of a model with {elements} elements; copy the model again")
-        return prior
+        m = len(config.elements)
+        tensors = read(folder, {"mean": (m * (2 + len(WINDOWS) + len(QUANTILES)),), "scale": (None,)}, config)
+        last = max((name for name in tensors if name.startswith("w")), default="w0")
+        return cls(read(folder, {last: (None, m), last.replace("w", "b"): (m,)}, config))
 
     def save(self, folder: Path) -> None:
         """Into a model folder."""
-        from safetensors.numpy import save
+        write(folder, self.weights)
 
-        write_atomically(folder / PRIOR, save({name: np.ascontiguousarray(x) for name, x in self.weights.items()}))
+    def fill_study(self, prepared: Prepared) -> Fill:
+        """Of a brain."""
+        images = prepared.images.copy()
+        images[~prepared.observed] = self.fill(images, prepared.observed)
+        return Fill(images)
 
     def __call__(self, rows: Array) -> Array:
         """Images' values [N, m] in 0..1 of rows of `features`."""

@@ -23,7 +23,8 @@ from copedit_rt.images.names import STACK
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
-from copedit_rt.prior import Prior
+from copedit_rt.prior import Fill, Prior
+from copedit_rt.prior_heart import SlicePrior
 
 if TYPE_CHECKING:
 
@@ -57,10 +58,12 @@ class Begun:
 
     latents [m, 8, h, w, d]: of the fill, and of what is observed its own. beyond [m, 1, H, W, D]: what the fill shows
     and its decoded latents do not. It is added to what is decoded, so that a correction of nothing changes nothing.
+    stack: see `Prepared.restore`.
     """
 
     latents: np.ndarray | None = None
     beyond: np.ndarray | float = 0.0
+    stack: np.ndarray | None = None
 
 
 class Synthesizer:
@@ -80,7 +83,7 @@ class Synthesizer:
         weights: Any = None,
         max_memory: int | None = None,
         dtype: str = "auto",
-        prior: Prior | None = None,
+        prior: Prior | SlicePrior | None = None,
     ):
         """On torch; `load` knows the other engines. The networks that are given are not changed.
 
@@ -97,7 +100,7 @@ class Synthesizer:
         engine = TorchEngine(config, tokenizer, denoiser, where, max_memory, choose_dtype(dtype, where))
         self._use(config, engine, weights, prior)
 
-    def _use(self, config: ModelConfig, engine: Engine, weights: Any, prior: Prior | None) -> None:
+    def _use(self, config: ModelConfig, engine: Engine, weights: Any, prior: Prior | SlicePrior | None) -> None:
         self.config, self.engine, self.weights, self.prior = config, engine, weights, prior
         with _TURNS_LOCK:
             self._turn = _TURNS.setdefault("cuda:0" if engine.device == "cuda" else engine.device, threading.RLock())
@@ -202,14 +205,15 @@ class Synthesizer:
         mean: dict[str, np.ndarray] = {}
         spread: dict[str, np.ndarray] = {}
         with self._turn:
-            encoded = self._encode(prepared)
-            begun = self._begun(prepared, encoded)
+            fill = self.prior.fill_study(prepared) if self.prior else None
+            encoded = self._encode(prepared, fill)
+            begun = self._begun(prepared.observed, encoded, fill)
             for sample in range(samples):
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
                 start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
                 z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
                 decoded = self.decode(z, prepared.observed) + begun.beyond
-                images = prepared.restore(decoded, detail, config.preprocessing.whole_range)
+                images = prepared.restore(decoded, detail, config.preprocessing.whole_range, begun.stack)
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                     if samples == 1:
@@ -247,21 +251,18 @@ class Synthesizer:
                 raise CopeditError(f"target {name!r}: {prepared.study.name} has a file for it; nothing to synthesise")
         return [name for name in prepared.missing if not target or name in target]
 
-    def _encode(self, prepared: Prepared) -> Encoded:
-        return self.engine.encode(prepared.images[prepared.observed])
+    def _encode(self, prepared: Prepared, fill: Fill | None = None) -> Encoded:
+        # A slab that counts as observed and lacks a slice all the same is taken with that slice filled.
+        return self.engine.encode((fill or prepared).images[prepared.observed])
 
-    def _begun(self, prepared: Prepared, encoded: Encoded) -> Begun:
-        """What the prior knows of a study."""
-        if self.prior is None:
+    def _begun(self, there: np.ndarray, encoded: Encoded, fill: Fill | None) -> Begun:
+        """What the prior knows of a study in which these elements are observed."""
+        if fill is None:
             return Begun()
-        there = prepared.observed
         z = np.empty((len(there), *encoded.latents.shape[1:]), np.float32)
         z[there] = encoded.latents
-        fill = self.prior.fill(prepared.images, there)
-        z[~there] = self.engine.encode(fill).latents
-        beyond = -self.decode(z, there)
-        beyond[~there] += fill
-        return Begun(z, beyond)
+        z[~there] = self.engine.encode(fill.images[~there]).latents
+        return Begun(z, fill.images - self.decode(z, there), fill.stack)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements

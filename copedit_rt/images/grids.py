@@ -112,6 +112,23 @@ def resample_matrix(
     return matrix
 
 
+def nearest_matrices(
+    n_in: int, spacing_in: float, n_out: int, spacing_out: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Matrices [n_out, n_in] and [n_in, n_out] of the way to the nearest slice and back, both about one centre.
+
+    There each slice is a copy of the nearest one, or 0 outside; back, one is the mean of its copies, or the nearest
+    where it has none. So nothing is lost where n_in <= n_out over one extent, and no two slices are mixed.
+    """
+    step = spacing_out / spacing_in
+    source = np.floor((np.arange(n_out) + 0.5 - n_out / 2) * step + n_in / 2 + 1e-9).astype(int)
+    inward = (source[:, None] == np.arange(n_in)).astype(float)
+    target = np.floor((np.arange(n_in) + 0.5 - n_in / 2) / step + n_out / 2 + 1e-9).astype(int)
+    nearest = (target[:, None] == np.arange(n_out)).astype(float)
+    copies = inward.sum(0)[:, None]
+    return inward, np.where(copies > 0, inward.T / np.maximum(copies, 1), nearest)
+
+
 def fill_slices(data: NDArray, missing: Sequence[int], axis: int) -> NDArray[np.float32]:
     """A copy of a stack, its missing slices interpolated between their neighbours; the nearest at an end."""
     filled = np.array(data, np.float32)
@@ -165,10 +182,12 @@ class Frame:
         grid: Sequence[int],
         field_of_view: Sequence[float | None],
         offset: Sequence[float] = (0.0, 0.0, 0.0),
+        slices: bool = False,
     ) -> Frame:
         """shape and affine are the file's; grid is the model's (X, Y, Z), field_of_view its extent in mm.
 
-        offset: of the view's centre from the grid's, in the file's voxels, along the model's axes.
+        offset: of the view's centre from the grid's, in the file's voxels, along the model's axes. slices: the last
+        axis is of slices, which are copied (`nearest_matrices`) and not resampled.
         """
         inward, outward, extents, shifts = [], [], [], []
         size = spacing(affine)
@@ -183,6 +202,9 @@ class Frame:
             outward.append(resample_matrix(n_out, s_out, n_in, s_in, -shift).astype(np.float32))
             extents.append(extent)
             shifts.append(shift)
+        if slices:
+            into, back = nearest_matrices(n_in, s_in, n_out, s_out)
+            inward[2], outward[2] = into.astype(np.float32), back.astype(np.float32)
         return cls(orientation, tuple(inward), tuple(outward), tuple(extents), tuple(shifts))
 
     def to_model(
@@ -205,6 +227,15 @@ class Frame:
     def to_slab(self, planes: NDArray[np.float32], part: slice) -> NDArray[np.float32]:
         """Slices `part` of the file's grid, in the model's orientation; 0 outside the field of view."""
         return _along(self.outward[2][part], planes, 2)
+
+    def stack_to_model(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A stack in the file's voxel order -> the model's plane, slices last, as many as the file has."""
+        x, y, _ = self.inward
+        return np.ascontiguousarray(_along(y, _along(x, self.orientation.apply(array), 0), 1))
+
+    def stack_to_file(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The way back; 0 outside the field of view."""
+        return self.orientation.invert(self.to_plane(array))
 
     def coverage(self, part: slice = slice(None)) -> NDArray[np.float32]:
         """Which share of each voxel lies inside the field of view: slices `part`, in the model's orientation."""

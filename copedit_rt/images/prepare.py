@@ -3,8 +3,8 @@
 Steps of the way in, for each volume: reorient (brain: to RAS; cardiac: slices last, in the file's own slice
 order, the plane towards RAS) -> percentiles to 0..1 -> crop or pad to the field of view (brain: about the head, where
 the grid is larger than the view) -> resize to the model's grid. The last two are one small matrix per axis, and so is
-the way back. Voxels are computed with slab by slab: beside the images, all of it takes at most `nifti.WORKING` bytes a
-voxel.
+the way back. Slices of a stack are copied to the nearest slices of the grid, never mixed. Voxels are computed with slab
+by slab: beside the images, all of it takes at most `nifti.WORKING` bytes a voxel.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from copedit_rt.images.grids import (
     Orientation,
     fill_slices,
     from_border,
+    nearest_matrices,
     slabs,
     slice_axis,
     spacing,
 )
-from copedit_rt.images.nifti import same_grid
+from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.study import Study
 
 NOTHING = np.float32(1e-3)  # the least that tissue may be
@@ -52,8 +53,9 @@ class Prepared:
     frame: Frame  # the reference volume's: the outputs' grid
     intensity: dict[str, tuple[float, float]]  # per observed volume, what 0 and 1 stand for
     fill: NDArray[np.float32] | float  # outside the field of view; the file's grid or one value
-    background: NDArray[np.bool_] | None  # brain: connected to the border, nothing in any observed volume, file order
+    background: NDArray[np.bool_]  # at the border, where no observed volume shows anything, file order
     study: Study
+    stack: NDArray[np.float32] | None = None  # cardiac: [H, W, slices of the file], 0..1; missing ones interpolated
     missing_slices: tuple[int, ...] = ()
     version: int = 1
     outside: int = 0  # brain: voxels of tissue that the model's field of view does not reach
@@ -64,25 +66,31 @@ class Prepared:
         return tuple(name for name, there in zip(self.elements, self.observed, strict=True) if not there)
 
     def restore(
-        self, element_images: NDArray, detail: bool = False, whole_range: bool = False
+        self,
+        element_images: NDArray,
+        detail: bool = False,
+        whole_range: bool = False,
+        stack: NDArray[np.float32] | None = None,
     ) -> dict[str, NDArray[np.float32]]:
         """Images of all elements [m, 1, H, W, D] on the model's grid -> volumes on the reference file's grid.
 
-        Brain: {missing modality: float32 [X, Y, Z]}, 0..1 mapped to the reference's percentile range.
-        Cardiac: {"sax": the stack}, its missing slices filled and every other voxel as it was. Observed
-        elements are not used for brain; for cardiac they count only in so far as a missing slice lies partly
-        in an observed slab. Brain: detail, what the grid could not hold is carried over from the observed images
-        (`detail.Detail`); whole_range, the brightest voxels are lifted to the top of the range (`detail.full_range`).
+        Brain: {missing modality: float32 [X, Y, Z]}, 0..1 mapped to the reference's percentile range; observed
+        elements are not used. detail: what the grid could not hold is carried over from the observed images
+        (`detail.Detail`); whole_range: the brightest voxels are lifted to the top of the range (`detail.full_range`).
+        Cardiac: {"sax": the stack}, its missing slices filled and every other voxel as it was. stack [H, W, slices of
+        the file]: a heart's own fill (None: `self.stack`). What it holds and the model's grid cannot, as that has fewer
+        slices, is kept.
         """
         if element_images.shape != self.images.shape:
             raise ValueError(f"element_images has shape {element_images.shape}, expected {self.images.shape}")
         if not np.isfinite(element_images).all():
             raise CopeditError(f"{self.study.name}: the model returned NaN or infinity; nothing is written")
-        images = np.clip(np.asarray(element_images, np.float32), 0, 1)
+        images = np.asarray(element_images, np.float32)
         if self.task == "cardiac":
-            return self._restore_stack(images)
+            return {next(iter(self.study.volumes)): self._filled(images, stack)}
+        images = np.clip(images, 0, 1)
         volumes = {}
-        for name, image, there in zip(self.elements, images[:, 0], self.observed, strict=True):
+        for name, image, there in zip(self.elements, np.clip(images[:, 0], 0, 1), self.observed, strict=True):
             if not there:
                 volumes[name] = self._restore_image(image, detail, whole_range)
         return volumes
@@ -90,7 +98,7 @@ class Prepared:
     def _restore_image(self, image: NDArray[np.float32], detail: bool, whole_range: bool) -> NDArray[np.float32]:
         """One modality on the file's grid."""
         guided = Detail(image, self.images[self.observed, 0], self.frame) if detail else None
-        beyond, there = self._beyond(image), ~self.background if self.background is not None else None
+        beyond = self._beyond(image)
         low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
         volume = np.empty(self.study.reference.data.shape, np.float32)
         turned = self.frame.orientation.apply(volume)
@@ -102,14 +110,12 @@ class Prepared:
             slab += (1 - self.frame.coverage(part)) * beyond(part)
             # Above 0: an exact 0 would say that there is nothing.
             turned[..., part] = np.clip(slab, NOTHING, 1, out=slab) if detail or whole_range else slab
-        if there is not None:
-            volume[self.background] = 0
+        volume[self.background] = 0
         if whole_range:
             volume = full_range(volume)
         volume *= high - low
         volume += low
-        if self.background is not None:
-            volume[self.background] = self.fill
+        volume[self.background] = self.fill
         return volume
 
     def _shown(self, part: slice) -> Iterator[NDArray[np.float32]]:
@@ -119,33 +125,6 @@ class Prepared:
                 volume = self.study.volumes[name]
                 turned = Orientation.to_ras(volume.affine).apply(volume.data)
                 yield _unit(volume.data, *self.intensity[name])(turned[..., part])
-
-    def _restore_stack(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        name = next(iter(self.study.volumes))
-        stack = self.study.volumes[name].data.copy()
-        if self.missing_slices:
-            filled = self.frame.orientation.apply(np.asarray(self.fill))
-            made = self._to_file(np.concatenate(list(images[:, 0]), axis=-1), lambda part: filled[..., part])
-            where: list[Any] = [slice(None)] * 3
-            where[self.frame.orientation.order[2]] = list(self.missing_slices)
-            stack[tuple(where)] = made[tuple(where)]
-        return {name: stack}
-
-    def _to_file(self, image: NDArray[np.float32], beyond: Callable[[slice], Any]) -> NDArray[np.float32]:
-        """One image on the file's grid, on the reference's percentile range; `beyond` is what lies outside the view."""
-        reference = next(iter(self.study.volumes))
-        low, high = (np.float32(value) for value in self.intensity[reference])
-        volume = np.empty(self.study.volumes[reference].data.shape, np.float32)
-        turned = self.frame.orientation.apply(volume)
-        planes = self.frame.to_plane(image)
-        for part in slabs(turned.shape):
-            coverage = self.frame.coverage(part)
-            slab = self.frame.to_slab(planes, part)
-            slab *= high - low
-            slab += coverage * low
-            slab += (1 - coverage) * beyond(part)
-            turned[..., part] = slab
-        return volume
 
     def _beyond(self, image: NDArray[np.float32]) -> Callable[[slice], Any]:
         """What stands for an image where the model does not see, in 0..1: a linear relation to what is observed."""
@@ -160,6 +139,32 @@ class Prepared:
             return np.clip(made, NOTHING, 1)
 
         return beyond
+
+    def elements_of(self, stack: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Slabs [m, 1, H, W, D] of a stack in the model's plane [H, W, slices of the file]."""
+        return np.stack(np.split(stack @ self.frame.inward[2].T, len(self.elements), axis=-1))[:, None]
+
+    def _filled(self, images: NDArray[np.float32], stack: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """The stack of a file with its missing slices made of images [m, 1, H, W, D]."""
+        kept = self.stack if stack is None else stack
+        assert kept is not None
+        inward, outward = (matrices[2] for matrices in (self.frame.inward, self.frame.outward))
+        made = np.concatenate(list(images[:, 0]), axis=-1) @ outward.T
+        beyond = ~inward.any(0)  # slices that the model's grid has no room for
+        made[..., beyond] += (kept - kept @ inward.T @ outward.T)[..., beyond]
+        volume = self._to_range(self.frame.stack_to_file(np.clip(made, 0, 1)))
+        volume[self.background] = 0
+        where: list[Any] = [slice(None)] * 3
+        where[self.frame.orientation.order[2]] = list(self.missing_slices)
+        result = self.study.reference.data.copy()
+        result[tuple(where)] = volume[tuple(where)]
+        return result
+
+    def _to_range(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """0..1 on the file's grid to the reference's intensities; `fill` outside the field of view."""
+        low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
+        coverage = self.frame.orientation.invert(self.frame.coverage())
+        return np.asarray(image * (high - low) + coverage * low + (1 - coverage) * self.fill, np.float32)
 
     @property
     def outside_ml(self) -> float:
@@ -323,40 +328,48 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         raise CopeditError(f"{study.name}: every slice is missing; at least one slab of slices is needed")
     present = [index for index in range(count) if index not in missing]
     shown = np.take(volume.data, present, axis)
-    low, high = _percentiles(shown, config.preprocessing.percentiles, study.name)
+    border = empty_border((shown == 0).all(axis))
+    low, high = _percentiles(np.moveaxis(shown, axis, 0)[:, ~border], config.preprocessing.percentiles, study.name)
     filled = fill_slices(volume.data, missing, axis)
-    height, width, depth = config.image
-    frame = Frame.of(
-        volume.data.shape,
-        volume.affine,
-        Orientation.slices_last(volume.affine, axis),
-        (height, width, m * depth),
-        config.preprocessing.field_of_view,
-    )
-    stack = frame.to_model(filled, lambda slab: _normalise(slab, low, high))
-    images = np.stack(np.split(stack, m, axis=-1))[:, None]
-    spaced = spacing(volume.affine)[axis]
-    observed = ~slabs_touched(missing, count, spaced, frame.field_of_view[2], m, depth)
-    if not observed.any():
-        raise CopeditError(
-            f"{study.name}: each of the {m} slabs of slices holds a missing slice (missing: "
-            f"{', '.join(map(str, missing))} of 0..{count - 1}), so no slab is observed; "
-            f"at least one must be complete"
-        )
-    images[~observed] = 0
-    return Prepared(
-        images=images,
-        observed=observed,
+    frame, spaced = stack_frame(volume, config), spacing(volume.affine)[axis]
+    prepared = Prepared(
+        images=np.zeros((m, 1, *config.image), np.float32),
+        observed=observed_slabs(missing, count, spaced, frame.field_of_view[2], m, config.image[2]),
         elements=tuple(config.elements),
         task="cardiac",
         frame=frame,
         intensity={name: (low, high)},
         fill=filled,
-        background=None,
+        background=np.broadcast_to(np.expand_dims(border, axis), filled.shape),
         study=study,
+        stack=frame.stack_to_model(_normalise(filled.copy(), low, high)),
         missing_slices=missing,
         version=config.preprocessing.version,
     )
+    assert prepared.stack is not None
+    prepared.images[prepared.observed] = prepared.elements_of(prepared.stack)[prepared.observed]
+    return prepared
+
+
+def stack_frame(volume: Volume, config: ModelConfig) -> Frame:
+    """A stack's way to the grid of a cardiac model and back."""
+    height, width, depth = config.image
+    return Frame.of(
+        volume.data.shape,
+        volume.affine,
+        Orientation.slices_last(volume.affine, slice_axis(volume.data.shape, volume.affine)),
+        (height, width, len(config.elements) * depth),
+        config.preprocessing.field_of_view,
+        slices=True,
+    )
+
+
+def empty_border(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Of pixels that show nothing [X, Y] those of the border: an edge is reached over nothing else, along a row or a
+    column."""
+    ways = (np.logical_and.accumulate(empty[::step, :], 0)[::step, :] for step in (1, -1))
+    across = (np.logical_and.accumulate(empty[:, ::step], 1)[:, ::step] for step in (1, -1))
+    return np.any([*ways, *across], axis=0)
 
 
 def to_unit_range(data: NDArray[np.float32], low: float, high: float) -> tuple[NDArray[np.float32], NDArray, float]:
@@ -402,6 +415,22 @@ def slabs_touched(
     target = ((np.array(missing) + 0.5 - count / 2) * size / (extent / total) + total / 2) // 1
     absent = np.isin(source, missing) | np.isin(np.arange(total), target)
     return np.any(absent.reshape(m, depth), axis=1)
+
+
+def observed_slabs(
+    missing: Sequence[int], count: int, size: float, extent: float, m: int, depth: int
+) -> NDArray[np.bool_]:
+    """Which of m slabs count as observed [m]: those that `slabs_touched` leaves.
+
+    Where every slab lacks something, the (first) one that lacks least. Perception, prompts and the network need one
+    that is given; as few with gaps as can be, for the slices in those gaps stay what the fill made of them.
+    """
+    touched = slabs_touched(missing, count, size, extent, m, depth)
+    if not touched.all():
+        return ~touched
+    inward, _ = nearest_matrices(count, size, m * depth, extent / (m * depth))
+    lacking = inward[:, list(missing)].sum(1).reshape(m, depth).sum(1)
+    return np.arange(m) == np.argmin(lacking)
 
 
 def _percentiles(data: NDArray, percentiles: tuple[float, float], what: str) -> tuple[float, float]:

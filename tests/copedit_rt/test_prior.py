@@ -89,14 +89,14 @@ def test_background_stays_empty_and_a_crop_takes_the_quantiles_of_the_whole():
 
 def test_a_prior_of_another_model_or_none_is_refused(tmp_path):
     with pytest.raises(CopeditError, match=r"prior.safetensors: cannot be read .* copy the model again"):
-        Prior.load(tmp_path, M)
+        Prior.load(tmp_path, MODEL)
     perceptron().save(tmp_path)
-    assert np.array_equal(Prior.load(tmp_path, M).fill(images(), OBSERVED), perceptron().fill(images(), OBSERVED))
-    with pytest.raises(CopeditError, match="is not of a model with 3 elements"):
-        Prior.load(tmp_path, 3)
+    assert np.array_equal(Prior.load(tmp_path, MODEL).fill(images(), OBSERVED), perceptron().fill(images(), OBSERVED))
+    with pytest.raises(CopeditError, match="is not of a brain model with 3 elements"):
+        Prior.load(tmp_path, replace(MODEL, elements=MODEL.elements[:3]))
     (tmp_path / PRIOR).write_bytes(b"no tensors")
     with pytest.raises(CopeditError, match=r"prior.safetensors: cannot be read"):
-        Prior.load(tmp_path, M)
+        Prior.load(tmp_path, MODEL)
 
 
 def network(**changes):

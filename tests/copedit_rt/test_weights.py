@@ -7,24 +7,21 @@ from copedit_rt.config import ModelConfig
 
 
 def test_both_tasks_have_a_built_in_model():
-    assert checkpoint.list_models() == ["demo-brain", "demo-cardiac"]
+    assert checkpoint.list_models() == ["demo-brain", "demo-cardiac", "heart-3mm"]
 
 
-@pytest.mark.parametrize("name", ["demo-brain", "demo-cardiac"])
+@pytest.mark.parametrize("name", ["demo-brain", "demo-cardiac", "heart-3mm"])
 def test_built_in_model(name):
     folder = checkpoint.locate(name)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md",
-        "config.json",
-        "denoiser.safetensors",
-        "tokenizer.safetensors",
-    ]
     config, vae, _ = checkpoint.load_tokenizer(folder)
+    files = ["README.md", "config.json", "denoiser.safetensors", "tokenizer.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(files + ["prior.safetensors"] * config.denoiser.prior)
+    checkpoint.load_prior(folder, config)
     checkpoint.load_denoiser(folder)
     assert config == ModelConfig.preset(name)
     assert (vae.latent_std != 1).all(), "latent statistics must be measured"
     for weights in folder.glob("*.safetensors"):
         assert weights.stat().st_size <= 12e6
     card = (folder / "README.md").read_text(encoding="utf-8")
-    for word in ("copedit train tokenizer", "copedit train denoiser", "seed 0", "simulated", "not a medical device"):
+    for word in ("copedit train tokenizer", "copedit train denoiser", "seed 0", "rained on", "not a medical device"):
         assert word in card, word

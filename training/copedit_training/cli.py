@@ -271,6 +271,20 @@ def train_denoiser(
     _train("denoiser", preset, output, data, override, resume, estimate, quick)
 
 
+@train.command("prior")
+def train_prior(
+    preset: Preset,
+    output: Output,
+    tokenizer: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model whose tokenizer is taken.")],
+    data: Data = "phantom",
+) -> None:
+    """A model of its prior alone, in seconds: fitted, and not corrected until stage II has trained a denoiser."""
+    from copedit_training.stages import trainer
+
+    check_writable(output)
+    say(trainer.fit_prior_alone(preset, output, data, tokenizer))
+
+
 @train.command("check-data")
 def train_check_data(
     data: Annotated[Path, typer.Option(metavar="FOLDER", help="The data set.")],

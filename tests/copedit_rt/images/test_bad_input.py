@@ -406,11 +406,6 @@ def test_everything_missing():
     refuses("B: every slice is missing", prepare, study, HEART)
 
 
-def test_no_slab_is_whole():
-    study = Study("B", "cardiac", {"sax": volume()}, missing_slices=(1, 5, 9, 13))
-    refuses("B: each of the 4 slabs .* 1, 5, 9, 13 of 0..15.*no slab is observed", prepare, study, HEART)
-
-
 def test_element_that_the_model_does_not_know():
     study = Study("A", "brain", {"t1": volume(), "pd": volume()})
     refuses(

@@ -446,12 +446,9 @@ def test_a_slab_is_missing_where_a_missing_slice_is_nearest(count, data):
     }
     holding = {int((k + 0.5) * 16 / count) // 4 for k in missing}
     volume = Volume.from_array(np.random.default_rng(0).random((8, 8, count)), np.diag([4, 6, 8, 1.0]))
-    try:
-        observed = prepare(heart(volume, missing), heart_config()).observed
-    except CopeditError as error:
-        assert "no slab is observed" in str(error)
-        assert len(slabs | ties | holding) == 4
-        return
+    observed = prepare(heart(volume, missing), heart_config()).observed
+    if len(slabs | ties | holding) == 4 and observed.sum() == 1:
+        return  # every slab lacks something: see `test_stacks`
     absent = set(np.flatnonzero(~observed).tolist())
     assert slabs - ties <= absent <= slabs | ties | holding
     assert holding <= absent

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from copedit_rt import cli
+from copedit_rt import checkpoint, cli
 from copedit_rt.config import DenoiserConfig, ModelConfig, Preprocessing, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.images import grids, nifti
 from copedit_rt.images.nifti import Volume, read_volume
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
+from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, prepared
 from copedit_training.stages import trainer
 
@@ -177,6 +178,12 @@ PUBLISHED = {
         },
         [],
     ),
+    "Sunnybrook": (
+        HEART,
+        [f"SC-{n}_{e}{m}.nii.gz" for n in ("HF-I-09", "N-7") for e in ("ED", "ES") for m in ("", "_lv")],
+        {f"SC-{n}_{e}": f"Sunnybrook/SC-{n}" for n in ("HF-I-09", "N-7") for e in ("ED", "ES")},
+        [],
+    ),
     "other brains": (
         IXI,
         ["a/s1/t1.nii.gz", "a/s1/t2.nii.gz", "a/s1/pd.nii.gz", "b/T1/7.nii.gz", "b/T2/7.nii.gz", "b/PD/7.nii.gz"],
@@ -185,8 +192,8 @@ PUBLISHED = {
     ),
     "other hearts": (
         HEART,
-        ["SC-HF-I-09_ED.nii.gz", "SC-HF-I-09_ES.nii.gz", "x/001.nii.gz"],
-        {"SC-HF-I-09_ED": "SC-HF-I-09", "SC-HF-I-09_ES": "SC-HF-I-09", "x/001": "x/001"},
+        ["x/001.nii.gz", "x/002_ED.nii.gz"],
+        {"x/001": "x/001", "x/002_ED": "x/002"},
         [],
     ),
 }
@@ -205,7 +212,8 @@ def test_published_layouts(tmp_path, monkeypatch, layout):
     name = layout.split(",")[0]
     assert {entry.layout for entry in found.studies} == {"other" if name.startswith("other") else name}
     used = {path for entry in found.studies for path in entry.files.files.values()}
-    assert not any(word in path.name for path in used for word in ("gt", "seg", "label", "manual", "4d", "la_", "ao"))
+    masks = ("gt", "seg", "label", "manual", "_lv")
+    assert not any(word in path.name for path in used for word in (*masks, "4d", "la_", "ao"))
     report = layouts.check(found, config)
     assert report["studies"] == len(complete)
     assert sum(report["subjects"].values()) == len(set(complete.values()))
@@ -405,6 +413,17 @@ def test_the_cache_is_used_again_and_damage_is_told_once(tmp_path):
     assert len(prepared.folder_images(other, layouts.find(root, other), tmp_path / "run", say=said.append)) >= 7
 
 
+def test_the_heart_lies_where_its_mask_does(tmp_path):
+    mask = np.zeros((12, 14, 9), np.float32)
+    mask[7:10, 3:6, 2:5] = 1
+    save(tmp_path / "SC-N-1_ED_lv.nii.gz", data=mask)
+    fill(tmp_path, ["SC-N-1_ED.nii.gz", "SC-N-2_ED.nii.gz"], shape=(12, 14, 9))
+    first, second = layouts.find(tmp_path, HEART).studies
+    # 12 x 14 voxels about the middle of 16 x 16
+    assert layouts.heart_centre(HEART, first) == pytest.approx((8 + 2, 4 + 1))
+    assert layouts.heart_centre(HEART, second) is None
+
+
 def test_too_much_damage_is_an_error_that_names_it_and_leaves_nothing(tmp_path):
     root = brats(tmp_path / "in", 10)
     for i in range(10):
@@ -442,6 +461,22 @@ def test_both_stages_train_on_a_folder(tmp_path, config, capsys):
     assert trainer.run("tokenizer", output=tmp_path / "a", overrides=SETTINGS, resume=True, **options) == vae
     with pytest.raises(CopeditError, match="other settings"):
         trainer.run("tokenizer", "demo-brain", tmp_path / "a", str(tmp_path), SETTINGS, True, config)
+
+
+def test_a_model_of_its_prior_alone(tmp_path, capsys):
+    root = fill(tmp_path / "in", [f"SC-N-{i}_ED.nii.gz" for i in range(1, 5)])
+    with_prior = dataclasses.replace(HEART, denoiser=dataclasses.replace(HEART.denoiser, prior=True))
+    vae = trainer.run("tokenizer", "heart-3mm", tmp_path / "a", overrides=SETTINGS, config=HEART, data=str(root))
+    model = trainer.fit_prior_alone("heart-3mm", tmp_path / "b", str(root), str(vae), with_prior)
+    study = Study.read(root / "SC-N-1_ED.nii.gz", missing_slices=[2, 3, 4])
+    filled = checkpoint.load_prior(model, with_prior).fill_study(prepare(study, with_prior))
+    made = Synthesizer.load(model, "cpu").synthesize(study, steps=1).study.reference.data
+    expected = prepare(study, with_prior).restore(filled.images, filled.stack)["sax"]
+    np.testing.assert_allclose(made, expected, atol=0.01)
+    with pytest.raises(CopeditError, match="demo-brain: its models have no prior"):
+        trainer.fit_prior_alone("demo-brain", tmp_path / "c", str(root), str(vae))
+    with pytest.raises(CopeditError, match="tokenizer is not the one of preset heart-3mm"):
+        trainer.fit_prior_alone("heart-3mm", tmp_path / "c", str(root), str(vae))
 
 
 def test_real_studies_can_be_trained_on(real_data):

@@ -10,7 +10,8 @@ from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.stages.denoiser_task import CROP_RIM, WHITEN_FLOOR, DenoiserTask
+from copedit_training.stages.denoiser_task import CROP_RIM, RELATIVE_FLOOR, WHITEN_FLOOR, DenoiserTask
+from copedit_training.stages.prior import fit_slice_prior, stack_of
 from tests.training.stages.tiny import HEART, TINY, settings, smooth, train, weights
 
 
@@ -187,3 +188,49 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
     ):
         with pytest.raises(CopeditError, match=message):
             train("denoiser", tmp_path / f"unet{overrides[0]}", "steps=2", *overrides, f"tokenizer={vae}", config=flat)
+
+
+PRIOR_HEART = dataclasses.replace(HEART, denoiser=dataclasses.replace(HEART.denoiser, prior=True))
+
+
+def heart_task(*overrides):
+    torch.manual_seed(0)
+    vae, images = CoPeVAE(HEART.tokenizer, len(HEART.elements)).eval(), smooth(HEART, 4)
+    made = settings("denoiser", "batch_size=4", "observed_weight=0", "relative=true", *overrides)
+    return DenoiserTask(PRIOR_HEART, made, images, vae, prior=fit_slice_prior(images)), images
+
+
+@pytest.mark.parametrize("crop", [0, 8])
+def test_a_heart_may_lack_any_run_and_its_error_is_relative_to_the_fills(crop):
+    task, images = heart_task(f"crop={crop}")
+    gaps = set()
+    for step in range(6):
+        batch = task.draw(step, 0)
+        assert batch.fill.shape == batch.images.shape and batch.observed.any(1).all() and (~batch.observed).any(1).all()
+        differs = (batch.fill != batch.images).any(-1).any(-2).any(-2).any(2)
+        gaps |= {(~row).sum().item() for row in differs}
+        with torch.no_grad():
+            loss, terms = task.loss(batch)  # a fresh network corrects nothing
+            z0, prior = task._encode_alone(batch.images), task._encode_alone(batch.fill)
+        error = (prior - z0).square().mean((2, 3, 4, 5))[~batch.observed]
+        assert loss.item() == pytest.approx((error / (error + RELATIVE_FLOOR)).mean().item(), rel=1e-4)
+        assert terms["mse_missing"] == pytest.approx(error.mean().item(), rel=1e-4)
+    assert len(gaps) > 1 and stack_of(images[0]).shape[-1] == 6
+
+
+def test_a_correction_that_gains_nothing_is_left_out():
+    task, images = heart_task("crop=0")
+    with torch.no_grad():
+        for p in task.average.parameters():
+            p += 0.3 * torch.randn_like(p)
+    before, _ = task.validate(images)
+    assert before["val_gain"] < 0 and {"val_psnr_1", "val_psnr_2", "val_psnr_3"} < set(before)
+    assert "loses" in task.settle(images) and not task.average.final.weight.any()
+    assert task.validate(images)[0]["val_gain"] == pytest.approx(0, abs=1e-3)
+
+
+def test_both_stages_train_a_heart_with_a_prior(tmp_path):
+    vae = train("tokenizer", tmp_path / "vae", "steps=2", config=PRIOR_HEART)
+    model = train("denoiser", tmp_path / "net", "steps=2", "relative=true", f"tokenizer={vae}", config=PRIOR_HEART)
+    prior = checkpoint.load_prior(model, PRIOR_HEART)
+    assert np.array_equal(prior.weights, checkpoint.load_prior(vae, PRIOR_HEART).weights) and prior.weights.any()

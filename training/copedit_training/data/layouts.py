@@ -26,9 +26,9 @@ import numpy as np
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.images.find import StudyFiles, find_studies
-from copedit_rt.images.names import STACK, without_frame
-from copedit_rt.images.nifti import same_grid
-from copedit_rt.images.prepare import prepare
+from copedit_rt.images.names import NIFTI, STACK, without_frame
+from copedit_rt.images.nifti import read_volume, same_grid
+from copedit_rt.images.prepare import prepare, stack_frame
 from copedit_rt.images.study import Study
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ _LAYOUTS = {
         "IXI": r"^(IXI\d+)-",
         "ACDC": r"^(patient\d{3})_frame\d+$",
         "MSCMR": r"^(patient\d+)_(?:C0|LGE|DE|T2)$",
+        "Sunnybrook": r"^(SC-(?:HF-I|HF-NI|HYP|N)-\d+)(?:_E[DS])?$",
         "MESA": r"^(MES(?:A[-_]?)?\d+)(?:[-_/]|$)",
         "UKBB": r"^(\d{4,})[^/]*/sa(?:_E[DS])?$",
     }.items()
@@ -194,6 +195,21 @@ def load(config: ModelConfig, entry: Entry) -> NDArray[np.float16] | Skipped:
             name, "incomplete", f"{name}: blank slices {', '.join(map(str, blank))} in {study.reference.path}"
         )
     return prepared.images.astype(np.float16)
+
+
+def heart_centre(config: ModelConfig, entry: Entry) -> tuple[float, float] | None:
+    """Where in the plane of the model's grid the left ventricle lies, by the mask NAME_lv beside a stack; None where
+    there is none."""
+    path = entry.files.files[STACK]
+    mask = path.with_name(NIFTI.sub(r"_lv\g<0>", path.name))
+    if not mask.exists():
+        return None
+    volume = read_volume(mask)
+    weight = np.maximum(stack_frame(volume, config).stack_to_model(volume.data), 0).sum(-1)
+    if not weight.any():
+        return None
+    x, y = (float(np.average(np.indices(weight.shape)[axis], weights=weight)) for axis in (0, 1))
+    return x, y
 
 
 def read_all(config: ModelConfig, studies: Iterable[Entry]) -> Iterator[NDArray[np.float16] | Skipped]:

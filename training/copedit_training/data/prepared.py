@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from copedit_rt.images.prepare import prepare, to_unit_range
 from copedit_rt.images.study import Study
 from copedit_training.data import phantom
 from copedit_training.data.anatomy import read_folder
-from copedit_training.data.layouts import DataSet, Skipped, ahead, load, read_all, split
+from copedit_training.data.layouts import DataSet, Skipped, ahead, heart_centre, load, read_all, split
 from copedit_training.data.phantom import Phantom
 from copedit_training.data.simulated import Simulator
 
@@ -161,7 +162,7 @@ def folder_images(
     for kind, count in Counter(item.kind for item in data.skipped).items():
         first = next(item.reason for item in data.skipped if item.kind == kind)
         say(f"{count} {kind} studies are left out, such as {first}")
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
     damaged: list[Skipped] = []
     shape = (max(1, len(studies)), len(config.elements), 1, *config.image)
@@ -178,7 +179,8 @@ def folder_images(
                     )
             else:
                 images[len(rows)] = subject
-                rows.append({"study": entry.files.name, "subject": entry.subject})
+                centre = heart_centre(config, entry) if config.task == "cardiac" else None
+                rows.append({"study": entry.files.name, "subject": entry.subject, "centre": centre})
             if progress:
                 progress(i, len(studies))
         if not rows:
@@ -215,6 +217,14 @@ def study_names(output: Path) -> list[str]:
     """The study of each row of a run's images, as `folder_images` noted them; none for phantoms."""
     index = output / "images.json"
     return [row["study"] for row in json.loads(index.read_text(encoding="utf-8"))["studies"]] if index.exists() else []
+
+
+def heart_centres(output: Path) -> list[tuple[float, float] | None] | None:
+    """Where the heart lies in each row of a run's images (`layouts.heart_centre`); None for phantoms."""
+    index = output / "images.json"
+    if not index.exists():
+        return None
+    return [row.get("centre") for row in json.loads(index.read_text(encoding="utf-8"))["studies"]]
 
 
 def mapped(cache: Path) -> np.ndarray:
@@ -262,3 +272,14 @@ def draw_observed(rng: np.random.Generator, batch: int, elements: int, consecuti
         else:
             row[rng.permutation(elements)[:count]] = False
     return torch.from_numpy(observed)
+
+
+def draw_run(rng: np.random.Generator, slices: int) -> range:
+    """A run of missing slices of a stack of at least two, of any length that leaves one: two in five a quarter, half or
+    three quarters of the stack; nearly half of the runs at an end."""
+    length = int(rng.integers(1, slices))
+    if rng.random() < 0.4:
+        length = min(max(1, round(slices * int(rng.integers(1, 4)) / 4)), slices - 1)
+    last = slices - length
+    start = int(rng.choice([0, last]) if rng.random() < 0.45 else rng.integers(0, last + 1))
+    return range(start, start + length)

@@ -17,12 +17,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
+from copedit_rt.images.grids import nearest_matrices
+from copedit_rt.images.prepare import observed_slabs
 from copedit_rt.networks.denoiser import MDiT3D, build_denoiser
 from copedit_rt.networks.sampler import add_noise, sample
 from copedit_rt.networks.tokenizer import CoPeVAE, Decoder
 from copedit_rt.prior import Prior, shown
+from copedit_rt.prior_heart import SlicePrior
 from copedit_rt.schedule import alpha_bar
-from copedit_training.data.prepared import draw_observed, mapped, new_cache
+from copedit_training.data.prepared import draw_observed, draw_run, mapped, new_cache
+from copedit_training.evaluation.metrics import psnr
+from copedit_training.stages.prior import stack_of
 from copedit_training.stages.settings import DenoiserSettings
 from copedit_training.stages.task import (
     Batch,
@@ -37,6 +42,7 @@ from copedit_training.stages.task import (
 )
 
 WHITEN_FLOOR = 5e-4  # of the total variance; smaller components are not raised further
+RELATIVE_FLOOR = 0.02  # of a prior's squared error, in variances of the latents: what is nearly right already
 CROP_RIM = 6  # voxels at the edge of a crop that its image term leaves out, as the decoder knows nothing beyond
 
 
@@ -47,9 +53,9 @@ class Noised(Batch):
     latents: normalised, of whole images or crops [B, m, c, h, w, d]; prompts: of each element alone [B, m, 3, P]; both
     None where images are augmented and so encoded in the step. corner: where crops begin [B, 2] in tokens (None:
     whole). images: [B, m, 1, H, W, D] of the same place, where they are augmented or joined by the image term (None:
-    neither). fill: of the same place, what the prior makes of the missing elements, zeros elsewhere (None: a model
-    without one). observed: [B, m]. timesteps: [B]. noise: like latents. chance: [B, m], of the missing modalities that
-    with the largest is the image term's (None: no such term).
+    neither). fill: of the same place, what the prior makes of the missing elements, zeros elsewhere, or slabs with what
+    it makes of a heart's missing slices (None: a model without one). observed: [B, m]. timesteps: [B]. noise: like
+    latents. chance: [B, m], of the missing modalities that with the largest is the image term's (None: no such term).
     """
 
     latents: Tensor | None
@@ -91,7 +97,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         images: np.ndarray,
         tokenizer: CoPeVAE,
         cache: Path | None = None,
-        prior: Prior | None = None,
+        prior: Prior | SlicePrior | None = None,
     ):
         """prior: that of a model that takes one. cache: file for the latents of all images, their prompts beside it,
         read where an earlier run left it."""
@@ -112,9 +118,10 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         if config.denoiser.prior:
             # Fills are drawn with the patterns and have to be encoded in the step; so is the rest of their crop then.
             self.latents, self.prompts = None, self._prompts(images, cache)
-            self.quantiles = np.stack([[shown(x[0].astype(np.float32)) for x in subject] for subject in images])
         else:
             self.latents, self.prompts = self._encode(images, cache)
+        if isinstance(prior, Prior):
+            self.quantiles = np.stack([[shown(x[0].astype(np.float32)) for x in subject] for subject in images])
         if settings.image_weight:
             self._prepare_decoder()
         if settings.crop:
@@ -267,8 +274,11 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         observed = draw_observed(rng, batch, len(self.config.elements), self.cardiac)
         if images is None and (self.prior or settings.image_weight):
             images = self.load(subjects, mirrored)
-            images = images if corner is None else self._cut(images, corner)
-        if self.prior:
+            if isinstance(self.prior, SlicePrior):
+                observed, fill = self._runs(images, [draw_run(rng, stack_of(x).shape[-1]) for x in images.numpy()])
+            if corner is not None:
+                images, fill = (x if x is None else self._cut(x, corner) for x in (images, fill))
+        if isinstance(self.prior, Prior):
             assert images is not None
             fill = self._fill(images, observed, list(self.quantiles[subjects]))
         if self.latents is not None and not self.augmentation:
@@ -294,11 +304,25 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
     def _fill(self, images: Tensor, observed: Tensor, quantiles: Sequence[np.ndarray | None]) -> Tensor:
         """What the prior makes of the missing elements of images [B, m, 1, H, W, D], zeros elsewhere; quantiles of the
         whole images [B, m, quantiles] where these are crops."""
-        assert self.prior is not None
+        assert isinstance(self.prior, Prior)
         fill = torch.zeros_like(images)
         for out, x, there, whole in zip(fill, images.numpy(), observed.numpy(), quantiles, strict=True):
             out[~there] = torch.from_numpy(self.prior.fill(x, there, whole))
         return fill
+
+    def _runs(self, images: Tensor, runs: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Of hearts [B, m, 1, H, W, D] without these of their slices: which slabs count as observed [B, m], and the
+        slabs with what the prior makes of those slices, as `prepare` and the prior have them of a file."""
+        assert isinstance(self.prior, SlicePrior)
+        m, depth = len(self.config.elements), self.config.image[2]
+        observed, fills = [], []
+        for x, missing in zip(images.numpy(), runs, strict=True):
+            stack = stack_of(x)
+            n = stack.shape[-1]
+            inward = nearest_matrices(n, 1.0, m * depth, n / (m * depth))[0].astype(np.float32)
+            observed.append(observed_slabs(missing, n, 1.0, n, m, depth))
+            fills.append(np.split(self.prior.fill_stack(stack, missing) @ inward.T, m, axis=-1))
+        return torch.from_numpy(np.stack(observed)), torch.from_numpy(np.array(fills))[:, :, None]
 
     def _cut(self, images: Tensor, corner: Tensor) -> Tensor:
         """Of images [B, m, 1, H, W, D] the crops that begin at corner [B, 2] (in tokens)."""
@@ -318,11 +342,17 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
         prompts = (prompts * weight).sum(1)
         zt = add_noise(z0, batch.noise, self.levels[batch.timesteps], observed)
+        if prior is not None:  # a heart's observed slab may lack a slice
+            zt = torch.where(observed[:, :, None, None, None, None], prior, zt)
         with self.autocast():
             x0 = self.predict(zt, batch.timesteps, prompts, observed, batch.corner, prior)
         error = (x0.float() - z0).square().mean((2, 3, 4, 5))
         importance = torch.where(observed, settings.observed_weight, 1.0)
-        loss = (error * importance).sum() / importance.sum()
+        if settings.relative and prior is not None:
+            filled = (prior - z0).square().mean((2, 3, 4, 5)) + RELATIVE_FLOOR
+            importance = torch.where(observed, importance, importance / filled)
+        share = torch.where(observed, settings.observed_weight, 1.0) if settings.relative else importance
+        loss = (error * importance).sum() / share.sum()
         terms = {"mse": error.mean().item(), "mse_missing": error.detach()[~observed].mean().item()}
         if settings.image_weight:
             image_error = self._image_error(x0.float(), z0, batch, prior)
@@ -341,6 +371,8 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         """Latents of the fill, and of what is observed its own (None: a model without a prior)."""
         if batch.fill is None:
             return None
+        if isinstance(self.prior, SlicePrior):
+            return self._encode_alone(batch.fill)
         missing = ~batch.observed
         begun = z0.clone()
         begun[missing] = self._encode_alone(batch.fill[missing][None])[0]
@@ -391,6 +423,8 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
     def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
         """Per number of missing elements, one pattern a subject, always the same: also the squared error of the
         normalised latents; averaged weights, the sampler's defaults."""
+        if isinstance(self.prior, SlicePrior):
+            return self._validate_runs(images)
         vae, m = self.tokenizer, len(self.config.elements)
         found: dict[str, list[float]] = {}
         for i, subject in reversed(list(enumerate(images))):
@@ -429,6 +463,54 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
                 found.setdefault(f"val_mse_{count}", []).append(error)
         terms = {name: float(np.mean(values)) for name, values in found.items()}
         return terms, picture((images[0], result.cpu().numpy()))
+
+    def _validate_runs(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
+        """Of hearts: PSNR of a quarter, half and three quarters missing, from the base, the middle and the apex in
+        turn; and what it gains over the prior's fill."""
+        found: dict[str, list[float]] = {}
+        shown: list[np.ndarray] = []
+        for i, subject in enumerate(images.astype(np.float32)):
+            n = stack_of(subject).shape[-1]
+            for quarter in (1, 2, 3):
+                length = min(max(1, round(n * quarter / 4)), n - 1)
+                start = (0, (n - length) // 2, n - length)[(i + quarter) % 3]
+                fill, made = self._made(subject, range(start, start + length))
+                truth, fill, made = (np.concatenate(list(x[:, 0]), -1) for x in (subject, fill, made))
+                there = (fill == truth).all((0, 1))
+                noise, before = (psnr(x[..., ~there], truth[..., ~there]) for x in (made, fill))
+                found.setdefault(f"val_psnr_{quarter}", []).append(noise)
+                found.setdefault("val_gain", []).append(noise - before)
+                shown = shown or [subject, np.stack(np.split(made, len(subject), axis=-1))[:, None]]
+        return {name: float(np.mean(values)) for name, values in found.items()}, picture(shown)
+
+    @torch.no_grad()
+    def _made(self, subject: np.ndarray, run: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The prior's fill of a heart [m, 1, H, W, D] without a run of slices, and the model's; averaged weights, the
+        sampler's defaults."""
+        vae = self.tokenizer
+        observed, fill = (x.to(self.device) for x in self._runs(torch.from_numpy(subject[None]), [run]))
+        prior, noise = self._encode_alone(fill), randomness(self.settings.seed, len(run), 0)[1]
+        begin = torch.randn(prior.shape, generator=noise).to(self.device)
+        begin = torch.where(observed[:, :, None, None, None, None], prior, begin)
+        with self.autocast():
+            prompts = vae.prompts(vae.denormalise(prior), observed)
+            predict = lambda x, t: self.average(x, t, prompts, observed, prior=prior).float()  # noqa: E731
+            latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
+            made = fill + vae.images(latents, joint=True).float() - vae.images(prior, joint=True).float()
+        return fill[0].cpu().numpy(), made[0].clamp(0, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def settle(self, images: np.ndarray) -> str:
+        """A correction of hearts that gains nothing on held-out subjects is left out: the prior alone is exported."""
+        if not isinstance(self.prior, SlicePrior):
+            return ""
+        gain = self.validate(images)[0]["val_gain"]
+        if gain > 0:
+            return f"the correction gains {gain:.2f} dB over the prior on {len(images)} held-out subjects"
+        assert isinstance(self.average, MDiT3D)
+        self.average.final.weight.zero_()
+        self.average.final.bias.zero_()
+        return f"the correction loses {-gain:.2f} dB on {len(images)} held-out subjects: it is set to nothing"
 
     def export(self, folder: Path) -> None:
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)

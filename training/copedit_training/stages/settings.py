@@ -155,6 +155,8 @@ class DenoiserSettings(Settings):
     narrow network that need not copy it has room for what is missing.
     image_weight: above 0, the logarithm of the decoded images' mean squared error joins the loss with this weight, and
     the decoder learns along: what is synthesised is smoother than what the encoder gives.
+    relative: the error of what is missing counts relative to that of the prior's fill, so that hard cases, in which
+    everything is far off, do not outweigh the others.
     optimizer: "adam", or "muon" (Jordan et al. 2024) for all matrices but those of the conditioning and Adam for the
     rest. muon_lr: its peak, 0 for lr.
     compile: train through torch.compile; needs a C++ compiler on a CPU.
@@ -169,6 +171,7 @@ class DenoiserSettings(Settings):
     last_timestep: float = 0.0
     observed_weight: float = 1.0
     image_weight: float = 0.0
+    relative: bool = False
     optimizer: str = "adam"
     muon_lr: float = 0.0
     compile: bool = False

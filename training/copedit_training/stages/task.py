@@ -145,6 +145,10 @@ class Task(ABC, Generic[S, B]):
         """PSNR (dB) and SSIM on held-out images [N, m, 1, H, W, D]; a picture [rows, columns] in 0..1 of the first
         one's middle slices, truth above result."""
 
+    def settle(self, images: np.ndarray) -> str:
+        """Called once at the end with the held-out images: a last decision about what is exported, in words."""
+        return ""
+
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the model folder of the finished run."""

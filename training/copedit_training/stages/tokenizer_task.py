@@ -25,7 +25,7 @@ from copedit_training.stages.losses import (
     scale_prompts,
     weigh,
 )
-from copedit_training.stages.prior import fit_prior
+from copedit_training.stages.prior import Centres, fit_prior, fit_slice_prior
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.task import (
     Batch,
@@ -76,6 +76,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
     def __init__(self, config: ModelConfig, settings: TokenizerSettings, images: np.ndarray | None = None):
         """images: None where they come later, see `on`."""
         super().__init__(config, settings)
+        self.centres: Centres | None = None
         if images is not None:
             self.images = images
         crop = settings.crop
@@ -98,9 +99,9 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.quantised: list[tuple[Tensor, Tensor, torch.Generator]] = []  # vectors, indices, of this step
         self.module.to(self.device)
 
-    def on(self, images: np.ndarray) -> TokenizerTask:
-        """The same task, of these images."""
-        self.images = images
+    def on(self, images: np.ndarray, centres: Centres | None = None) -> TokenizerTask:
+        """The same task, of these images; centres: of the hearts in them, see `fit_slice_prior`."""
+        self.images, self.centres = images, centres
         return self
 
     @property
@@ -263,6 +264,9 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
         if self.config.denoiser.prior:
+            if self.cardiac:
+                fit_slice_prior(self.images, self.centres, self.settings.seed).save(folder)
+                return
             with torch.enable_grad():
                 fit_prior(self.images, self.settings.seed).save(folder)
 

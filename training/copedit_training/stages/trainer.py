@@ -28,10 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Stopped
+from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.data import layouts
 from copedit_training.data.prepared import (
     Labels,
     folder_images,
+    heart_centres,
     held_out_images,
     phantom_images,
     simulated_images,
@@ -40,6 +43,7 @@ from copedit_training.data.prepared import (
 from copedit_training.stages import distributed, memory
 from copedit_training.stages.checkpoints import claim, cut_log, restore, store
 from copedit_training.stages.denoiser_task import DenoiserTask, check
+from copedit_training.stages.prior import fit_prior, fit_slice_prior
 from copedit_training.stages.progress import shown
 from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, TokenizerSettings, load_settings
 from copedit_training.stages.step import Optimization, Share, ahead, clip, gradients, learning_rate
@@ -72,6 +76,32 @@ def run(
         return _run(preset, output, data, settings, resume, config)
 
 
+def fit_prior_alone(
+    preset: str, output: Path, data: str, tokenizer: str, config: ModelConfig | None = None
+) -> Path:
+    """A model of its prior alone, in `output/model`, which is returned: the tokenizer of a model that is there, the
+    prior fitted to the training images, and a denoiser that corrects nothing, until stage II has trained one.
+
+    data, config: as in `run`. Raises CopeditError for a preset without a prior, another tokenizer than the preset's,
+    unusable data, and an output folder in use.
+    """
+    settings, config = load_settings("tokenizer", preset), config or ModelConfig.preset(preset)
+    if not config.denoiser.prior:
+        raise CopeditError(f"preset {preset}: its models have no prior; choose one that does, such as heart-3mm")
+    vae = _tokenizer(preset, config, tokenizer)
+    found, console = _source(data, config), Console(stderr=True)
+    claim(output, {"stage": "prior", "model": config.to_dict(), "data": data, "tokenizer": tokenizer}, resume=False)
+    images = _images(config, settings, found, output, console)
+    if config.task == "cardiac":
+        fit_slice_prior(images, heart_centres(output), settings.seed).save(output / "model")
+    else:
+        fit_prior(images, settings.seed).save(output / "model")
+    torch.manual_seed(settings.seed)
+    checkpoint.save(output / "model", config, tokenizer=vae)
+    checkpoint.save(output / "model", config, denoiser=build_denoiser(config), dtype=torch.float16)
+    return output / "model"
+
+
 def expected(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bool = False) -> str:
     """What a step of this run is expected to need of a GPU's memory, as text. Raises CopeditError as `run` does."""
     settings, config = load_settings(stage, preset, overrides, quick), ModelConfig.preset(preset)
@@ -80,9 +110,7 @@ def expected(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bo
 
 def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig) -> Path:
     """Check everything, then claim the folder, then prepare images and train."""
-    found: Source = Labels.of(data, config)
-    if not found and data != "phantom":
-        found = layouts.find(Path(data), config)
+    found = _source(data, config)
     described: dict[str, Any] = {
         "stage": settings.stage,
         "settings": dataclasses.asdict(settings),
@@ -111,6 +139,19 @@ def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool,
     return fit(settings.stage, output, task, resume, held_out, console)
 
 
+def _source(data: str, config: ModelConfig) -> Source:
+    labels = Labels.of(data, config)
+    return labels if labels or data == "phantom" else layouts.find(Path(data), config)
+
+
+def _tokenizer(preset: str, config: ModelConfig, model: str) -> CoPeVAE:
+    """The tokenizer of a model; CopeditError if it is not one of the preset's kind."""
+    trained, tokenizer, _ = checkpoint.load_tokenizer(checkpoint.locate(model))
+    if (trained.tokenizer, trained.elements, trained.image) != (config.tokenizer, config.elements, config.image):
+        raise CopeditError(f"{model}: its tokenizer is not the one of preset {preset}; train stage I again")
+    return tokenizer
+
+
 def _checked(
     preset: str, settings: Settings, config: ModelConfig, output: Path
 ) -> Callable[[np.ndarray], Task[Any, Any]]:
@@ -122,16 +163,13 @@ def _checked(
         )
     torch.manual_seed(settings.seed)
     if isinstance(settings, TokenizerSettings):
-        return TokenizerTask(config, settings).on
+        task = TokenizerTask(config, settings)
+        return lambda images: task.on(images, heart_centres(output))
     assert isinstance(settings, DenoiserSettings)
     check(config, settings)
     if not settings.tokenizer:
         raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
-    trained, tokenizer, _ = checkpoint.load_tokenizer(checkpoint.locate(settings.tokenizer))
-    if (trained.tokenizer, trained.elements, trained.image) != (config.tokenizer, config.elements, config.image):
-        raise CopeditError(
-            f"{settings.tokenizer}: its tokenizer is not the one of preset {preset}; train stage I again"
-        )
+    tokenizer = _tokenizer(preset, config, settings.tokenizer)
     prior = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
     return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", prior)
 
@@ -167,6 +205,8 @@ def fit(
         cut_log(output / "log.jsonl", start)
     _loop(stage, output, task, optimization, start, held_out, console)
     if not distributed.rank():
+        if held_out is not None and (words := task.settle(held_out)):
+            console.print(words, highlight=False)
         task.export(output / "model")
     distributed.wait()
     return output / "model"
