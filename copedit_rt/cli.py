@@ -171,7 +171,7 @@ def synth(
     """Synthesise what is missing.
 
     Outputs are named as the inputs are, lie on the first input's grid, and mirror the folders below -i. Each
-    has a JSON sidecar. Outputs that exist are kept, so an interrupted cohort can be repeated.
+    has a JSON sidecar. Outputs that are complete are kept, so an interrupted cohort can be repeated.
     """
     from copedit_rt import cohort
 
