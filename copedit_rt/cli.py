@@ -23,6 +23,7 @@ from copedit_rt.images.names import MODALITIES, STACK
 from copedit_rt.terminal import Device, Dtype, Json, Output, Solver, Steps, flag
 
 FLAGGED = 3
+TASKS = {"brain": "brain", "cardiac": "cardiac"}
 COMMANDS = "copedit.commands"  # the group of entry points that add commands
 
 
@@ -103,6 +104,18 @@ T2 = Annotated[Path | None, typer.Option("--t2", metavar="FILE", help="T2.")]
 Flair = Annotated[Path | None, typer.Option("--flair", metavar="FILE", help="FLAIR.")]
 Pd = Annotated[Path | None, typer.Option("--pd", metavar="FILE", help="Proton density.")]
 Sax = Annotated[Path | None, typer.Option("--sax", metavar="FILE", help="A cardiac short-axis stack.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="brain|cardiac",
+        help="Pass over studies of the other; cardiac takes images of any name for short-axis stacks.",
+    ),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(metavar="run-01,acq-highres", help="Of several files of a modality those whose names carry this."),
+]
 ExportModel = Annotated[str, typer.Option("--model", metavar="NAME_OR_FOLDER", help="The model.")]
 Precision = Annotated[
     str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
@@ -125,6 +138,8 @@ def synth(
     flair: Flair = None,
     pd: Pd = None,
     sax: Sax = None,
+    task: TaskName = None,
+    select: Select = None,
     model: Model = None,
     target: Annotated[str, typer.Option(metavar="all|t1,flair", help="What to synthesise.")] = "all",
     steps: Steps = None,
@@ -133,6 +148,13 @@ def synth(
         int, typer.Option(min=1, help="Draw N, write their mean and a map of their standard deviation.")
     ] = 1,
     solver: Solver = None,
+    detail: Annotated[
+        str | None,
+        typer.Option(
+            metavar="guided|none",
+            help="Whether detail finer than the model's grid comes from the given images; by default the model's.",
+        ),
+    ] = None,
     device: Device = "auto",
     engine: Engine = "torch",
     dtype: Dtype = "auto",
@@ -149,7 +171,7 @@ def synth(
     """Synthesise what is missing.
 
     Outputs are named as the inputs are, lie on the first input's grid, and mirror the folders below -i. Each
-    has a JSON sidecar. Outputs that exist are kept, so an interrupted cohort can be repeated.
+    has a JSON sidecar. Outputs that are complete are kept, so an interrupted cohort can be repeated.
     """
     from copedit_rt import cohort
 
@@ -160,12 +182,15 @@ def synth(
             [*(inputs or ()), *(more or ())],
             output,
             explicit=explicit,
+            task=terminal.choice(task, "--task", TASKS),
+            select=terminal.words(select),
             model=model,
             target=target,
             steps=steps,
             seed=seed,
             samples=samples,
             solver=solver,
+            detail=terminal.choice(detail, "--detail", {"guided": True, "none": False}),
             device=device,
             engine=engine,
             dtype=dtype,
@@ -203,6 +228,8 @@ def inspect(
     flair: Flair = None,
     pd: Pd = None,
     sax: Sax = None,
+    task: TaskName = None,
+    select: Select = None,
     model: Model = None,
     device: Device = "auto",
     engine: Engine = "torch",
@@ -220,7 +247,8 @@ def inspect(
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
     with terminal.Screen() as screen:
-        found = find_studies([*(inputs or ()), *(more or ())], explicit)
+        paths, which = [*(inputs or ()), *(more or ())], terminal.choice(task, "--task", TASKS)
+        found = find_studies(paths, explicit, task=which, select=terminal.words(select))
         screen.found(found, len(found))
         models = Models(model, device, engine=engine, listener=screen)
         reports = inspection.inspect(found, models, terminal.numbers(missing_slices), screen)

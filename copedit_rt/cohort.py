@@ -14,12 +14,13 @@ from typing import Any
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, failure
-from copedit_rt.files import check_writable
+from copedit_rt.files import check_writable, sweep
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import modality
-from copedit_rt.images.study import Study
+from copedit_rt.images.study import Study, is_complete
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models, UnusableModel
+from copedit_rt.task import Task
 
 OUTCOMES = ("written", "kept", "complete", "failed")  # complete: nothing is missing
 
@@ -29,12 +30,15 @@ def synthesise(
     output: Path,
     *,
     explicit: Mapping[str, Path] | None = None,
+    task: Task | None = None,
+    select: Sequence[str] = (),
     model: str | None = None,
     target: str = "all",
     steps: int | None = None,
     seed: int = 0,
     samples: int = 1,
     solver: str | None = None,
+    detail: bool | None = None,
     device: str = "auto",
     engine: str = "torch",
     dtype: str = "auto",
@@ -47,10 +51,10 @@ def synthesise(
 ) -> dict[str, Any]:
     """Synthesise what is missing from every study in `inputs`, files below `output`; the summary is JSON-able.
 
-    inputs and explicit are those of `find_studies`; model, device, engine, dtype and max_memory those of `Models`;
-    steps, seed, samples and solver those of `Synthesizer.synthesize`; missing_slices and resample those of
-    `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace outputs that exist, which are kept
-    otherwise. preview: also write a PNG per study.
+    inputs, explicit, task and select are those of `find_studies`; model, device, engine, dtype and max_memory those of
+    `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and resample
+    those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that are there
+    and complete (`is_complete`), which are kept otherwise. preview: also write a PNG per study.
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
@@ -60,13 +64,15 @@ def synthesise(
     listener = listener or Listener()
     elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
     check_writable(output)
-    found = find_studies(inputs, explicit)
+    found = find_studies(inputs, explicit, task=task, select=select)
+    sweep(output)
     rank, world = _shard()
     mine = found[rank::world]
     listener.found(found, len(mine))
     where = _own_device(device, world)
     models = Models(model, where, max_memory=max_memory, engine=engine, dtype=dtype, listener=listener)
-    sampler = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "progress": listener.step}
+    sampler = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
+    sampler["progress"] = listener.step
     reading = {"missing_slices": missing_slices, "resample": resample}
     job = _Job(output, models, elements, overwrite, preview, len(found) > 1, reading, sampler, listener)
     entries = job.run(mine)
@@ -153,12 +159,12 @@ class _Job:
         entry["outputs"] = {element: str(path) for element, path in outputs.items()}
         sidecars = {element: files.naming.path(self.output, element, ending=".json") for element in outputs}
         entry["sidecars"] = {element: str(path) for element, path in sidecars.items()}
-        done = [] if self.overwrite else [element for element, path in outputs.items() if path.exists()]
+        done = [] if self.overwrite else [element for element, path in outputs.items() if is_complete(path)]
         if outputs and len(done) == len(outputs):
             entry["status"] = "kept"
             return False
         entry["kept"] = done
-        # What exists stays as it is, though it is sampled again beside the others: elements depend on each other.
+        # What is done stays as it is, though it is sampled again beside the others: elements depend on each other.
         opened.todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
         return True
 
@@ -190,7 +196,6 @@ class _Job:
 
             entry["preview"] = str(self.output / files.naming.subfolder / f"{files.name}_preview.png")
             preview.save(preview.draw(result.study, model=result.record["model"]), Path(entry["preview"]))
-        # Each image is written after all that belongs to it: where there is an image, it is complete.
         result.study.write(self.output, model=result.record["model"], record=result.record, std=result.std or None)
         entry["status"] = "written"
 

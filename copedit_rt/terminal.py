@@ -73,6 +73,20 @@ def numbers(text: str | None, option: str = "--missing-slices") -> list[int] | N
     return found
 
 
+def choice(text: str | None, option: str, choices: Mapping[str, Any]) -> Any:
+    """What a word stands for; None for None. Raises CopeditError for any other word."""
+    if text is None:
+        return None
+    if text.strip().lower() not in choices:
+        raise CopeditError(f"{option} {text}: expected {' or '.join(choices)}")
+    return choices[text.strip().lower()]
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    """one,two as (one, two)."""
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
 def size(text: str | None, option: str = "--max-memory") -> int | None:
     """2GB, 500MB or 1.5g as bytes; None for None. Raises CopeditError for anything else."""
     if text is None:

@@ -118,6 +118,38 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, brain_model, build, word
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["synth", "inspect"])
+def test_task_and_select(tmp_path, brain_model, heart_model, command):
+    stack = slices(16, 8)
+    stack[..., 3] = 0
+    save(tmp_path / "in" / "scan7.nii.gz", stack, SHORT_AXIS)  # nothing says that it is a heart
+    save(tmp_path / "in" / "brain" / "sub-1_T1w.nii.gz", image(0))
+    for number in (1, 2):
+        save(tmp_path / "in" / "brain" / f"sub-1_run-0{number}_FLAIR.nii.gz", image(number))
+    start = [command, tmp_path / "in", "--json", *(["-o", tmp_path / "out"] if command == "synth" else []), "--model"]
+    (heart,) = json.loads(run(*start, heart_model, "--task", "Cardiac").stdout)["studies"]
+    blank = heart["missing_slices"] if command == "inspect" else heart["record"]["missing_slices"]
+    assert (heart["study"], heart["task"], blank) == ("scan7", "cardiac", [3])
+    (brain,) = json.loads(run(*start, brain_model, "--task", "brain", "--select", "run-02").stdout)["studies"]
+    given = brain["files"] if command == "inspect" else {k: v["file"] for k, v in brain["record"]["inputs"].items()}
+    assert given["flair"] == "sub-1_run-02_FLAIR.nii.gz" and given["t1"] == "sub-1_T1w.nii.gz"
+    refused(run(*start, brain_model, "--task", "brain", "--select", "run-01,run-3"), "--select run-3", "run-02")
+    refused(run(*start, brain_model, "--task", "knee"), "--task knee: expected brain or cardiac")
+
+
+def test_detail(tmp_path, brain_model):
+    study(tmp_path / "in")
+    made = {}
+    for detail in ("guided", "none", None):
+        options = ["--detail", detail] if detail else []
+        folder = tmp_path / f"out-{detail}"
+        assert run("synth", tmp_path / "in", "-o", folder, "--model", brain_model, *options).exit_code == 0
+        made[detail] = read_volume(folder / "case_t1ce.nii.gz").data
+        assert json.loads((folder / "case_t1ce.json").read_text())["output"]["detail"] == (detail == "guided")
+    assert np.array_equal(made["none"], made[None]) and not np.allclose(made["guided"], made["none"])
+    refused(run("synth", tmp_path / "in", "-o", tmp_path / "x", "--detail", "yes"), "--detail yes", "guided or none")
+
+
 def test_resample_takes_other_grids(tmp_path, brain_model):
     other_grid(tmp_path / "in")
     command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
@@ -126,9 +158,9 @@ def test_resample_takes_other_grids(tmp_path, brain_model):
 
 
 def test_every_slice_of_a_heart_missing(tmp_path, heart_model):
-    path = save(tmp_path / "stack.nii.gz", np.zeros((16, 16, 8)), SHORT_AXIS)
-    refused(run("synth", "-i", path, "-o", tmp_path / "out", "--model", heart_model), "stack.nii.gz")
-    path = save(tmp_path / "stack.nii.gz", slices(16, 8), SHORT_AXIS)
+    path = save(tmp_path / "sax_stack.nii.gz", np.zeros((16, 16, 8)), SHORT_AXIS)
+    refused(run("synth", "-i", path, "-o", tmp_path / "out", "--model", heart_model), "sax_stack.nii.gz")
+    path = save(tmp_path / "sax_stack.nii.gz", slices(16, 8), SHORT_AXIS)
     options = ["-o", tmp_path / "out", "--model", heart_model, "--missing-slices"]
     refused(run("synth", "-i", path, *options, "8"), "no slice 8")
     refused(run("synth", "-i", path, *options, "two"), "--missing-slices")

@@ -42,6 +42,37 @@ def test_existing_outputs_are_kept_unless_overwritten(tmp_path, brain_model):
     assert json.loads((tmp_path / "out" / "case_flair.json").read_text())["sampler"]["seed"] == 2
 
 
+def test_only_outputs_with_their_own_sidecar_are_kept(tmp_path, brain_model):
+    """An image whose sidecar is missing, or that of another, is made again; leftovers of the dead go."""
+    study(tmp_path / "in", elements=("t1", "t2"))
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model, "--json"]
+    assert run(*command).exit_code == 0
+    out, (flair, t1ce) = (
+        tmp_path / "out",
+        (tmp_path / "out" / f"case_{element}.nii.gz" for element in ("flair", "t1ce")),
+    )
+    whole = t1ce.read_bytes()
+
+    def again() -> dict[str, object]:
+        (entry,) = json.loads(run(*command).stdout)["studies"]
+        return entry
+
+    assert again()["status"] == "kept"
+    for spoil in (
+        lambda: (out / "case_t1ce.json").unlink(),
+        lambda: (out / "case_t1ce.json").write_bytes((out / "case_flair.json").read_bytes()),
+        lambda: t1ce.write_bytes(flair.read_bytes()),
+    ):
+        spoil()
+        entry = again()
+        assert entry["status"] == "written" and entry["kept"] == ["flair"]
+        assert t1ce.read_bytes() == whole and again()["status"] == "kept"
+    dead = out / "deep" / f".case_t1ce.nii.gz.{'0' * 16}.part"
+    dead.parent.mkdir()
+    dead.write_bytes(b"half")
+    assert again()["status"] == "kept" and not dead.exists()
+
+
 def test_kept_outputs_need_no_weights(tmp_path, brain_model, monkeypatch):
     study(tmp_path / "in")
     command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
@@ -284,7 +315,7 @@ def test_a_model_that_cannot_be_used_stops_a_cohort(tmp_path, brain_model):
 def test_a_cohort_in_which_nothing_is_missing(tmp_path, brain_model, heart_model):
     for name in ("a", "b"):
         study(tmp_path / "brains" / name, name, ("t1", "t1ce", "t2", "flair"))
-        save(tmp_path / "hearts" / f"{name}.nii.gz", slices(16, 8), SHORT_AXIS)
+        save(tmp_path / "hearts" / f"sax_{name}.nii.gz", slices(16, 8), SHORT_AXIS)
     for folder, model in (("brains", brain_model), ("hearts", heart_model)):
         result = run("synth", "-i", tmp_path / folder, "-o", tmp_path / "out", "--model", model)
         assert result.exit_code == 1 and "nothing is missing in any" in result.stderr
@@ -293,7 +324,7 @@ def test_a_cohort_in_which_nothing_is_missing(tmp_path, brain_model, heart_model
 
 def test_unwritable_output_is_told_before_anything_is_read(tmp_path, brain_model, monkeypatch):
     study(tmp_path / "in")
-    monkeypatch.setattr(cohort, "find_studies", lambda *a: pytest.fail("read"))
+    monkeypatch.setattr(cohort, "find_studies", lambda *a, **k: pytest.fail("read"))
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         refused(run("synth", "-i", tmp_path / "in", "-o", folder, "--model", brain_model), str(folder))
@@ -302,7 +333,7 @@ def test_unwritable_output_is_told_before_anything_is_read(tmp_path, brain_model
 def test_a_heart_is_not_written_over_itself(tmp_path, heart_model):
     stack = slices(16, 8)
     stack[..., 3] = 0
-    path = save(tmp_path / "stack.nii.gz", stack, SHORT_AXIS)
+    path = save(tmp_path / "sax_stack.nii.gz", stack, SHORT_AXIS)
     before = path.read_bytes()
     refused(run("synth", "-i", path, "-o", tmp_path, "--model", heart_model, "--overwrite"), "would replace an input")
     assert path.read_bytes() == before

@@ -77,12 +77,12 @@ def test_inspect_survives_what_synth_refuses(tmp_path, brain_model):
 def test_inspect_names_the_missing_slices_of_a_heart(tmp_path, heart_model, monkeypatch):
     stack = slices(16, 16)
     stack[..., 5] = np.nan
-    path = save(tmp_path / "stack.nii.gz", stack, SHORT_AXIS)
+    path = save(tmp_path / "sax_stack.nii.gz", stack, SHORT_AXIS)
     agreeing(monkeypatch)
     result = run("inspect", "-i", path, "--model", heart_model, "--missing-slices", "6", "--json")
     (report,) = json.loads(result.stdout)["studies"]
     assert result.exit_code == 0 and report["missing_slices"] == [5, 6] and report["missing"] == ["slab1"]
-    constant = save(tmp_path / "flat.nii.gz", np.ones((16, 16, 16)), SHORT_AXIS)
+    constant = save(tmp_path / "sax_flat.nii.gz", np.ones((16, 16, 16)), SHORT_AXIS)
     result = run("inspect", "-i", constant, "--model", heart_model)
     assert result.exit_code == FLAGGED and "constant" in result.stdout
 

@@ -19,7 +19,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D, build_denoiser, rope_table
 from copedit_rt.networks.tokenizer import CoPeVAE, feature_bytes, in_slabs
 
-PRESETS = ("brain-brats", "brain-ixi", "cardiac", "demo-brain", "demo-cardiac")
+PRESETS = ("brain-brats", "brain-ixi", "cardiac", "demo-brain", "brain-2mm", "demo-cardiac")
 
 BATCH, ELEMENTS = 2, 4
 
@@ -123,6 +123,7 @@ def test_data_model(name: str) -> None:
         "brain-ixi": ((8, 24, 24, 8), 576),
         "cardiac": ((8, 24, 24, 1), 576),
         "demo-brain": ((3, 48, 48, 32), 1152),
+        "brain-2mm": ((3, 48, 56, 32), 1344),
         "demo-cardiac": ((3, 48, 48, 4), 144),
     }[name]
     assert z.shape == (2, m, *latent)
@@ -130,7 +131,8 @@ def test_data_model(name: str) -> None:
     assert tokenizer.decode(z, joint=config.task == "cardiac").shape == images.shape
     prompts = torch.empty(2, 3, config.tokenizer.prompt_dim, device="meta")
     t = torch.zeros(2, dtype=torch.int64, device="meta")
-    assert denoiser(z, t, prompts, observed).shape == z.shape
+    prior = torch.empty_like(z) if config.denoiser.prior else None
+    assert denoiser(z, t, prompts, observed, prior=prior).shape == z.shape
     count, which, what = tokenizer.assess(prompts)
     assert (count.shape, which.shape) == ((2, m - 1), (2, m))
     assert what.shape == (2, config.tokenizer.contrast_dim)
