@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
-command -v "$python" >/dev/null || { echo "bench/gpu.sh: no $python: run make first, or set PYTHON" >&2; exit 1; }
+command -v "$python" >/dev/null || { echo "bench/gpu.sh: no $python: run make test first, or set PYTHON" >&2; exit 1; }
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || {
     echo "bench/gpu.sh: torch sees no CUDA GPU" >&2
     exit 1
@@ -23,7 +23,7 @@ status=0
 {
     echo "$gpu"
     echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
-    git status --short -- kernels copedit_rt bench 2>/dev/null
+    git status --short -- kernels copedit_rt training bench 2>/dev/null
     "$python" --version
     nvidia-smi -q -d CLOCK,PERFORMANCE,POWER,TEMPERATURE || true
     nvidia-smi || true
@@ -36,7 +36,7 @@ if wanted tests; then
 fi
 if wanted kernels; then
     "$python" -m copedit_rt bench kernels -o "$folder" --device cuda "$@" || status=1
-    "$python" -m bench.tables || status=1
+    "$python" -m copedit_bench.operators.tables || status=1
 fi
 for part in sampler train-step; do
     if wanted $part; then

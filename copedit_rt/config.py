@@ -115,7 +115,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Scaled-linear schedule (Appendix B.3) and the sampler's defaults; solvers: `diffusion.solver_tables`."""
+    """Scaled-linear schedule (Appendix B.3) and the sampler's defaults; solvers: `schedule.solver_tables`."""
 
     train_steps: int = 500
     beta_start: float = 0.0015

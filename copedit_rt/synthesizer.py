@@ -164,7 +164,7 @@ class Synthesizer:
     def perceive(self, study: Study) -> Perception:
         """What the prompt heads say about a study; nothing needs to be missing.
 
-        Raises CopeditError as `geometry.prepare` does.
+        Raises CopeditError as `prepare.prepare` does.
         """
         prepared = prepare(study, self.config, allow_complete=True)
         with self._turn:

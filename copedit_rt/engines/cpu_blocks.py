@@ -91,14 +91,14 @@ class PackedBlock(nn.Module):
 
 
 def norm(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`copedit_kernels.norm` of kind "rms"; scale, shift [B, 1, 1, C]."""
+    """`copedit_kernels.ada_norm` of kind "rms"; scale, shift [B, 1, 1, C]."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     factor = size.square_().div_(x.shape[-1]).add_(EPS).rsqrt_().to(x.dtype)
     return torch.addcmul(shift, x * factor, weight * (1 + scale))
 
 
 def within(qkv: Tensor, rope: Tensor | None) -> Tensor:
-    """`copedit_kernels.attention` along "token"."""
+    """`copedit_kernels.axis_attention` along "token"."""
     B, m, T, _, heads, D = qkv.shape
     if rope is None:
         q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4)

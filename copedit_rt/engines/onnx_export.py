@@ -78,7 +78,7 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """z [B, m, 8, h, w, d] normalised latents, noise in the missing elements at first; t [B] int64 timesteps;
         prompts [B, 3, P]; observed [B, m] bool; previous: `prediction` of the step before, zeros at first;
-        coefficients [B, 2, 2]: this step's of `diffusion.step_coefficients`; the samples of a batch may be at different
+        coefficients [B, 2, 2]: this step's of `schedule.step_coefficients`; the samples of a batch may be at different
         steps; prior [B, m, 8, h, w, d]: see `MDiT3D.predict`, for networks that take one.
 
         Returns (the latents after the step, whose observed elements keep their bits; prediction), both float32.

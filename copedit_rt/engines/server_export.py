@@ -47,10 +47,10 @@ def export_triton(
     The models are NAME-encoder, NAME-step and NAME-decoder, in version 1. max_batch: studies that the server may join.
     backend: onnxruntime, with the ONNX files and weights; or tensorrt, with plans for batches up to max_batch that are
     built here for the GPU `device`, compared with torch, and fit only it and this version of TensorRT. precision,
-    progress: as for `export.export_tensorrt`.
+    progress: as for `onnx_export.export_tensorrt`.
 
-    Raises CopeditError as `export.export_onnx` does, for an unknown backend or a max_batch below 1, and where TensorRT
-    or a GPU is missing or a plan cannot be built or does not agree with torch.
+    Raises CopeditError as `onnx_export.export_onnx` does, for an unknown backend or a max_batch below 1, and where
+    TensorRT or a GPU is missing or a plan cannot be built or does not agree with torch.
     """
     if backend not in BACKENDS:
         raise CopeditError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")

@@ -42,7 +42,7 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """JSON-able, see `race.Race`. large: one step of brain-brats as well, with random weights: 6 GB of memory.
+    """JSON-able, see `side_by_side.Race`. large: one step of brain-brats as well, with random weights: 6 GB of memory.
 
     ONNX Runtime takes part where it and the exporter's packages are installed. Threads are those of OMP_NUM_THREADS for
     all. bfloat16 is measured where the processor multiplies it. save: hears the report so far.

@@ -34,8 +34,8 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """JSON-able, see `race.Race`. steps: None for those of STEPS. On a CPU a tiny model takes the place of the presets:
-    nothing is to be learnt there but that it works. save: hears the report so far.
+    """JSON-able, see `side_by_side.Race`. steps: None for those of STEPS. On a CPU a tiny model takes the place of the
+    presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
     Raises CopeditError for presets, devices and types that do not exist.
     """

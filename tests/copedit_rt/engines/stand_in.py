@@ -1,7 +1,7 @@
 """Stands in for the module `tensorrt` on the CPU: ONNX Runtime computes, at the addresses that it is given.
 
-Only what copedit_rt/engine_tensorrt.py calls; a test holds the names against the real API. `faults` makes a call fail
-for the graphs named there, as TensorRT does: it returns None or False.
+Only what copedit_rt/engines/tensorrt_engine.py calls; a test holds the names against the real API. `faults` makes a
+call fail for the graphs named there, as TensorRT does: it returns None or False.
 """
 
 import ctypes

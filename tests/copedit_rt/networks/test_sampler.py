@@ -1,4 +1,4 @@
-"""The plan against `diffusion.sample`, which knows nothing of it: every missing pattern, backbone and solver."""
+"""The plan against `sampler.sample`, which knows nothing of it: every missing pattern, backbone and solver."""
 
 from dataclasses import replace
 from itertools import product

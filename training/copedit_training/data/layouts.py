@@ -1,7 +1,7 @@
 """Data sets as they are published: which studies a folder holds, whose they are, and what is wrong with them.
 
-What an image shows by its name is known to `copedit_rt.study`; here is whose it is, as the frames, visits and sessions
-of one person may not be on both sides of a split. Finding reads no voxels. No torch.
+What an image shows by its name is known to `copedit_rt.images.names`; here is whose it is, as the frames, visits
+and sessions of one person may not be on both sides of a split. Finding reads no voxels. No torch.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class Settings:
     losses are scaled so that small gradients do not vanish (Micikevicius et al. 2018).
     clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
     crop: train on random crops of so many voxels in the plane, 0 for whole images; the stages say how.
-    augment: `data.Augmentation` of every image; brains are mirrored with or without it. In the denoiser it costs the
-    encoding of each batch, as latents are then not computed once and kept.
+    augment: `augmentation.Augmentation` of every image; brains are mirrored with or without it. In the denoiser it
+    costs the encoding of each batch, as latents are then not computed once and kept.
     checkpointing: less memory for more time, see `task.checkpoint_activations`.
     checkpoint_every, keep: how often, and how many checkpoints stay.
     validate_every: steps between measurements on the first `validate_subjects` held-out subjects, 0 for none.
