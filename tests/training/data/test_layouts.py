@@ -49,19 +49,9 @@ HEART = dataclasses.replace(
     image=(16, 16, 4),
     preprocessing=Preprocessing(field_of_view=(16.0, 16.0, None)),
 )
-SETTINGS = (
-    "steps=2",
-    "batch_size=2",
-    "dtype=float32",
-    "crop=8",
-    "image_weight=0",
-    "quantise_from=0",
-    "pretext_every=1",
-    "prompt_steps=0",
-    "readout_steps=20",
-    "compile=false",
-    "optimizer=adam",
-)
+COMMON = ("steps=2", "batch_size=2", "dtype=float32", "crop=8")
+TOKENIZER = (*COMMON, "quantise_from=0", "pretext_every=1", "prompt_steps=0", "readout_steps=20")
+DENOISER = (*COMMON, "image_weight=0", "compile=false", "optimizer=adam")
 
 
 def save(path: Path, seed: int = 0, spacing: tuple = (1, 1, 2), shape: tuple = (12, 14, 11), data=None) -> Path:
@@ -276,11 +266,11 @@ def test_every_trouble_is_named(tmp_path):
 
 
 def test_only_voxels_show_that_an_image_is_blank(tmp_path):
-    stack = np.random.default_rng(0).uniform(1, 9, (12, 14, 9))
+    stack = np.random.default_rng(0).uniform(1, 9, (12, 24, 9))
     save(tmp_path / "whole.nii.gz", data=stack)
     stack[..., 4] = 0
     save(tmp_path / "gap.nii.gz", data=stack)
-    save(tmp_path / "constant.nii.gz", data=np.ones((12, 14, 9)))
+    save(tmp_path / "constant.nii.gz", data=np.ones((12, 24, 9)))
     found = layouts.find(tmp_path, HEART)
     assert layouts.check(found, HEART)["studies"] == 3
     report = layouts.check(found, HEART, deep=True)
@@ -450,17 +440,17 @@ def test_both_stages_train_on_a_folder(tmp_path, config, capsys):
         root = fill(tmp_path / "in", [f"patient{i:03d}/patient{i:03d}_frame01.nii.gz" for i in range(1, 5)])
     preset = "demo-cardiac" if config is HEART else "demo-brain"
     options = {"preset": preset, "data": str(root), "config": config}
-    vae = trainer.run("tokenizer", output=tmp_path / "a", overrides=SETTINGS, **options)
-    overrides = (*SETTINGS, f"tokenizer={vae}")
+    vae = trainer.run("tokenizer", output=tmp_path / "a", overrides=TOKENIZER, **options)
+    overrides = (*DENOISER, f"tokenizer={vae}")
     model = trainer.run("denoiser", output=tmp_path / "b", overrides=overrides, **options)
     assert (model / "denoiser.safetensors").exists()
     assert (tmp_path / "a" / "split.json").read_bytes() == (tmp_path / "b" / "split.json").read_bytes()
     for run in ("a", "b"):
         assert len((tmp_path / run / "log.jsonl").read_text().splitlines()) == 2
     assert (capsys.readouterr().err.count("is a truncated") == 2) == (config is BRAIN), "once a run"
-    assert trainer.run("tokenizer", output=tmp_path / "a", overrides=SETTINGS, resume=True, **options) == vae
+    assert trainer.run("tokenizer", output=tmp_path / "a", overrides=TOKENIZER, resume=True, **options) == vae
     with pytest.raises(CopeditError, match="other settings"):
-        trainer.run("tokenizer", "demo-brain", tmp_path / "a", str(tmp_path), SETTINGS, True, config)
+        trainer.run("tokenizer", "demo-brain", tmp_path / "a", str(tmp_path), TOKENIZER, True, config)
 
 
 def test_a_model_of_its_prior_alone(tmp_path, capsys):
