@@ -62,8 +62,8 @@ def run(
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
     """JSON-able, see `side_by_side.Race`; "per_second" counts subjects. Everything runs under autocast to bfloat16;
-    what is right is the plain model in float32. batch: subjects a step, None for BATCHES. On a CPU a tiny model takes the
-    place of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
+    what is right is the plain model in float32. batch: subjects a step, None for BATCHES. On a CPU a tiny model takes
+    the place of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
     Raises CopeditError for presets and devices that do not exist.
     """
