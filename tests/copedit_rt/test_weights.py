@@ -7,10 +7,10 @@ from copedit_rt.config import ModelConfig
 
 
 def test_both_tasks_have_a_built_in_model():
-    assert checkpoint.list_models() == ["demo-brain", "demo-cardiac", "heart-3mm"]
+    assert checkpoint.list_models() == ["brain-2mm", "heart-3mm", "demo-brain", "demo-cardiac"]
 
 
-@pytest.mark.parametrize("name", ["demo-brain", "demo-cardiac", "heart-3mm"])
+@pytest.mark.parametrize("name", ["brain-2mm", "heart-3mm", "demo-brain", "demo-cardiac"])
 def test_built_in_model(name):
     folder = checkpoint.locate(name)
     config, vae, _ = checkpoint.load_tokenizer(folder)
