@@ -36,10 +36,12 @@ from copedit_rt.files import write_atomically
 from copedit_rt.images.prepare import prepare
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.prior import Prior
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation import compare
 from copedit_training.evaluation.report import table
 from copedit_training.evaluation.subjects import Phantoms
+from copedit_training.stages.prior import fit_prior
 from copedit_training.stages.settings import Stage, load_settings
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
@@ -106,7 +108,8 @@ def count_denoiser(config: ModelConfig) -> dict[str, Any]:
         t = torch.zeros(batch, dtype=torch.int64)
         prompts = torch.empty(batch, 3, config.tokenizer.prompt_dim)
         observed = torch.ones(batch, m, dtype=torch.bool)
-    return {"parameters": parameters(net), "flops": flops(lambda: net(z, t, prompts, observed))}
+        prior = torch.empty_like(z) if config.denoiser.prior else None
+    return {"parameters": parameters(net), "flops": flops(lambda: net(z, t, prompts, observed, prior=prior))}
 
 
 def count(names: Iterable[str]) -> list[dict[str, Any]]:
@@ -117,8 +120,10 @@ def count(names: Iterable[str]) -> list[dict[str, Any]]:
         tokenizer, m = count_tokenizer(config), len(config.elements)
         for backbone in BACKBONES:
             found = count_denoiser(with_backbone(config, backbone))
-            decoded = m if config.task == "cardiac" else 1
-            once = (m - 1) * (tokenizer["flops"]["encode"] + tokenizer["flops"]["prompts"])
+            decoded, encoded = m if config.task == "cardiac" else 1, m - 1
+            if config.denoiser.prior:  # its fill takes the same way
+                decoded, encoded = 2 * decoded, m
+            once = encoded * (tokenizer["flops"]["encode"] + tokenizer["flops"]["prompts"])
             once += decoded * tokenizer["flops"]["decode"]
             steps = config.diffusion.steps
             study = {"steps": steps, "tokenizer": once, "denoiser": steps * found["flops"]["total"]}
@@ -192,6 +197,14 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def _prior(config: ModelConfig) -> Prior | None:
+    """Of random images, for a model that has one."""
+    if not config.denoiser.prior:
+        return None
+    shape = (1, len(config.elements), 1, 8, 8, 8)
+    return fit_prior(np.random.default_rng(0).random(shape, dtype=np.float32), steps=1)
+
+
 def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[str, Any]:
     """Seconds (medians) of encoding what is observed, of one step, of decoding, and of a whole study with its second
     element missing at the model's own number of steps, geometry included; and the peak of memory, weights included."""
@@ -201,10 +214,11 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     prepared = prepare(study, config)
     memory = Memory(where)
     tokenizer, denoiser = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
-    model = Synthesizer(config, tokenizer, denoiser, device)
+    model = Synthesizer(config, tokenizer, denoiser, device, prior=_prior(config))
     engine, there = model.engine, prepared.observed
     encoded = engine.encode(prepared.images[there])
     z = model.start(encoded.latents, there, subject)
+    begun = z if config.denoiser.prior else None
     chosen = z if config.task == "cardiac" else z[~there]
 
     def seconds(call: Callable[[], Any]) -> float:
@@ -214,7 +228,8 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
         "encode": seconds(lambda: engine.encode(prepared.images[there])),
         "decode": seconds(lambda: engine.decode(chosen)),
     }
-    one, three = (seconds(partial(engine.sample, z, encoded.prompts, there, n, "ddim")) for n in (1, 3))
+    arguments = z, encoded.prompts, there
+    one, three = (seconds(partial(engine.sample, *arguments, n, "ddim", None, begun)) for n in (1, 3))
     return found | {
         "step": (three - one) / 2,  # without what is prepared once
         "study": seconds(lambda: model.synthesize(study)),
@@ -240,7 +255,8 @@ def training_step(config: ModelConfig, settings: Any, repeats: int = REPEATS) ->
     if isinstance(settings, TokenizerSettings):
         task = TokenizerTask(config, settings, images)
     else:
-        task = DenoiserTask(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements)))
+        tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
+        task = DenoiserTask(config, settings, images, tokenizer, prior=_prior(config))
     optimizers = optimizers_of(task)
 
     def step(number: int) -> float:

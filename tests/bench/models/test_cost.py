@@ -21,6 +21,7 @@ from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 pytest.importorskip("monai", reason="the UNet among the backbones needs the extra `train`")
 
 TINY = replace(UNEVEN, elements=("t1", "t2", "pd"), image=(16, 16, 16), diffusion=configs.DiffusionConfig(steps=3))
+PRIOR = replace(TINY, name="prior", denoiser=replace(TINY.denoiser, prior=True))
 COMMON = {"steps": 10, "batch_size": 2, "lr": 1e-3, "subjects": 8, "dtype": "float32", "device": "cpu"}
 SETTINGS = {"tokenizer": TokenizerSettings(**COMMON, pretext_every=3), "denoiser": DenoiserSettings(**COMMON)}
 
@@ -88,14 +89,32 @@ def test_a_tokenizer_is_counted_as_by_hand():
 
 def test_a_study_adds_up(monkeypatch):
     heart = replace(ModelConfig.preset("demo-cardiac"), name="heart")
-    for config in (TINY, heart):
+    for config in (TINY, heart, PRIOR):
         monkeypatch.setitem(configs.PRESETS, config.name, config)
-    rows = {(row["preset"], row["backbone"]): row for row in cost.count(["tiny", "heart"])}
-    assert len(rows) == 2 * 4
+    rows = {(row["preset"], row["backbone"]): row for row in cost.count(["tiny", "heart", "prior"])}
+    assert len(rows) == 3 * 4
+    # Encoded and decoded; a prior's fill of what is missing goes there and back, too.
+    often = {"tiny": (2, 1), "heart": (3, 4), "prior": (3, 2)}
     for (name, _), row in rows.items():
-        part, m, decoded = row["tokenizer"]["flops"], {"tiny": 3, "heart": 4}[name], {"tiny": 1, "heart": 4}[name]
-        assert row["study"]["tokenizer"] == (m - 1) * (part["encode"] + part["prompts"]) + decoded * part["decode"]
+        part, (encoded, decoded) = row["tokenizer"]["flops"], often[name]
+        assert row["study"]["tokenizer"] == encoded * (part["encode"] + part["prompts"]) + decoded * part["decode"]
         assert row["study"]["denoiser"] == row["study"]["steps"] * row["denoiser"]["flops"]["total"]
+    for backbone in ("mdit3d", "dit3d", "dit"):
+        without, given = (rows[name, backbone]["denoiser"]["parameters"] for name in ("tiny", "prior"))
+        assert given > without
+
+
+def test_every_preset_is_counted():
+    assert {(row["preset"], row["backbone"]) for row in cost.count(configs.PRESETS)} == {
+        (name, backbone) for name in configs.PRESETS for backbone in cost.BACKBONES
+    }
+
+
+def test_a_model_with_a_prior_is_measured():
+    found = cost.inference(PRIOR, "cpu", 1)
+    assert found["steps"] == 3 and 0 < found["encode"] < found["study"]
+    for settings in SETTINGS.values():
+        assert cost.training_step(PRIOR, settings, 1)["step"] > 0
 
 
 def test_memory_sees_what_was_in_use():
