@@ -123,7 +123,7 @@ def test_data_model(name: str) -> None:
         "brain-ixi": ((8, 24, 24, 8), 576),
         "cardiac": ((8, 24, 24, 1), 576),
         "demo-brain": ((3, 48, 48, 32), 1152),
-        "brain-2mm": ((3, 48, 56, 32), 1344),
+        "brain-2mm": ((3, 48, 56, 64), 2688),
         "demo-cardiac": ((3, 48, 48, 4), 144),
     }[name]
     assert z.shape == (2, m, *latent)
