@@ -456,7 +456,7 @@ def test_both_stages_train_on_a_folder(tmp_path, config, capsys):
 def test_a_model_of_its_prior_alone(tmp_path, capsys):
     root = fill(tmp_path / "in", [f"SC-N-{i}_ED.nii.gz" for i in range(1, 5)])
     with_prior = dataclasses.replace(HEART, denoiser=dataclasses.replace(HEART.denoiser, prior=True))
-    vae = trainer.run("tokenizer", "heart-3mm", tmp_path / "a", overrides=SETTINGS, config=HEART, data=str(root))
+    vae = trainer.run("tokenizer", "heart-3mm", tmp_path / "a", overrides=TOKENIZER, config=HEART, data=str(root))
     model = trainer.fit_prior_alone("heart-3mm", tmp_path / "b", str(root), str(vae), with_prior)
     study = Study.read(root / "SC-N-1_ED.nii.gz", missing_slices=[2, 3, 4])
     filled = checkpoint.load_prior(model, with_prior).fill_study(prepare(study, with_prior))
