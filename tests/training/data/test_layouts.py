@@ -18,6 +18,7 @@ from copedit_rt.images import grids, nifti
 from copedit_rt.images.nifti import Volume, read_volume
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
+from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, prepared
 from copedit_training.stages import trainer
@@ -453,15 +454,16 @@ def test_both_stages_train_on_a_folder(tmp_path, config, capsys):
         trainer.run("tokenizer", "demo-brain", tmp_path / "a", str(tmp_path), TOKENIZER, True, config)
 
 
-def test_a_model_of_its_prior_alone(tmp_path, capsys):
+def test_a_model_of_its_prior_alone(tmp_path):
     root = fill(tmp_path / "in", [f"SC-N-{i}_ED.nii.gz" for i in range(1, 5)])
     with_prior = dataclasses.replace(HEART, denoiser=dataclasses.replace(HEART.denoiser, prior=True))
-    vae = trainer.run("tokenizer", "heart-3mm", tmp_path / "a", overrides=TOKENIZER, config=HEART, data=str(root))
+    vae = tmp_path / "a"
+    checkpoint.save(vae, HEART, tokenizer=CoPeVAE(HEART.tokenizer, len(HEART.elements)))
     model = trainer.fit_prior_alone("heart-3mm", tmp_path / "b", str(root), str(vae), with_prior)
     study = Study.read(root / "SC-N-1_ED.nii.gz", missing_slices=[2, 3, 4])
     filled = checkpoint.load_prior(model, with_prior).fill_study(prepare(study, with_prior))
     made = Synthesizer.load(model, "cpu").synthesize(study, steps=1).study.reference.data
-    expected = prepare(study, with_prior).restore(filled.images, filled.stack)["sax"]
+    expected = prepare(study, with_prior).restore(filled.images, stack=filled.stack)["sax"]
     np.testing.assert_allclose(made, expected, atol=0.01)
     with pytest.raises(CopeditError, match="demo-brain: its models have no prior"):
         trainer.fit_prior_alone("demo-brain", tmp_path / "c", str(root), str(vae))
