@@ -50,7 +50,7 @@ def measures(images: Images) -> dict[str, float]:
     volumes = {name: scaled(np.asarray(image)) for name, image in images.items()}
     brain = ndimage.binary_fill_holes(np.any([v > 0 for v in volumes.values()], axis=0))
     values = {name: v[brain] for name, v in volumes.items()}
-    out = {}
+    out: dict[str, float] = {}
     for name, v in values.items():
         out |= {f"{name} {q} %": float(x) for q, x in zip(QUANTILES, np.percentile(v, QUANTILES), strict=True)}
     for a, b in itertools.combinations(values, 2):
@@ -75,7 +75,7 @@ def _classes(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     t1, t2 = centres[:, names.index("t1")], centres[:, names.index("t2")]
     fluid = int(np.argmax(t2 - t1))
     grey, white = sorted({0, 1, 2} - {fluid}, key=lambda i: t1[i])
-    out = {}
+    out: dict[str, float] = {}
     for label, i in zip(CLASSES, (fluid, grey, white), strict=True):
         out[f"share of {label}"] = float(np.mean(found.labels_ == i))
         out |= {f"{name} in {label}": float(centres[i, names.index(name)]) for name in names}
