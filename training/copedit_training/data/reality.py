@@ -75,7 +75,7 @@ def _classes(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     t1, t2 = centres[:, names.index("t1")], centres[:, names.index("t2")]
     fluid = int(np.argmax(t2 - t1))
     grey, white = sorted({0, 1, 2} - {fluid}, key=lambda i: t1[i])
-    out = {}
+    out: dict[str, float] = {}
     for label, i in zip(CLASSES, (fluid, grey, white), strict=True):
         out[f"share of {label}"] = float(np.mean(found.labels_ == i))
         out |= {f"{name} in {label}": float(centres[i, names.index(name)]) for name in names}
