@@ -28,7 +28,11 @@ DOCUMENT = ROOT / "docs/kernels.md"
 RESULTS = ROOT / "bench/results"
 NOTHING = "Not measured yet: no GPU run so far. `bench/gpu.sh` on a machine with a GPU fills this table."
 MARKED = re.compile(r"<!-- (floor|tiles|measured) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-TILES = {"ada_norm": norm.TILES, "swiglu": activation.TILES, "partial_ddim_step_": sampler_step.TILES}
+TILES: dict[str, dict[int, Any]] = {
+    "ada_norm": norm.TILES,
+    "swiglu": activation.TILES,
+    "partial_ddim_step_": sampler_step.TILES,
+}
 
 
 def runs(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
