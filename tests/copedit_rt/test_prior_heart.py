@@ -129,7 +129,7 @@ def test_a_correction_of_nothing_leaves_the_fill(folder):
     synthesizer.engine.denoiser.final.weight.data.zero_()
     synthesizer.engine.denoiser.final.bias.data.zero_()
     made = synthesizer.synthesize(case).study.reference.data
-    expected = prepared.restore(fill.images, fill.stack)["sax"]
+    expected = prepared.restore(fill.images, stack=fill.stack)["sax"]
     np.testing.assert_allclose(made, expected, atol=1e-4)
     assert np.abs(corrected - expected)[..., [5, 6]].mean() > 0.01
     assert np.array_equal(np.delete(corrected, (5, 6), 2), np.delete(case.reference.data, (5, 6), 2))
