@@ -71,7 +71,7 @@ def synthesise(
     listener.found(found, len(mine))
     where = _own_device(device, world)
     models = Models(model, where, max_memory=max_memory, engine=engine, dtype=dtype, listener=listener)
-    sampler = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
+    sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     sampler["progress"] = listener.step
     reading = {"missing_slices": missing_slices, "resample": resample}
     job = _Job(output, models, elements, overwrite, preview, len(found) > 1, reading, sampler, listener)
