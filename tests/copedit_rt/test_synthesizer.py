@@ -101,7 +101,7 @@ def test_steps_run_from_the_noisiest_and_observed_latents_keep_their_bits(brain_
     seen, times = [], []
     net = brain_model.engine.denoiser
     predict, modulate = net.predict, net.modulate
-    monkeypatch.setattr(net, "predict", lambda z, *rest: seen.append(z.clone()) or predict(z, *rest))
+    monkeypatch.setattr(net, "predict", lambda z, *a, **k: seen.append(z.clone()) or predict(z, *a, **k))
     monkeypatch.setattr(net, "modulate", lambda t, *rest: times.append(t[:, 0].tolist()) or modulate(t, *rest))
     brain_model.synthesize(brain("t1", "flair"), steps=5)
     assert times[-1] == schedule.timesteps(BRAIN.diffusion, 5).tolist() and times[-1][0] == 499
@@ -120,7 +120,9 @@ def test_a_synthesis_is_what_the_plain_sampler_makes(brain_model, monkeypatch, s
         def __init__(self, prompts_of, config, steps, observed, solver):
             self.observed, self.rest = observed, (config.diffusion, steps)
 
-        def run(self, z, prompts, progress):
+        def run(self, z, prompts, progress, prior):
+            assert prior is None
+
             def predict(z, t):
                 return net(z, t, prompts, self.observed)
 

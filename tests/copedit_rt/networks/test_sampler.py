@@ -183,7 +183,7 @@ def test_the_network_sees_the_timesteps_in_order() -> None:
     observed, seen = torch.tensor([[True, False, True, False]]), []
     plan = Plan(net, BRAIN, STEPS, observed, "ddim")
     predict = net.predict
-    net.predict = lambda z, parts, rows: seen.append([part.clone() for part in parts]) or predict(z, parts, rows)
+    net.predict = lambda z, parts, *a, **k: seen.append([part.clone() for part in parts]) or predict(z, parts, *a, **k)
     plan.run(z, prompts)
     assert len(seen) == STEPS
     for t, parts in zip(timesteps(BRAIN.diffusion, STEPS), seen, strict=True):
