@@ -109,7 +109,7 @@ def test_the_image_term_is_the_error_of_what_the_decoder_shows(tmp_path, config,
     task = DenoiserTask(config, settings("denoiser", f"crop={crop}", "image_weight=0.1", "batch_size=3"), images, vae)
     batch = task.draw(0, 0)
     z0, observed = batch.latents, batch.observed
-    found = task._image_error(z0, z0, batch)
+    found = task._image_error(z0, z0, batch, None)
 
     views = torch.from_numpy(images).float()
     if config.task == "brain":
