@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -115,8 +116,9 @@ class HeadMap:
 
     def to(self, device: torch.device) -> HeadMap:
         """The same on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return HeadMap(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return HeadMap(**moved)
 
 
 @dataclass(frozen=True)
@@ -309,15 +311,17 @@ def _to_mni(labels: np.ndarray, zooms: np.ndarray) -> np.ndarray:
 
 def save_map(head: HeadMap, path: Path) -> None:
     """Writes a prepared map, uncompressed, to be read back with `load_map`."""
-    values = {f.name: getattr(head, f.name) for f in fields(head)}
-    np.savez(path, **{k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in values.items()})
+    values: dict[str, Any] = {f.name: getattr(head, f.name) for f in fields(head)}
+    arrays: dict[str, Any] = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
+    np.savez(path, **arrays)
 
 
 def load_map(path: Path) -> HeadMap:
     """Reads what `save_map` wrote."""
     plain = ("spots", "spacing", "brain_centre", "head_centre", "to_mni")
     with np.load(path) as stored:
-        return HeadMap(**{k: stored[k] if k in plain else torch.from_numpy(stored[k]) for k in stored.files})
+        values: dict[str, Any] = {k: stored[k] if k in plain else torch.from_numpy(stored[k]) for k in stored.files}
+    return HeadMap(**values)
 
 
 # ------------------------------------------------------------------------------------------------- fields
@@ -344,7 +348,7 @@ def axes_of(shape: Sequence[int], spacing: Sequence[float]) -> list[np.ndarray]:
     return [(np.arange(n) - 0.5 * (n - 1)) * s for n, s in zip(shape, spacing, strict=True)]
 
 
-def rotation(degrees: Sequence[float]) -> np.ndarray:
+def rotation(degrees: Sequence[float] | np.ndarray) -> np.ndarray:
     """Rotation matrix [3, 3] about x, then y, then z."""
     out = np.eye(3)
     for i, angle in enumerate(np.deg2rad(degrees)):
@@ -401,10 +405,10 @@ class Painter:
         axes = [(np.arange(s.start, s.stop)) * z - c for s, z, c in zip(box, self.head.spacing, centre, strict=True)]
         turn = rotation(self.rng.uniform(-90, 90, 3)) / radii[:, None]
         grid = [torch.from_numpy(a.astype(np.float32)).to(self.device) for a in axes]
-        square = sum(
-            (float(r[0]) * grid[0][:, None, None] + float(r[1]) * grid[1][:, None] + float(r[2]) * grid[2]).square()
-            for r in turn
-        )
+        square = torch.zeros(1, device=self.device)
+        for r in (turn[0], turn[1], turn[2]):
+            slope = float(r[0]) * grid[0][:, None, None] + float(r[1]) * grid[1][:, None] + float(r[2]) * grid[2]
+            square = square + slope.square()
         mean = float(np.mean(radii))
         depth = (1 - square.sqrt()) * mean
         if rough:
@@ -450,10 +454,8 @@ class Painter:
             for a, b, n in zip(np.floor(low.min(1)) - 1, np.ceil(low.max(1)) + 2, shape, strict=True)
         )
         grid = torch.meshgrid(*(torch.arange(s.start, s.stop, device=self.device) for s in box), indexing="ij")
-        index = [
-            (sum(float(to_voxel[i, j]) * grid[j] for j in range(3)) + float(to_voxel[i, 3])).round().long()
-            for i in range(3)
-        ]
+        rows = torch.from_numpy(to_voxel[:3].astype(np.float32)).to(self.device)
+        index = [(r[0] * grid[0] + r[1] * grid[1] + r[2] * grid[2] + r[3]).round().long() for r in rows]
         inside = torch.ones_like(index[0], dtype=torch.bool)
         for i, n in enumerate(mask.shape):
             inside &= (index[i] >= 0) & (index[i] < n)
@@ -623,9 +625,9 @@ def _sample_push(head: HeadMap, points: Tensor) -> Tensor:
     return torch.nn.functional.grid_sample(head.push[None], grid[None], align_corners=True)[0]
 
 
-def _flat(points: Sequence[Tensor], shape: Sequence[int], steps: Sequence[float]) -> Tensor:
+def _flat(points: Sequence[Tensor] | Tensor, shape: Sequence[int], steps: Sequence[float] | np.ndarray) -> Tensor:
     """Flat index of the voxel nearest to points in mm, clamped to the volume (whose border is air): int64."""
-    index = None
+    index: Tensor | None = None
     for p, n, s in zip(points, shape, steps, strict=True):
         i = (p * (1 / float(s)) + 0.5).clamp_(0, n - 1).to(torch.int32)
         index = i if index is None else index.mul_(n).add_(i)
@@ -646,8 +648,9 @@ class Edge:
 
 def _edge(rng: np.random.Generator) -> Edge:
     """From masks that eat into the cortex to those that leave fluid and some dura and skull."""
-    surface = "hull" if rng.random() < 0.7 else "brain"
-    reach = float(rng.uniform(-1.5, 1)) if rng.random() < 0.25 else float(rng.uniform(0, 4))
+    surface = "hull" if rng.random() < 0.8 else "brain"
+    low, high = (-1.5, 1) if surface == "hull" and rng.random() < 0.3 else (0, 4)
+    reach = float(rng.uniform(low, high))
     return Edge(surface, reach, float(rng.uniform(0.1, 1.5)), bool(rng.random() < 0.75))
 
 
@@ -728,10 +731,10 @@ def _vessels(kinds: Tensor, index: Tensor, shape: Sequence[int], tubes: Tensor, 
     at = torch.nonzero((kinds == INDEX["sulcus"]).reshape(-1)).reshape(-1)
     flat = index.reshape(-1)[at]
     n = tubes.shape[0]
-    x, y, z = (int(v) for v in rng.integers(0, n, 3))
-    x = (torch.div(flat, shape[1] * shape[2], rounding_mode="floor") + x) % n
-    y = (torch.div(flat, shape[2], rounding_mode="floor") % shape[1] + y) % n
-    z = (flat % shape[2] + z) % n
+    start = [int(v) for v in rng.integers(0, n, 3)]
+    x = (torch.div(flat, shape[1] * shape[2], rounding_mode="floor") + start[0]) % n
+    y = (torch.div(flat, shape[2], rounding_mode="floor") % shape[1] + start[1]) % n
+    z = (flat % shape[2] + start[2]) % n
     thick = int(rng.uniform(10, 42))
     hit = tubes.reshape(-1)[(x * n + y) * n + z] < thick
     out = kinds.reshape(-1).clone()

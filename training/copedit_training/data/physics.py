@@ -71,8 +71,9 @@ def draw_tissues(rng: np.random.Generator, age: float) -> Tissues:
     _vessels(put, u, high)
     _outside(put, u, high)
     _lesions(put, u, white, grey)
-    values = [np.array([d[name] for name in NAMES]) for d in (t1, t2, pd)]
-    return Tissues(*values, *_textures(rng), _flow(rng), 3.0 if high else 1.5)
+    a, b, c = (np.array([d[name] for name in NAMES]) for d in (t1, t2, pd))
+    texture_t1, texture_t2 = _textures(rng)
+    return Tissues(a, b, c, texture_t1, texture_t2, _flow(rng), 3.0 if high else 1.5)
 
 
 def _deep_grey(put, u, white: tuple[float, ...], grey: tuple[float, ...], age: float) -> None:

@@ -141,7 +141,7 @@ class Simulator:
     ) -> dict[str, tuple[physics.Tissues, physics.Protocol]]:
         """Tissues and a sequence per element; T1 with gadolinium is mostly the same sequence as without."""
         enhanced = physics.with_gadolinium(tissues, rng)
-        out = {}
+        out: dict[str, tuple[physics.Tissues, physics.Protocol]] = {}
         for name in self.elements:
             own = enhanced if name == "t1ce" else tissues
             sequence = physics.draw_sequence(name, rng, tissues)
