@@ -11,7 +11,7 @@ points of each voxel and counts: partial volume comes from the fractions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ class HeadMap:
     def to(self, device: torch.device) -> HeadMap:
         """The same on another device."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return HeadMap(**values)
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return HeadMap(**moved)
 
 
 @dataclass(frozen=True)
@@ -312,8 +312,8 @@ def _to_mni(labels: np.ndarray, zooms: np.ndarray) -> np.ndarray:
 def save_map(head: HeadMap, path: Path) -> None:
     """Writes a prepared map, uncompressed, to be read back with `load_map`."""
     values: dict[str, Any] = {f.name: getattr(head, f.name) for f in fields(head)}
-    values = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
-    np.savez(path, **values)
+    arrays: dict[str, Any] = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
+    np.savez(path, **arrays)
 
 
 def load_map(path: Path) -> HeadMap:
@@ -321,7 +321,7 @@ def load_map(path: Path) -> HeadMap:
     plain = ("spots", "spacing", "brain_centre", "head_centre", "to_mni")
     with np.load(path) as stored:
         values: dict[str, Any] = {k: stored[k] if k in plain else torch.from_numpy(stored[k]) for k in stored.files}
-        return HeadMap(**values)
+    return HeadMap(**values)
 
 
 # ------------------------------------------------------------------------------------------------- fields
@@ -405,11 +405,10 @@ class Painter:
         axes = [(np.arange(s.start, s.stop)) * z - c for s, z, c in zip(box, self.head.spacing, centre, strict=True)]
         turn = rotation(self.rng.uniform(-90, 90, 3)) / radii[:, None]
         grid = [torch.from_numpy(a.astype(np.float32)).to(self.device) for a in axes]
-        parts = [
-            (float(r[0]) * grid[0][:, None, None] + float(r[1]) * grid[1][:, None] + float(r[2]) * grid[2]).square()
-            for r in turn
-        ]
-        square = parts[0] + parts[1] + parts[2]
+        square = torch.zeros(1, device=self.device)
+        for r in (turn[0], turn[1], turn[2]):
+            slope = float(r[0]) * grid[0][:, None, None] + float(r[1]) * grid[1][:, None] + float(r[2]) * grid[2]
+            square = square + slope.square()
         mean = float(np.mean(radii))
         depth = (1 - square.sqrt()) * mean
         if rough:
@@ -455,14 +454,8 @@ class Painter:
             for a, b, n in zip(np.floor(low.min(1)) - 1, np.ceil(low.max(1)) + 2, shape, strict=True)
         )
         grid = torch.meshgrid(*(torch.arange(s.start, s.stop, device=self.device) for s in box), indexing="ij")
-        index = [
-            torch.stack([float(to_voxel[i, j]) * grid[j] for j in range(3)])
-            .sum(0)
-            .add(float(to_voxel[i, 3]))
-            .round()
-            .long()
-            for i in range(3)
-        ]
+        rows = torch.from_numpy(to_voxel[:3].astype(np.float32)).to(self.device)
+        index = [(r[0] * grid[0] + r[1] * grid[1] + r[2] * grid[2] + r[3]).round().long() for r in rows]
         inside = torch.ones_like(index[0], dtype=torch.bool)
         for i, n in enumerate(mask.shape):
             inside &= (index[i] >= 0) & (index[i] < n)
@@ -632,9 +625,9 @@ def _sample_push(head: HeadMap, points: Tensor) -> Tensor:
     return torch.nn.functional.grid_sample(head.push[None], grid[None], align_corners=True)[0]
 
 
-def _flat(points: Iterable[Tensor], shape: Sequence[int], steps: Iterable[float]) -> Tensor:
+def _flat(points: Sequence[Tensor] | Tensor, shape: Sequence[int], steps: Sequence[float] | np.ndarray) -> Tensor:
     """Flat index of the voxel nearest to points in mm, clamped to the volume (whose border is air): int64."""
-    index = None
+    index: Tensor | None = None
     for p, n, s in zip(points, shape, steps, strict=True):
         i = (p * (1 / float(s)) + 0.5).clamp_(0, n - 1).to(torch.int32)
         index = i if index is None else index.mul_(n).add_(i)
@@ -655,8 +648,9 @@ class Edge:
 
 def _edge(rng: np.random.Generator) -> Edge:
     """From masks that eat into the cortex to those that leave fluid and some dura and skull."""
-    surface = "hull" if rng.random() < 0.7 else "brain"
-    reach = float(rng.uniform(-1.5, 1)) if rng.random() < 0.25 else float(rng.uniform(0, 4))
+    surface = "hull" if rng.random() < 0.8 else "brain"
+    low, high = (-1.5, 1) if surface == "hull" and rng.random() < 0.3 else (0, 4)
+    reach = float(rng.uniform(low, high))
     return Edge(surface, reach, float(rng.uniform(0.1, 1.5)), bool(rng.random() < 0.75))
 
 
@@ -737,10 +731,10 @@ def _vessels(kinds: Tensor, index: Tensor, shape: Sequence[int], tubes: Tensor, 
     at = torch.nonzero((kinds == INDEX["sulcus"]).reshape(-1)).reshape(-1)
     flat = index.reshape(-1)[at]
     n = tubes.shape[0]
-    dx, dy, dz = (int(v) for v in rng.integers(0, n, 3))
-    x = (torch.div(flat, shape[1] * shape[2], rounding_mode="floor") + dx) % n
-    y = (torch.div(flat, shape[2], rounding_mode="floor") % shape[1] + dy) % n
-    z = (flat % shape[2] + dz) % n
+    start = [int(v) for v in rng.integers(0, n, 3)]
+    x = (torch.div(flat, shape[1] * shape[2], rounding_mode="floor") + start[0]) % n
+    y = (torch.div(flat, shape[2], rounding_mode="floor") % shape[1] + start[1]) % n
+    z = (flat % shape[2] + start[2]) % n
     thick = int(rng.uniform(10, 42))
     hit = tubes.reshape(-1)[(x * n + y) * n + z] < thick
     out = kinds.reshape(-1).clone()

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from copedit_training.data.anatomy import INDEX, NAMES, axes_of, smooth_field
+from torch import Tensor
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
 LESIONS = ("lesion", "active lesion", "necrosis", "solid tumour", "rim", "oedema")
@@ -72,8 +71,9 @@ def draw_tissues(rng: np.random.Generator, age: float) -> Tissues:
     _vessels(put, u, high)
     _outside(put, u, high)
     _lesions(put, u, white, grey)
-    one, two, three = (np.array([d[name] for name in NAMES]) for d in (t1, t2, pd))
-    return Tissues(one, two, three, *_textures(rng), _flow(rng), 3.0 if high else 1.5)
+    a, b, c = (np.array([d[name] for name in NAMES]) for d in (t1, t2, pd))
+    texture_t1, texture_t2 = _textures(rng)
+    return Tissues(a, b, c, texture_t1, texture_t2, _flow(rng), 3.0 if high else 1.5)
 
 
 def _deep_grey(put, u, white: tuple[float, ...], grey: tuple[float, ...], age: float) -> None:
