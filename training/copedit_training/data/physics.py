@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from copedit_training.data.anatomy import INDEX, NAMES, axes_of, smooth_field
 from torch import Tensor
+
+from copedit_training.data.anatomy import INDEX, NAMES, axes_of, smooth_field
 
 CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
 LESIONS = ("lesion", "active lesion", "necrosis", "solid tumour", "rim", "oedema")
