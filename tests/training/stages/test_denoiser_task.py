@@ -24,7 +24,8 @@ def denoiser_task(tmp_path, *overrides, images=None):
 def test_the_input_layer_can_start_with_all_components_equally_large(tmp_path):
     torch.manual_seed(0)
     task = denoiser_task(tmp_path, "whiten=0.5")
-    tokens = task.denoiser.patchify(task.latents.float()).flatten(0, 2)
+    z, _ = task._encoded(torch.from_numpy(task.images).float())  # the kept ones are rounded
+    tokens = task.denoiser.patchify(z).flatten(0, 2)
     variance = torch.linalg.eigvalsh(tokens.mT @ tokens / len(tokens)).flip(0)
     embedded = tokens @ task.denoiser.embed.weight.detach().mT
     found = torch.linalg.eigvalsh(embedded.mT @ embedded / len(embedded)).flip(0)
@@ -40,28 +41,29 @@ def test_crops_are_drawn_where_something_happens(tmp_path):
     images[:, :, :, 8:] = 0.0  # which the encoder sees across the border
     task = denoiser_task(tmp_path, "crop=8", images=images)
     rng = np.random.default_rng(0)
-    drawn = [task._crop(np.array([0]), rng) for _ in range(200)]
-    corners = np.array([corner[0].tolist() for _, corner in drawn])
+    row = np.array([0])
+    drawn = [task._corners(row, rng) for _ in range(200)]
+    corners = np.array([corner[0].tolist() for corner in drawn])
     assert corners.min() == 0 and corners.max() == 1 and task.chances.shape == (8, 4)
     chances = task.chances[0].reshape(2, 2)
     assert chances[1].sum() < 0.4 and chances.sum() == pytest.approx(1)
     assert (corners == 1).mean(0) == pytest.approx([chances[1].sum(), chances[:, 1].sum()], abs=0.1)
-    for crop, corner in drawn[:5]:
+    for corner in drawn[:5]:
         x, y = (2 * int(n) for n in corner[0])
-        assert torch.equal(crop[0], task.latents[0, ..., x : x + 2, y : y + 2, :].float())
+        assert torch.equal(task._latents(row, corner)[0], task.latents[0, ..., x : x + 2, y : y + 2, :].float())
 
 
 def test_the_last_steps_see_whole_images_and_as_many_tokens(tmp_path, monkeypatch):
     vae = train("tokenizer", tmp_path / "vae", "steps=1")
     seen, original = [], MDiT3D.forward
 
-    def forward(self, z, *args):
-        seen.append((tuple(z.shape[::3][:1] + z.shape[3:]), len(args)))
-        return original(self, z, *args)
+    def forward(self, z, t, prompts, observed, corner=None, prior=None):
+        seen.append((tuple(z.shape[::3][:1] + z.shape[3:]), corner is not None))
+        return original(self, z, t, prompts, observed, corner, prior)
 
     monkeypatch.setattr(MDiT3D, "forward", forward)
     train("denoiser", tmp_path / "a", "steps=3", "batch_size=8", "crop=8", "whole_steps=1", f"tokenizer={vae}")
-    assert seen == [((8, 2, 2, 2), 4), ((8, 2, 2, 2), 4), ((2, 4, 4, 2), 3)]
+    assert seen == [((8, 2, 2, 2), True), ((8, 2, 2, 2), True), ((2, 4, 4, 2), False)]
 
 
 def test_a_share_of_the_samples_is_drawn_at_the_last_timestep(tmp_path):

@@ -34,7 +34,7 @@ def test_keys_values_and_presets_that_there_are_not():
     ):
         with pytest.raises(CopeditError, match=message):
             load_settings(stage, "demo-brain", [override])
-    with pytest.raises(CopeditError, match="'nope' has no training settings; choose one of brain-2mm, brain-brats"):
+    with pytest.raises(CopeditError, match="preset 'nope' has no training settings; choose one of brain-2mm, "):
         load_settings("tokenizer", "nope")
 
 

@@ -332,12 +332,12 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
 
     def loss(self, batch: Noised) -> tuple[Tensor, Terms]:
         settings, observed, z0, prompts = self.settings, batch.observed, batch.latents, batch.prompts
+        if prompts is None:
+            assert batch.images is not None
+            z0, prompts = self._encoded(batch.images)
         if z0 is None:
             assert batch.images is not None
             z0 = self._encode_alone(batch.images)
-        if prompts is None:
-            assert batch.images is not None
-            prompts = self._encoded(batch.images)[1]
         prior = self._begun(z0, batch)
         weight = (observed.float() / observed.sum(1, keepdim=True))[:, :, None, None]
         prompts = (prompts * weight).sum(1)
