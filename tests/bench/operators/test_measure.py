@@ -83,7 +83,8 @@ def test_shapes_are_those_that_the_models_use(preset, monkeypatch):
         vae = CoPeVAE(config.tokenizer, len(config.elements))
         z = torch.randn(batch, len(config.elements), config.tokenizer.latent_channels, *config.latent)
         observed = torch.ones(z.shape[:2], dtype=torch.bool)
-        network(z, torch.zeros(batch), torch.randn(batch, 3, config.tokenizer.prompt_dim), observed)
+        prompts, prior = torch.randn(batch, 3, config.tokenizer.prompt_dim), z if config.denoiser.prior else None
+        network(z, torch.zeros(batch), prompts, observed, prior=prior)
         vae.quantise(z)
     assert len(used) == 6
     for op, found in used.items():

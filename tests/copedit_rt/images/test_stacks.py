@@ -45,7 +45,7 @@ def test_the_grid_holds_the_files_slices():
 def test_what_is_made_is_the_fill_where_the_model_changes_nothing(count):
     fill = stack(count, seed=1)
     prepared = prepare(blanked(count, range(2, 6)), heart_config())
-    restored = prepared.restore(prepared.elements_of(fill), fill)["sax"]
+    restored = prepared.restore(prepared.elements_of(fill), stack=fill)["sax"]
     low, high = prepared.intensity["sax"]
     np.testing.assert_allclose(restored[..., 2:6], fill[..., 2:6] * (high - low) + low, atol=1e-6)
 

@@ -405,10 +405,10 @@ def test_the_cache_is_used_again_and_damage_is_told_once(tmp_path):
 
 
 def test_the_heart_lies_where_its_mask_does(tmp_path):
-    mask = np.zeros((12, 14, 9), np.float32)
+    mask = np.zeros((12, 14, 11), np.float32)
     mask[7:10, 3:6, 2:5] = 1
     save(tmp_path / "SC-N-1_ED_lv.nii.gz", data=mask)
-    fill(tmp_path, ["SC-N-1_ED.nii.gz", "SC-N-2_ED.nii.gz"], shape=(12, 14, 9))
+    fill(tmp_path, ["SC-N-1_ED.nii.gz", "SC-N-2_ED.nii.gz"], shape=(12, 14, 11))
     first, second = layouts.find(tmp_path, HEART).studies
     # 12 x 14 voxels about the middle of 16 x 16
     assert layouts.heart_centre(HEART, first) == pytest.approx((8 + 2, 4 + 1))
