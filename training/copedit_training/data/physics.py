@@ -142,7 +142,7 @@ def _textures(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     t2 = np.zeros_like(t1)
     level = rng.uniform(0, 1, 4)
     t1[:] = (level * [0.05, 0.02, 0.06, 0.03])[:, None]
-    t2[:] = (level * [0.03, 0.05, 0.06, 0.04])[:, None]
+    t2[:] = (level * [0.02, 0.03, 0.05, 0.03])[:, None]
     for name in LESIONS:
         t1[2, INDEX[name]], t2[2, INDEX[name]] = rng.uniform(0.05, 0.25, 2)
     for name in (*FLUIDS, "plexus"):
