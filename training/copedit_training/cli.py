@@ -237,7 +237,9 @@ def segment(
 # ------------------------------------------------------------------------------------------------- training
 
 Preset = Annotated[str, typer.Option(help="A preset: its model and its training settings.")]
-Data = Annotated[str, typer.Option(metavar="phantom|labels:DIR|DIR", help="Phantoms, studies simulated from label maps, or a data set.")]
+Data = Annotated[
+    str, typer.Option(metavar="phantom|labels:DIR|DIR", help="Phantoms, studies simulated from label maps, or a data set.")
+]
 Resume = Annotated[bool, flag("--resume", help="Go on with the run in the output folder.")]
 Estimate = Annotated[bool, flag("--estimate", help="Only say how much memory of a GPU a step is expected to take.")]
 Quick = Annotated[bool, flag("--quick", help="A few steps on a few subjects, to see that all works.")]
