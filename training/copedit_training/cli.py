@@ -238,7 +238,7 @@ def segment(
 
 Preset = Annotated[str, typer.Option(help="A preset: its model and its training settings.")]
 Data = Annotated[
-    str, typer.Option(metavar="phantom|labels:DIR|DIR", help="Phantoms, studies simulated from label maps, or a data set.")
+    str, typer.Option(metavar="phantom|labels:DIR|DIR", help="Phantoms, studies made of label maps, or a data set.")
 ]
 Resume = Annotated[bool, flag("--resume", help="Go on with the run in the output folder.")]
 Estimate = Annotated[bool, flag("--estimate", help="Only say how much memory of a GPU a step is expected to take.")]
