@@ -99,8 +99,8 @@ def full_range(image: Array) -> Array:
     """An image [X, Y, Z] whose brightest voxels are lifted so that its 99.5 percentile is 1, as that of every image in
     a model's training is.
 
-    An expectation is duller than any image that it is the mean of: without this, T1 made of the others of a real brain
-    ends at 0.85, and whoever scales it by its own range brightens all of it. Monotone; what lies below the 98th
+    An expectation is duller than any image that it is the mean of: whoever scales it by its own range brightens all of
+    it. Monotone; what lies below the 98th
     percentile stays as it is, and so does an image that reaches 1.
     """
     start, top = (float(x) for x in np.quantile(image, (BRIGHT, TOP)))

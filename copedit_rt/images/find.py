@@ -110,6 +110,8 @@ def find_studies(
     if explicit:
         if inputs:
             raise CopeditError("give either input files and folders or one file per modality, not both")
+        if task or select:
+            raise CopeditError("--task and --select choose among found files; leave them out beside named files")
         return Found([_explicit(explicit)])
     if not inputs:
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")

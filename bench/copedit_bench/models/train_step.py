@@ -70,6 +70,8 @@ def run(
     where = choose_device(device)
     if unknown := [name for name in presets if name not in PRESETS]:
         raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(sorted(PRESETS))}")
+    if own := [name for name in presets if PRESETS[name].denoiser.prior]:
+        raise CopeditError(f"preset {own[0]!r} starts from a prior, which plain PyTorch does not; leave it out")
     race = Race("Training step", where, {torch.bfloat16}, "with weights, gradients and optimizer")
     for config in [PRESETS[name] for name in presets] if where.type == "cuda" else [TINY]:
         for stage in stages:

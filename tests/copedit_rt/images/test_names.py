@@ -239,3 +239,9 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "d" / "IM0001.dcm").write_bytes(b"DICM")
     with pytest.raises(CopeditError, match="convert DICOM for example with dcm2niix"):
         find_studies(tmp_path / "d")
+
+
+@pytest.mark.parametrize("options", [{"task": "brain"}, {"select": ["run-01"]}])
+def test_what_chooses_among_found_files_is_refused_beside_named_ones(tmp_path, options):
+    with pytest.raises(CopeditError, match="leave them out beside named files"):
+        find_studies((), {"t1": tmp_path / "a.nii.gz"}, **options)

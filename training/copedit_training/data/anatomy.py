@@ -23,10 +23,18 @@ from scipy import ndimage
 from torch import Tensor
 
 from copedit_rt.errors import CopeditError
-
-# The labels of a study, the same numbers as those of the phantoms.
-BACKGROUND, CSF, GREY, WHITE, DEEP_GREY, VESSEL = 0, 1, 2, 3, 4, 5
-CORE, OEDEMA, RIM, HYPERINTENSITY = 10, 11, 12, 13
+from copedit_training.data.phantom import (
+    BACKGROUND,
+    CORE,
+    CSF,
+    DEEP_GREY,
+    GREY,
+    HYPERINTENSITY,
+    OEDEMA,
+    RIM,
+    VESSEL,
+    WHITE,
+)
 
 # Every tissue, with the labels of the maps that become it and the label it has in a study. Lesions have none in the
 # maps but 25 and 57, FreeSurfer's white-matter lesions; fat, muscle, dura and sulcal vessels are told apart by place.

@@ -1,0 +1,45 @@
+"""Training images simulated from label maps, and the brain's prior fitted to images."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_training.data.prepared import VALIDATION, Labels, held_out_images, simulated_images
+from copedit_training.stages.prior import fit_prior
+from tests.training.data.test_anatomy import made_up
+
+CONFIG = dataclasses.replace(ModelConfig.preset("brain-2mm"), image=(16, 16, 16))
+
+
+def test_images_of_label_maps_are_normalised_cached_and_not_those_held_out(tmp_path):
+    labels = Labels.of(f"labels:{made_up(tmp_path)}", CONFIG)
+    images = simulated_images(CONFIG, labels, 2, tmp_path / "run" / "simulated.npy")
+    assert images.shape == (2, 4, 1, 16, 16, 16) and images.dtype == np.float16
+    assert images.min() == 0 and images.max() == 1 and not np.array_equal(images[0], images[1])
+    assert all(np.quantile(x, 0.995) == pytest.approx(1, abs=0.01) for subject in images for x in subject[:, 0])
+    again = simulated_images(CONFIG, labels, 2, tmp_path / "other" / "simulated.npy")
+    assert np.array_equal(images, again)
+    (held_out,) = held_out_images(CONFIG, labels, tmp_path / "run", 1)
+    assert VALIDATION > 1 and not any(np.array_equal(held_out, x) for x in images)
+
+
+def test_other_data_and_hearts_have_no_label_maps(tmp_path):
+    assert Labels.of("phantom", CONFIG) is None and Labels.of(str(tmp_path), CONFIG) is None
+    with pytest.raises(CopeditError, match="studies of brains are simulated from label maps, not of hearts"):
+        Labels.of(f"labels:{tmp_path}", ModelConfig.preset("heart-3mm"))
+
+
+def test_a_fitted_prior_fills_what_the_others_tell_and_better_than_their_mean():
+    rng = np.random.default_rng(0)
+    x = rng.random((6, 12, 12, 12), np.float32).clip(0.05, 1)
+    x[:, :2] = 0
+    images = np.stack([x, 1 - x, x**2, 0.5 + 0.5 * x], 1)[:, :, None] * (x > 0)[:, None, None]
+    prior = fit_prior(images[:5], steps=400)
+    for missing in range(4):
+        observed = np.arange(4) != missing
+        (made,), truth = prior.fill(images[5], observed), images[5, missing]
+        error, of_mean = (np.square(y - truth).mean() for y in (made, images[5, observed].mean(0)))
+        assert error < 0.2 * of_mean, missing
