@@ -262,7 +262,7 @@ PRESETS: dict[str, ModelConfig] = {
             "brain",
             _BRATS,
             (96, 112, 64),
-            replace(_DEMO_TOKENIZER, prompt_stride=2),
+            replace(_DEMO_TOKENIZER, channels=(8,), residual_units=0, prompt_stride=2),
             DenoiserConfig(width=192, heads=3, blocks=8, patch=(4, 4, 4), prior=True),
             DiffusionConfig(steps=1),
             Preprocessing(field_of_view=(192.0, 224.0, 192.0), detail=True, whole_range=True),

@@ -9,6 +9,7 @@ import torch
 from processors import Faulty
 
 from copedit_rt import checkpoint
+from copedit_rt.errors import CopeditError
 from copedit_training.data.prepared import draw_observed
 from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
@@ -32,6 +33,21 @@ def test_the_last_steps_train_the_prompts_alone(tmp_path):
     assert rates[0] < 1 and rates[1:] == [0.5, 1.0], "a schedule of their own"
     other = TokenizerSettings(steps=40, batch_size=1, lr=1.0, warmup=2, prompt_steps=36, prompt_lr=0.1)
     assert learning_rate(other, 3) == rates[0] and learning_rate(other, 5) == pytest.approx(0.1)
+
+
+def test_prompts_can_be_trained_on_crops():
+    values = {"steps": 6, "prompt_steps": 2, "prompt_batch": 3, "prompt_crop": 8, "batch_size": 1, "lr": 1e-3}
+    images = smooth(HEART, 4)
+    task = TokenizerTask(HEART, TokenizerSettings(dtype="float32", **values), images)
+    assert task.draw(3, 0).images.shape[-3:] == HEART.image
+    crops = task.draw(4, 0).images
+    assert crops.shape == (3, 3, 1, 8, 8, 4)
+    windows = np.lib.stride_tricks.sliding_window_view(images, (8, 8), axis=(3, 4))
+    found = (np.moveaxis(windows, (3, 4), (1, 2)) == crops[0].numpy().transpose(0, 1, 4, 2, 3)).all((3, 4, 5, 6, 7))
+    assert found.any(), "a window of a training image, the same in every slab"
+    task.loss(task.draw(5, 0))[0].backward()
+    with pytest.raises(CopeditError, match="crop = 6: must divide by"):
+        TokenizerTask(HEART, TokenizerSettings(**values | {"prompt_crop": 6}), images)
 
 
 def test_quantisation_can_start_later_with_codes_from_the_data(tmp_path):

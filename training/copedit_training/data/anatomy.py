@@ -693,7 +693,7 @@ def draw(
     fine = [p.reshape(-1)[voxels] for p in points]
     index = _fine_index(head, fine, place, spacing, sub)
     kinds = tissue.reshape(-1)[index]
-    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.5 - (age - 50) / 160, 0.12), 0.12, 0.85)))
+    kinds = _atrophy(head, kinds, index, float(np.clip(rng.normal(0.56 - (age - 50) / 160, 0.12), 0.12, 0.9)))
     if rng.random() < 0.7:
         kinds = _vessels(kinds, index, tissue.shape, tubes, rng)
     mask = torch.ones(len(voxels), device=kinds.device)

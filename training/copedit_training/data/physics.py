@@ -288,19 +288,20 @@ def _draw_t1(rng: np.random.Generator, tissues: Tissues) -> Protocol:
 def _draw_t2(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     """Turbo spin echo: BraTS sites 2500-6500/80-120; Lesjak 2017 6000/120; IXI 8178/100; ADNI 3000-9000/80-100."""
     u = rng.uniform
-    fat = u(0.05, 0.4) if rng.random() < 0.25 else 1.0
+    fat = u(0.05, 0.4) if rng.random() < 0.35 else 1.0
     return Protocol("turbo spin echo", {"tr": u(2500, 9000), "te": u(75, 140)}, True, u(0, 0.2), fat)
 
 
 def _draw_flair(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     """TR 5000-11000, TE 80-175, TI near the null of CSF (Hajnal 1992; ADNI 9000/90/2500; Lesjak 2017, a 3-D one:
-    5000/392/1800, whose long train of low flip angles weighs like 90-140 ms (Mugler 2014))."""
+    5000/392/1800, whose long train of low flip angles weighs like 90-140 ms (Mugler 2014)). Mostly fat-suppressed, as
+    in all three raw development heads, whose scalp is darker than their brain."""
     u = rng.uniform
     tr, f = u(4800, 11000), u(0.95, 1)
     rest = tr - u(0, 0.12) * tr  # a long train leaves less time to recover
     fluid = tissues.t1[INDEX["ventricle"]]
     null = fluid * np.log((1 + f) / (1 + f * np.exp(-rest / fluid)))
-    fat = u(0.05, 0.5) if rng.random() < 0.4 else 1.0
+    fat = u(0.05, 0.5) if rng.random() < 0.65 else 1.0
     values = {"tr": rest, "te": u(80, 175), "ti": null * u(0.92, 1.03), "f": f}
     return Protocol("flair", values, bool(rng.random() < 0.85), u(0, 0.3), fat)
 
@@ -331,7 +332,9 @@ def signal(tissues: Tissues, s: Protocol) -> np.ndarray:
         efficiency = v["f"] * (1 - 2 * tissues.flow if s.kind == "flair" else 1)
         out = inversion_recovery(t1, t2, v["tr"], v["te"], v["ti"], efficiency)
     bound = np.array([_BOUND.get(name, 0.0) for name in NAMES])
-    kept = (1 - s.transfer * bound) * np.where(np.arange(len(NAMES)) == INDEX["fat"], s.fat, 1.0)
+    kept = 1 - s.transfer * bound
+    kept[INDEX["fat"]] *= s.fat
+    kept[INDEX["marrow"]] *= 0.5 + 0.5 * s.fat  # half fat (adults: 40 to 60 %, de Bazelaire)
     return tissues.pd * out * kept
 
 

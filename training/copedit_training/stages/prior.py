@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from copedit_rt.prior import Prior, features, views
 from copedit_rt.prior_heart import FEATURES, Class, SlicePrior, blurs
 from copedit_rt.prior_heart import features as slice_features
+from copedit_training.data.patients import Patient, varied
 from copedit_training.data.prepared import draw_observed
 
 VOXELS = 4096  # of each study
+VIEWS, PATIENTS = 24, 0.15  # of each patient; share of the draws that are patients'
 HIDDEN = (96, 96)
-STEPS, BATCH, LR = 6000, (64, 64), 3e-3  # studies and voxels of each in a step
+STEPS, BATCH, LR, DECAY = 6000, (64, 64), 3e-3, 0.01  # studies and voxels of each in a step
 NEAR, STRIDE = 22, 2  # voxels in the plane: how far from the heart's centre, and every which one, is fitted
 BORDERED = 0.35  # share of the stacks that are seen a second time with a border of zeros
 ENDS, MIDDLE, SLICES = 0.8, 0.3, 0.4  # shares of the runs at an end, of the others, and of their slices that are fitted
@@ -28,76 +30,90 @@ TOP_UP = 100  # slices
 Centres = Sequence[tuple[float, float] | None]
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Voxels of a study: their `views` local [m, 1 + windows, VOXELS] (float16) and quantiles [m, quantiles], the
+    elements that it has [m], and how often it is drawn."""
+
+    local: np.ndarray
+    quantiles: np.ndarray
+    there: np.ndarray
+    share: float
+
+    @classmethod
+    def of(cls, images: np.ndarray, there: np.ndarray, share: float, rng: np.random.Generator) -> _Sample:
+        """Of images [m, H, W, D]: half of the voxels drawn evenly from what any of them shows, half in proportion to
+        their distance from the mean grey, so that what is rare (fluid, lesions, vessels) counts."""
+        near, whole = views(images.astype(np.float32))
+        where = np.flatnonzero((images > 0).any(0))
+        values = near[:, 0].reshape(len(images), -1)[:, where]
+        far = np.abs(values - values.mean(1, keepdims=True)).max(0) + 1e-6
+        chosen = np.concatenate((rng.choice(where, VOXELS // 2), rng.choice(where, VOXELS // 2, p=far / far.sum())))
+        return cls(near.reshape(*near.shape[:2], -1)[..., chosen].astype(np.float16), whole, there, share)
+
+    def draw(self, observed: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """`features` of `count` voxels, their values [count, m], and which are asked for [m]; of observed [m] what is
+        there, or where that is all or nothing of it, other elements."""
+        seen = observed & self.there
+        if not seen.any() or np.array_equal(seen, self.there):
+            seen = np.zeros_like(seen)
+            have = np.flatnonzero(self.there)
+            seen[rng.choice(have, rng.integers(1, len(have)), replace=False)] = True
+        local = self.local[..., rng.integers(0, self.local.shape[-1], count)].astype(np.float32)
+        return features(local, self.quantiles, seen), local[:, 0].T, self.there & ~seen
+
+
 def fit_prior(
     images: np.ndarray,
     seed: int = 0,
-    shares: np.ndarray | None = None,
+    patients: Sequence[Patient] = (),
+    share: float = PATIENTS,
     steps: int = STEPS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prior:
     """The fill with the least squared error on images [studies, m, 1, H, W, D], over all missing patterns.
 
-    shares [studies]: how often each study is drawn (None: all alike). Half of the voxels are drawn evenly from what
-    any image of a study shows, half in proportion to their distance from its mean grey, so that what is rare (fluid,
-    lesions, vessels) counts.
+    patients: real studies that are mixed in with this share of the draws, `VIEWS` varied views of each
+    (`patients.varied`); of what one lacks nothing is learnt. Those with fewer than two elements are left out.
     """
     rng = np.random.default_rng(seed)
-    local, quantiles, truth = [], [], []
+    real = [patient for patient in patients if patient.there.sum() > 1]
+    share = share if real else 0.0
+    samples, m = [], images.shape[1]
     for i, study in enumerate(images):
-        near, whole = views(study[:, 0].astype(np.float32))
-        chosen = _choose(near[:, 0], rng)
-        local.append(near.reshape(*near.shape[:2], -1)[..., chosen].astype(np.float16))
-        truth.append(local[-1][:, 0].T)
-        quantiles.append(whole)
+        samples.append(_Sample.of(study[:, 0], np.ones(m, bool), (1 - share) / len(images), rng))
         if progress:
             progress(i + 1, len(images))
-    return _train(np.stack(local), np.stack(quantiles), np.stack(truth), rng, shares, steps)
+    for patient in real:
+        shown = (varied(patient, rng, view) for view in range(VIEWS))
+        samples += [_Sample.of(view, patient.there, share / len(real) / VIEWS, rng) for view in shown]
+    return _train(samples, rng, steps)
 
 
-def _choose(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """VOXELS indices into the grid of images [m, H, W, D]."""
-    where = np.flatnonzero((images > 0).any(0))
-    values = images.reshape(len(images), -1)[:, where]
-    far = np.abs(values - values.mean(1, keepdims=True)).max(0) + 1e-6
-    even = rng.choice(where, VOXELS // 2)
-    return np.concatenate((even, rng.choice(where, VOXELS // 2, p=far / far.sum())))
+def _drawn(
+    samples: Sequence[_Sample], studies: int, voxels: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features [N, inputs], values [N, m] and which of them are asked for [N, m]: voxels of so many studies."""
+    shares = np.array([sample.share for sample in samples])
+    chosen = rng.choice(len(samples), studies, p=shares / shares.sum())
+    patterns = draw_observed(rng, studies, len(samples[0].there), False).numpy()
+    drawn = [samples[i].draw(observed, voxels, rng) for i, observed in zip(chosen, patterns, strict=True)]
+    x, y, asked = zip(*drawn, strict=True)
+    return np.concatenate(x), np.concatenate(y), np.repeat(np.stack(asked), voxels, axis=0)
 
 
-def _rows(local: np.ndarray, quantiles: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    return features(local.astype(np.float32), quantiles, observed)
-
-
-def _train(
-    local: np.ndarray,
-    quantiles: np.ndarray,
-    truth: np.ndarray,
-    rng: np.random.Generator,
-    shares: np.ndarray | None,
-    steps: int,
-) -> Prior:
-    studies, m = local.shape[:2]
-    chance = None if shares is None else shares / shares.sum()
-    patterns = draw_observed(rng, 256, m, False).numpy()
-    chosen = rng.integers(studies, size=len(patterns))
-    some = [_rows(local[i][..., :64], quantiles[i], p) for i, p in zip(chosen, patterns, strict=True)]
-    sample = np.concatenate(some)
-    mean, scale = sample.mean(0), 1 / (sample.std(0) + 1e-3)
+def _train(samples: Sequence[_Sample], rng: np.random.Generator, steps: int) -> Prior:
+    x, y, _ = _drawn(samples, 256, 64, rng)
+    mean, scale = x.mean(0), 1 / (x.std(0) + 1e-3)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    net = _perceptron(sample.shape[1], m, generator)
-    optimizer = torch.optim.Adam(net.parameters(), LR)
+    net = _perceptron(x.shape[1], y.shape[1], generator)
+    optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=DECAY)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
-        chosen = rng.choice(studies, BATCH[0], p=chance)
-        observed = draw_observed(rng, BATCH[0], m, False).numpy()
-        voxels = rng.integers(0, local.shape[-1], (BATCH[0], BATCH[1]))
-        x = np.concatenate(
-            [_rows(local[i][..., v], quantiles[i], p) for i, v, p in zip(chosen, voxels, observed, strict=True)]
-        )
-        y = np.concatenate([truth[i][v] for i, v in zip(chosen, voxels, strict=True)]).astype(np.float32)
-        missing = torch.from_numpy(np.repeat(~observed, BATCH[1], axis=0))
+        x, y, asked = _drawn(samples, *BATCH, rng)
         error: Tensor = (net(torch.from_numpy((x - mean) * scale)) - torch.from_numpy(y)).square()
-        loss = error[missing].mean()
+        loss = error[torch.from_numpy(asked)].mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -21,12 +21,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "validate_every": (0, _MOST),
     "adversarial_from": (-1, _MOST),
     "seed": (0, 2**63 - 1),
-    "crop": (0, 4096),
+    **dict.fromkeys(("crop", "prompt_crop"), (0, 4096)),
     "lr": (1e-12, 10),
     **dict.fromkeys(("prompt_lr", "muon_lr"), (0, 10)),
     "clip": (1e-6, 1e6),
     **dict.fromkeys(("beta2", "ema"), (0, 0.999_999)),
     **dict.fromkeys(("weight_decay", "whiten", "last_timestep", "observed_weight", "image_weight"), (0, 1)),
+    "patients_share": (0, 0.9),
     **dict.fromkeys(("count_weight", "position_weight", "contrast_weight"), (0, 100)),
 }
 # Of `--quick`: the most that each is.
@@ -105,11 +106,15 @@ class TokenizerSettings(Settings):
 
     crop: the pretext tasks read whole images all the same, every `pretext_every` steps, with their weight raised
     accordingly. draws: missing patterns drawn per subject for them.
+    wavelets: the autoencoder starts as `wavelets.start_as_wavelets`, not at random.
     quantise_from: the first step with quantisation. Before it stage I is a plain autoencoder, so that the codebook
     starts from latents that already mean something.
     prompt_steps: so many of the steps, at the end and with a schedule of their own (peak `prompt_lr`, 0 for lr), train
-    the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move.
+    the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move; of crops of
+    `prompt_crop` voxels in the plane, 0 for whole images, which the read-out sees in any case.
     readout_steps: after them, steps of the linear layers and heads alone on pooled features.
+    patients: folder of real brain studies, complete or not, that are mixed into the read-out and into the fit of the
+    prior with `patients_share` of the draws (`patients.varied`); empty for none.
     adversarial_from: the first step with the adversarial term, -1 for none. perceptual: file with the weights of its
     network (`losses.Perceptual`), empty for no such term.
     position_loss: "bce", each element missing or not by itself, which is how the heads are read; or "cross-entropy",
@@ -121,11 +126,15 @@ class TokenizerSettings(Settings):
 
     pretext_every: int = 1
     draws: int = 1
+    wavelets: bool = False
     quantise_from: int = 0
     prompt_steps: int = 0
     prompt_batch: int = 4
+    prompt_crop: int = 0
     prompt_lr: float = 0.0
     readout_steps: int = 0
+    patients: str = ""
+    patients_share: float = 0.15
     adversarial_from: int = -1
     perceptual: str = ""
     position_loss: str = "bce"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder
+from copedit_training.data.patients import read_patients, varied
 from copedit_training.data.prepared import draw_observed
 from copedit_training.stages import distributed
 from copedit_training.stages.losses import (
@@ -25,7 +26,7 @@ from copedit_training.stages.losses import (
     scale_prompts,
     weigh,
 )
-from copedit_training.stages.prior import Centres, fit_prior, fit_slice_prior
+from copedit_training.stages.prior import VIEWS, Centres, fit_prior, fit_slice_prior
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.task import (
     Batch,
@@ -37,6 +38,7 @@ from copedit_training.stages.task import (
     picture,
     randomness,
 )
+from copedit_training.stages.wavelets import start_as_wavelets
 
 READOUT_LR = 3e-3
 
@@ -79,11 +81,15 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.centres: Centres | None = None
         if images is not None:
             self.images = images
+        self.patients = read_patients(Path(settings.patients), config) if settings.patients else []
         crop = settings.crop
-        check_crop(crop, config.tokenizer.compression, config.image)
+        for size in (crop, settings.prompt_crop):
+            check_crop(size, config.tokenizer.compression, config.image)
         self.tokenizer: CoPeVAE = CoPeVAE(config.tokenizer, len(config.elements)).to(
             memory_format=torch.channels_last_3d  # type: ignore[call-overload]
         )
+        if settings.wavelets:
+            start_as_wavelets(self.tokenizer)
         self.codebook = EMACodebook(config.tokenizer.codes, config.tokenizer.latent_channels)
         (h, w, d), m = config.image, len(config.elements)
         self.adversary: Adversary | None = None
@@ -127,6 +133,9 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         seeds, images = rng.integers(2**32, size=batch), self.load(rows, mirrored)
         if self.augmentation:
             images = self.augmentation(images, seeds)
+        if alone and (size := settings.prompt_crop):
+            x, y = (int(rng.integers(0, n - size + 1)) for n in self.config.image[:2])
+            images = images[:, :, :, x : x + size, y : y + size]
         return Views(step, part, rows, images, corner, observed, generator)
 
     def patterns(self, rng: np.random.Generator, batch: int) -> Tensor:
@@ -268,21 +277,40 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
                 fit_slice_prior(self.images, self.centres, self.settings.seed).save(folder)
                 return
             with torch.enable_grad():
-                fit_prior(self.images, self.settings.seed).save(folder)
+                fit_prior(
+                    self.images, self.settings.seed, self.patients, self.settings.patients_share
+                ).save(folder)
 
     def read_out(self) -> None:
-        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects."""
-        vae, features = self.tokenizer, []
+        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects, and of
+        varied views of the patients where there are any."""
+        features = []
         for subject in self.images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x,) if self.cardiac else (x, x.flip(3)):
-                with self.autocast():
-                    features.append(vae.features_of_each(vae.encode(view)).float())
-        self.fit_heads(torch.cat(features))
+                features.append(self.pooled(view))
+        simulated, share = len(features), self.settings.patients_share if self.patients else 0.0
+        there = torch.ones(simulated, len(self.config.elements), dtype=torch.bool)
+        rng = np.random.default_rng(self.settings.seed)
+        for patient in self.patients:
+            have = torch.from_numpy(patient.there)
+            for number in range(VIEWS):
+                x = self.pooled(torch.from_numpy(varied(patient, rng, number)[None, :, None]).to(self.device))
+                x[:, ~have] = x[:, have].mean(1, keepdim=True)  # which the contrastive task takes for the rest
+                features.append(x)
+            there = torch.cat((there, have.expand(VIEWS, -1)))
+        views = len(features) - simulated
+        chance = np.repeat([(1 - share) / simulated, share / max(views, 1)], [simulated, views])
+        self.fit_heads(torch.cat(features), there, chance)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            return self.tokenizer.features_of_each(self.tokenizer.encode(images)).float()
 
     @torch.enable_grad()
-    def fit_heads(self, features: Tensor) -> None:
-        """The part of `read_out` that trains, on features [N, m, 3, b].
+    def fit_heads(self, features: Tensor, there: Tensor, chance: np.ndarray) -> None:
+        """The part of `read_out` that trains, on features [N, m, 3, b]; there: [N, m], what each has at all; chance:
+        [N], how often each is drawn.
 
         They are computed once, so that thousands of steps take seconds, and brought to mean 0 and deviation 1, which
         the first layer takes over at the end. AdamW, cosine decay, batches of 32.
@@ -298,8 +326,11 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             rng = np.random.default_rng((settings.seed, settings.steps + step))
             for group in optimizer.param_groups:
                 group["lr"] = READOUT_LR * 0.5 * (1 + math.cos(math.pi * step / settings.readout_steps))
-            chosen = torch.from_numpy(rng.choice(len(every), min(32, len(every)), replace=False)).to(self.device)
-            loss = self.weigh(self.judge(every[chosen], self.patterns(rng, len(chosen)).to(self.device)), 1.0)
+            chosen = torch.from_numpy(rng.choice(len(every), min(32, len(every)), replace=False, p=chance))
+            observed = self.patterns(rng, len(chosen)) & there[chosen]
+            nothing = ~observed.any(-1)  # all that it has was to be missing: now it is what is there
+            observed[nothing] = there[chosen].expand_as(observed)[nothing]
+            loss = self.weigh(self.judge(every[chosen.to(self.device)], observed.to(self.device)), 1.0)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
