@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -10,12 +11,13 @@ from processors import Faulty
 
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
+from copedit_training.data.patients import read_patients
 from copedit_training.data.prepared import draw_observed
 from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.step import gradients, learning_rate
 from copedit_training.stages.tokenizer_task import TokenizerTask
-from tests.training.stages.tiny import HEART, log_of, same_weights, smooth, train, weights
+from tests.training.stages.tiny import HEART, TINY, log_of, same_weights, smooth, train, weights
 
 
 def test_the_last_steps_train_the_prompts_alone(tmp_path):
@@ -74,6 +76,32 @@ def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
 
     with torch.no_grad():
         assert loss(fitted) < 0.5 * loss(plain)
+
+
+def test_patients_teach_the_heads_what_simulation_shows_otherwise(tmp_path):
+    """Simulated T1 and T2 are noise; in patients T1 is bright, and one patient has no T2 at all."""
+    rng = np.random.default_rng(0)
+    for name, elements in (("a", {"t1": 0.9, "t2": 0.2}), ("b", {"t1": 0.9, "t2": 0.2}), ("c", {"t1": 0.9})):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for element, level in elements.items():
+            data = np.clip(level + 0.05 * rng.standard_normal((16, 16, 8)), 0.01, 1).astype(np.float32)
+            data[:2], data[2, 2, 2] = 0, 1
+            image = nib.Nifti1Image(data, np.diag([12, 12, 20, 1.0]))
+            nib.save(image, tmp_path / "real" / name / f"{name}_{element}.nii")
+    settings = ("steps=6", "prompt_steps=2", "prompt_lr=1e-3", "readout_steps=400")
+    plain = train("tokenizer", tmp_path / "plain", *settings)
+    real = f"patients={tmp_path / 'real'}"
+    taught = train("tokenizer", tmp_path / "taught", *settings, real, "patients_share=0.5")
+    patients = read_patients(tmp_path / "real", TINY)[:2]
+
+    def right(folder):
+        vae = checkpoint.load_tokenizer(folder)[1]
+        images = torch.from_numpy(np.stack([p.images for p in patients]))[:, :, None]
+        with torch.no_grad():
+            which = vae.assess(vae.prompts_of_each(vae.encode(images)).flatten(0, 1))[1]
+        return ((which > 0).numpy() == np.tile([[False, True], [True, False]], (2, 1))).all(1).mean()
+
+    assert right(taught) == 1 > right(plain)
 
 
 def test_the_adversary_is_trained_beside_and_resumed(tmp_path):
