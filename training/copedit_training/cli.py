@@ -316,6 +316,32 @@ def train_check_data(
         raise typer.Exit(1)
 
 
+@train.command("check-simulation")
+def train_check_simulation(
+    studies: Annotated[Path, typer.Argument(metavar="FOLDER", help="Real studies of brains whose skull is off.")],
+    data: Annotated[str, typer.Option(metavar="labels:DIR", help="The label maps that are simulated from.")],
+    preset: Preset = "brain-2mm",
+    count: Annotated[int, typer.Option("--simulated", min=20, help="How many studies to simulate.")] = 60,
+) -> None:
+    """Where real studies lie among simulated ones: quantiles, tissue ratios, correlations. Exit code 1 if one lies
+    outside 5 to 95 % of the simulated ones."""
+    from copedit_rt.config import ModelConfig
+    from copedit_training.data import reality
+    from copedit_training.data.prepared import Labels
+
+    config = ModelConfig.preset(preset)
+    labels = Labels.of(data, config)
+    if labels is None:
+        raise CopeditError(f"--data {data}: give label maps to simulate from, as labels:FOLDER")
+    with counting("simulating") as progress:
+        rows, names = reality.check(studies, labels, config, count, progress)
+    say(reality.table(rows, names))
+    inside = sum(row.inside() for row in rows)
+    say(f"{inside} of {len(rows)} measures lie within 5 to 95 % of the simulated ones, in every study")
+    if inside < len(rows):
+        raise typer.Exit(1)
+
+
 def _train(
     stage: Any,
     preset: str,

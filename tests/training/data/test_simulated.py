@@ -1,15 +1,21 @@
 """Whole studies from a made-up label map; and one from real maps, where there are some."""
 
+import dataclasses
 import os
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
+from copedit_training.cli import train as app
 from copedit_training.data import reality
 from copedit_training.data.anatomy import CSF, RIM, WHITE, Disease
+from copedit_training.data.prepared import Labels
 from copedit_training.data.simulated import Simulator
 from tests.training.data.test_anatomy import made_up
 
@@ -102,6 +108,29 @@ def test_reality_ranks_a_study_among_its_like(brains):
     assert by_name["t2 in fluid"].simulated[1] > by_name["t2 in white"].simulated[1]
     assert np.mean([5 <= row.ranks[0] <= 95 for row in rows]) > np.mean([5 <= row.ranks[1] <= 95 for row in rows])
     assert len(reality.table(rows, ("like", "unlike")).splitlines()) == len(rows) + 1
+
+
+def test_the_check_reads_studies_and_compares_what_they_have_in_common(folder, brains, tmp_path):
+    def write(name, study, elements):
+        (tmp_path / name).mkdir()
+        for element in elements:
+            image = nib.Nifti1Image(study.images[element].numpy(), study.affine())
+            nib.save(image, tmp_path / name / f"{name}_{element}.nii.gz")
+
+    write("one", brains.study(20), ELEMENTS)
+    write("two", brains.study(21), ("t1", "t2"))
+    config = dataclasses.replace(ModelConfig.preset("brain-2mm"), image=(48, 56, 24))
+    labels, counted = Labels(folder), []
+    rows, names = reality.check(tmp_path, labels, config, 12, lambda done, total: counted.append((done, total)))
+    assert names == ["one", "two"] and counted[-1] == (12, 12)
+    assert {row.name.split()[0] for row in rows if "%" in row.name} == {"t1", "t2"}
+    assert np.mean([row.inside() for row in rows]) > 0.5, "they are of the simulation themselves"
+    write("head", simulator(folder, stripped=0.0).study(1), ("t1", "t2"))
+    with pytest.raises(CopeditError, match="head: the check is of brains whose skull is off"):
+        reality.check(tmp_path, labels, config, 1)
+    runner = CliRunner()
+    refused = runner.invoke(app, ["check-simulation", str(tmp_path), "--data", "phantom"])
+    assert isinstance(refused.exception, CopeditError) and "give label maps" in str(refused.exception)
 
 
 def test_real_label_maps():

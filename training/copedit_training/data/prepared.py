@@ -27,7 +27,7 @@ from copedit_training.data import phantom
 from copedit_training.data.anatomy import read_folder
 from copedit_training.data.layouts import DataSet, Skipped, ahead, heart_centre, load, read_all, split
 from copedit_training.data.phantom import Phantom
-from copedit_training.data.simulated import Simulator
+from copedit_training.data.simulated import STRIPPED, Simulator
 
 HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
 VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
@@ -69,11 +69,12 @@ class Labels:
         read_folder(Path(folder))
         return cls(Path(folder).resolve())
 
-    def simulator(self, config: ModelConfig, cache: Path) -> Simulator:
-        """What draws studies on a model's grid; prepared maps are kept in `cache`."""
+    def simulator(self, config: ModelConfig, cache: Path | None, stripped: float = STRIPPED) -> Simulator:
+        """What draws studies on a model's grid, this share of them without a skull; prepared maps are kept in `cache`,
+        if any."""
         extent = (x or 192.0 for x in config.preprocessing.field_of_view)
         spacing = [mm / n for mm, n in zip(extent, config.image, strict=True)]
-        return Simulator(self.folder, config.elements, config.image, spacing, cache=cache)
+        return Simulator(self.folder, config.elements, config.image, spacing, stripped, cache=cache)
 
 
 def simulated_study(config: ModelConfig, simulator: Simulator, seed: int) -> np.ndarray:

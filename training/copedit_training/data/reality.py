@@ -9,15 +9,23 @@ not at its ends.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_training.data.patients import read_patients
+from copedit_training.data.prepared import Labels
+
 QUANTILES = (5, 25, 50, 75, 95)
 CLASSES = ("fluid", "grey", "white")
 INSIDE = (5.0, 95.0)  # percent: a real value within these ranks is expected by the simulation
+FIRST = 2_000_000  # seed of the studies that are compared with: none is trained on
+STRIPPED = 0.35  # of the grid's voxels: a brain fills less of it, a head more
 _VOXELS = 20000  # of a study that k-means looks at
 
 Images = Mapping[str, np.ndarray]
@@ -96,6 +104,35 @@ def compare(studies: Sequence[Images], simulated: Iterable[Images]) -> list[Row]
         low, middle, high = (float(x) for x in np.percentile(values, (5, 50, 95)))
         rows.append(Row(name, (low, middle, high), own, ranks))
     return rows
+
+
+def check(
+    folder: Path, labels: Labels, config: ModelConfig, count: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[Row], list[str]]:
+    """`compare` of the skull-stripped studies in a folder with `count` simulated ones on a model's grid, in the images
+    that all of them have; and their names.
+
+    Raises CopeditError for a folder without studies, and for one whose image has no empty background.
+    """
+    patients = read_patients(folder, config)
+    common = np.logical_and.reduce([patient.there for patient in patients])
+    names = [name for name, there in zip(config.elements, common, strict=True) if there]
+    if not names:
+        raise CopeditError(f"{folder}: no image is there in all of its studies; give studies with the same images")
+    for patient in patients:
+        if np.mean((patient.images > 0).any(0)) > STRIPPED:
+            raise CopeditError(f"{patient.name}: the check is of brains whose skull is off; strip it, or leave it out")
+    real = [dict(zip(names, patient.images[common], strict=True)) for patient in patients]
+    simulator = labels.simulator(config, None, stripped=1.0)
+
+    def drawn() -> Iterator[Images]:
+        for seed in range(count):
+            study = simulator.study(FIRST + seed)
+            yield {name: study.images[name].numpy() for name in names}
+            if progress:
+                progress(seed + 1, count)
+
+    return compare(real, drawn()), [patient.name for patient in patients]
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:

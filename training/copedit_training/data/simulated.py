@@ -34,6 +34,8 @@ from copedit_training.data.anatomy import (
     smooth_field,
 )
 
+STRIPPED = 0.65  # share of studies whose skull is off
+
 
 @dataclass(frozen=True)
 class Simulated:
@@ -78,7 +80,7 @@ class Simulator:
         elements: Sequence[str] = ("t1", "t1ce", "t2", "flair"),
         shape: Sequence[int] = (96, 112, 48),
         spacing: Sequence[float] = (2.0, 2.0, 4.0),
-        stripped: float = 0.65,
+        stripped: float = STRIPPED,
         disease: Disease = Disease(),
         device: str | torch.device = "cpu",
         cache: Path | None = None,

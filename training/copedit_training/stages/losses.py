@@ -99,7 +99,7 @@ def pretext_losses(tokenizer: CoPeVAE, each: Tensor, observed: Tensor, position:
     }
 
 
-def position_loss(logits: Tensor, missing: Tensor, kind: str) -> Tensor:
+def position_loss(logits: Tensor, missing: Tensor, kind: str = "bce") -> Tensor:
     """Logits [N, m] against what is missing [N, m] (bool): "bce", each element by itself, or "cross-entropy" over the
     elements (equation 2), whose target gives the missing ones equal shares."""
     if kind == "bce":

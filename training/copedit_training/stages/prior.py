@@ -18,6 +18,7 @@ from copedit_training.data.patients import Patient, varied
 from copedit_training.data.prepared import draw_observed
 
 VOXELS = 4096  # of each study
+JITTER = 0.08  # of quantiles: a protocol is more than its quantiles, and without it simulated ones are learnt by heart
 VIEWS, PATIENTS = 24, 0.15  # of each patient; share of the draws that are patients'
 HIDDEN = (96, 96)
 STEPS, BATCH, LR, DECAY = 6000, (64, 64), 3e-3, 0.01  # studies and voxels of each in a step
@@ -60,7 +61,9 @@ class _Sample:
             have = np.flatnonzero(self.there)
             seen[rng.choice(have, rng.integers(1, len(have)), replace=False)] = True
         local = self.local[..., rng.integers(0, self.local.shape[-1], count)].astype(np.float32)
-        return features(local, self.quantiles, seen), local[:, 0].T, self.there & ~seen
+        noise = JITTER * rng.standard_normal(self.quantiles.shape, np.float32)
+        quantiles = np.clip(self.quantiles + noise, 0, 1)
+        return features(local, quantiles, seen), local[:, 0].T, self.there & ~seen
 
 
 def fit_prior(

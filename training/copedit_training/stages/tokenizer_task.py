@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copedit_rt import checkpoint
@@ -22,6 +23,7 @@ from copedit_training.stages.losses import (
     Adversary,
     EMACodebook,
     Perceptual,
+    position_loss,
     pretext_losses,
     scale_prompts,
     weigh,
@@ -41,6 +43,8 @@ from copedit_training.stages.task import (
 from copedit_training.stages.wavelets import start_as_wavelets
 
 READOUT_LR = 3e-3
+READOUT_NOISE = 0.05  # deviations of a feature
+HELD_OUT = 10  # one subject in so many is not learnt from, where there are enough; the heads are calibrated on it
 
 
 @dataclass(frozen=True)
@@ -299,9 +303,31 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
                 x[:, ~have] = x[:, have].mean(1, keepdim=True)  # which the contrastive task takes for the rest
                 features.append(x)
             there = torch.cat((there, have.expand(VIEWS, -1)))
-        views = len(features) - simulated
-        chance = np.repeat([(1 - share) / simulated, share / max(views, 1)], [simulated, views])
-        self.fit_heads(torch.cat(features), there, chance)
+        held_out = simulated // HELD_OUT * (simulated >= 5 * HELD_OUT)
+        views, learnt = len(features) - simulated, simulated - held_out
+        chance = np.repeat([(1 - share) / learnt, share / max(views, 1)], [learnt, views])
+        every = torch.cat(features)
+        self.fit_heads(every[held_out:], there[held_out:], chance)
+        if held_out:
+            self.temper(every[:held_out])
+
+    @torch.no_grad()
+    def temper(self, features: Tensor) -> None:
+        """Divide the logits of number and position by the temperature (Guo et al. 2017) that suits features [N, m, 3,
+        b] of subjects that the heads have not seen best, if it is above 1."""
+        vae, rng = self.tokenizer, np.random.default_rng(self.settings.seed)
+        weight = self.patterns(rng, len(features)).to(features)
+        prompts = vae.prompts_of_features(features)
+        weight = weight / weight.sum(-1, keepdim=True)
+        count, which, _ = vae.assess(torch.einsum("kbm,bmip->kbip", weight, prompts).flatten(0, 1))
+        missing = (weight == 0).flatten(0, 1)
+        number = missing.sum(1) - 1
+        terms = (lambda t: F.cross_entropy(count / t, number), lambda t: position_loss(which / t, missing))
+        for head, term in zip(vae.heads, terms, strict=False):
+            temperature = min(np.geomspace(1, 20, 100), key=lambda t: float(term(t)))
+            layer = head[-1]  # type: ignore[index]
+            layer.weight /= temperature
+            layer.bias /= temperature
 
     def pooled(self, images: Tensor) -> Tensor:
         with self.autocast():
@@ -330,7 +356,9 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             observed = self.patterns(rng, len(chosen)) & there[chosen]
             nothing = ~observed.any(-1)  # all that it has was to be missing: now it is what is there
             observed[nothing] = there[chosen].expand_as(observed)[nothing]
-            loss = self.weigh(self.judge(every[chosen.to(self.device)], observed.to(self.device)), 1.0)
+            given = every[chosen.to(self.device)]
+            noise = READOUT_NOISE * torch.from_numpy(rng.standard_normal(given.shape, np.float32)).to(self.device)
+            loss = self.weigh(self.judge(given + noise, observed.to(self.device)), 1.0)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
