@@ -11,6 +11,7 @@ from processors import Faulty
 
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
+from copedit_rt.trained import TrainedOn
 from copedit_training.data.patients import read_patients
 from copedit_training.data.prepared import draw_observed
 from copedit_training.stages.losses import pretext_losses, weigh
@@ -81,7 +82,7 @@ def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
 def test_patients_teach_the_heads_what_simulation_shows_otherwise(tmp_path):
     """Simulated T1 and T2 are noise; in patients T1 is bright, and one patient has no T2 at all."""
     rng = np.random.default_rng(0)
-    for name, elements in (("a", {"t1": 0.9, "t2": 0.2}), ("b", {"t1": 0.9, "t2": 0.2}), ("c", {"t1": 0.9})):
+    for name, elements in (("p1", {"t1": 0.9, "t2": 0.2}), ("p2", {"t1": 0.9, "t2": 0.2}), ("p3", {"t1": 0.9})):
         (tmp_path / "real" / name).mkdir(parents=True)
         for element, level in elements.items():
             data = np.clip(level + 0.05 * rng.standard_normal((16, 16, 8)), 0.01, 1).astype(np.float32)
@@ -102,6 +103,7 @@ def test_patients_teach_the_heads_what_simulation_shows_otherwise(tmp_path):
         return ((which > 0).numpy() == np.tile([[False, True], [True, False]], (2, 1))).all(1).mean()
 
     assert right(taught) == 1 > right(plain)
+    assert TrainedOn.load(taught).words == "simulated phantoms and 3 patients"
 
 
 def test_the_adversary_is_trained_beside_and_resumed(tmp_path):

@@ -18,6 +18,7 @@ import torch
 
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
+from copedit_rt.trained import TrainedOn
 from copedit_training.data import prepared
 from copedit_training.stages import checkpoints, progress, trainer
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -37,6 +38,10 @@ def test_both_stages_learn_and_give_a_model_that_loads(tmp_path, config):
     assert loaded == config
     assert (vae.latent_std != 1).all() and (vae.latent_std > 0).all()
     checkpoint.load_denoiser(model)
+    trained = TrainedOn.load(model)
+    assert trained.words == "simulated phantoms"
+    assert set(trained.known) == ({"stack"} if config.task == "cardiac" else set(config.elements))
+    assert trained.known == TrainedOn.load(tokenizer).known
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])

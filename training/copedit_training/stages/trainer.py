@@ -28,8 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Stopped
+from copedit_rt.images.find import find_studies
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.trained import TrainedOn
 from copedit_training.data import layouts
 from copedit_training.data.prepared import (
     Labels,
@@ -50,6 +52,7 @@ from copedit_training.stages.step import Optimization, Share, ahead, clip, gradi
 from copedit_training.stages.task import Task, Terms
 from copedit_training.stages.tokenizer_task import TokenizerTask
 
+KNOWN = 200  # training subjects whose grey values the model remembers
 Source = layouts.DataSet | Labels | None  # None: phantoms
 
 
@@ -99,6 +102,7 @@ def fit_prior_alone(
     torch.manual_seed(settings.seed)
     checkpoint.save(output / "model", config, tokenizer=vae)
     checkpoint.save(output / "model", config, denoiser=build_denoiser(config), dtype=torch.float16)
+    trained_on(found, settings, config, images).save(output / "model")
     return output / "model"
 
 
@@ -136,7 +140,28 @@ def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool,
             held_out = None
     if isinstance(task, TokenizerTask) and not task.perceptual:
         console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
-    return fit(settings.stage, output, task, resume, held_out, console)
+    model = fit(settings.stage, output, task, resume, held_out, console)
+    if not distributed.rank():
+        trained_on(found, settings, config, images).save(model)
+    return model
+
+
+def trained_on(found: Source, settings: Settings, config: ModelConfig, images: np.ndarray) -> TrainedOn:
+    """What a model says that it was trained on: the source, of stage II what its tokenizer says, and the quantiles of
+    the first `KNOWN` training images."""
+    words = "simulated phantoms"
+    if isinstance(found, Labels):
+        words = "contrasts simulated from label maps"
+    elif found is not None:
+        words = f"{len(images)} studies of a data set"
+    if isinstance(settings, TokenizerSettings) and settings.patients:
+        count = len(find_studies(settings.patients, task="brain"))
+        words += f" and {count} patients"
+    if isinstance(settings, DenoiserSettings):
+        first = TrainedOn.load(checkpoint.locate(settings.tokenizer))
+        if first and first.words != words:
+            words = first.words if first.words.startswith(words) else f"{words}, its tokenizer on {first.words}"
+    return TrainedOn.of(words, config.elements, (x.astype(np.float32) for x in images[:KNOWN]))
 
 
 def _source(data: str, config: ModelConfig) -> Source:
