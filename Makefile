@@ -4,11 +4,15 @@
 #   PIP_FLAGS="..."             passed to every pip install (CONTRIBUTING.md: the CPU build of torch)
 #   PYTEST_FLAGS="-n 2 -k rope" passed to pytest
 #   TRAIN_FLAGS="--set device=cuda" passed to copedit train
+#   LABELS=... PATIENTS=... HEARTS=... folders that make weights trains brain-2mm and heart-3mm on, too
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 TRAIN_FLAGS ?=
+LABELS ?=
+PATIENTS ?=
+HEARTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +26,8 @@ help:
 	@echo "make demo    install, then synthesise the missing parts of simulated studies into demo-output/"
 	@echo "make test    install, then lint, type check and test"
 	@echo "make lint    the lint, the type check and the check of imports alone"
-	@echo "make weights train the built-in models again, in runs/ (hours on a CPU), and put them into the package"
+	@echo "make weights train the built-in models again, in runs/ (hours on a CPU), and put them into the package; those of"
+	@echo "             patients need LABELS=FOLDER PATIENTS=FOLDER HEARTS=FOLDER"
 	@echo "make clean   remove .venv and everything else that make made"
 
 demo: $(VENV)/installed
@@ -41,15 +46,28 @@ lint: $(VENV)/installed-test
 	@echo "==> import-linter"
 	$(BIN)/lint-imports
 
-# Interrupted, it goes on where it was: every stage resumes from its last checkpoint.
+# Interrupted, it goes on where it was: every stage resumes from its last checkpoint. LABELS, PATIENTS and HEARTS are
+# folders; the models that need them are left as they are without.
 weights: $(VENV)/installed
-	for model in demo-brain demo-cardiac; do set -e; \
-	    $(BIN)/copedit train tokenizer --preset $$model -o runs/$$model/tokenizer --resume $(TRAIN_FLAGS); \
-	    $(BIN)/copedit train denoiser --preset $$model -o runs/$$model/denoiser --resume $(TRAIN_FLAGS) \
-	        --set tokenizer=runs/$$model/tokenizer/model; \
-	    mkdir -p copedit_rt/weights/$$model; \
-	    cp runs/$$model/denoiser/model/* copedit_rt/weights/$$model/; \
-	done
+	$(call both_stages,demo-brain,)
+	$(call both_stages,demo-cardiac,)
+ifneq ($(LABELS),)
+	$(call both_stages,brain-2mm,--data labels:$(LABELS),$(if $(PATIENTS),--set patients=$(PATIENTS)))
+endif
+ifneq ($(HEARTS),)
+	test -d runs/heart-3mm/prior/model || $(BIN)/copedit train prior --preset heart-3mm --data $(HEARTS) \
+	    --tokenizer runs/demo-cardiac/tokenizer/model -o runs/heart-3mm/prior
+	cp runs/heart-3mm/prior/model/* copedit_rt/weights/heart-3mm/
+endif
+
+# $(1) preset, $(2) flags of both stages, $(3) flags of the first
+define both_stages
+$(BIN)/copedit train tokenizer --preset $(1) -o runs/$(1)/tokenizer --resume $(TRAIN_FLAGS) $(2) $(3)
+$(BIN)/copedit train denoiser --preset $(1) -o runs/$(1)/denoiser --resume $(TRAIN_FLAGS) $(2) \
+    --set tokenizer=runs/$(1)/tokenizer/model
+mkdir -p copedit_rt/weights/$(1)
+cp runs/$(1)/denoiser/model/* copedit_rt/weights/$(1)/
+endef
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
