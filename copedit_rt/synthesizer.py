@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # A turn of each device: see `Synthesizer`.
 _TURNS: dict[str, threading.RLock] = {}
+TOGETHER = 8  # samples of a study in the sampler at once
 _TURNS_LOCK = threading.Lock()
 
 
@@ -208,10 +209,7 @@ class Synthesizer:
             fill = self.prior.fill_study(prepared) if self.prior else None
             encoded = self._encode(prepared, fill)
             begun = self._begun(prepared.observed, encoded, fill)
-            for sample in range(samples):
-                report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
-                start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
-                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
+            for sample, z in enumerate(self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)):
                 decoded = self.decode(z, prepared.observed) + begun.beyond
                 images = prepared.restore(decoded, detail, config.preprocessing.whole_range, begun.stack)
                 for name in wanted:
@@ -234,6 +232,29 @@ class Synthesizer:
         made.notes += prepared.notes
         return Result(made, self._perception(prepared, encoded), record, std)
 
+    def _draw(
+        self,
+        prepared: Prepared,
+        encoded: Encoded,
+        begun: Begun,
+        seed: int,
+        samples: int,
+        steps: int,
+        solver: str,
+        progress: Callable[[int, int], None] | None,
+    ) -> Iterator[np.ndarray]:
+        """Latents [m, 8, h, w, d] of each sample of a study."""
+        there, name = prepared.observed, prepared.study.name
+        for first in range(0, samples, TOGETHER):
+            some = range(first, min(first + TOGETHER, samples))
+            report = None
+            if progress:
+                report = lambda i, n, some=some: progress(some.start * n + i * len(some), samples * n)  # noqa: E731
+            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample) for sample in some])
+            prompts, observed = encoded.prompts.repeat(len(some), 0), there[None].repeat(len(some), 0)
+            prior = None if begun.latents is None else begun.latents[None].repeat(len(some), 0)
+            yield from self.engine.sample(start, prompts, observed, steps, solver, report, prior)
+
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
         if self.config.task == "cardiac":
@@ -253,22 +274,22 @@ class Synthesizer:
 
     def _encode(self, prepared: Prepared, fill: Fill | None = None) -> Encoded:
         # A slab that counts as observed and lacks a slice all the same is taken with that slice filled.
-        return self.engine.encode((fill or prepared).images[prepared.observed])
+        return self.engine.encode((fill or prepared).images[None, prepared.observed])
 
     def _begun(self, there: np.ndarray, encoded: Encoded, fill: Fill | None) -> Begun:
         """What the prior knows of a study in which these elements are observed."""
         if fill is None:
             return Begun()
-        z = np.empty((len(there), *encoded.latents.shape[1:]), np.float32)
-        z[there] = encoded.latents
-        z[~there] = self.engine.encode(fill.images[~there]).latents
+        z = np.empty((len(there), *encoded.latents.shape[2:]), np.float32)
+        z[there] = encoded.latents[0]
+        z[~there] = self.engine.encode(fill.images[None, ~there]).latents[0]
         return Begun(z, fill.images - self.decode(z, there), fill.stack)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements
         names = [name for name, there in zip(elements, prepared.observed, strict=True) if there]
-        alone = dict(zip(names, encoded.alone, strict=True))
-        return Perception.from_logits(elements, encoded.count, encoded.missing, alone)
+        alone = dict(zip(names, encoded.alone[0], strict=True))
+        return Perception.from_logits(elements, encoded.count[0], encoded.missing[0], alone)
 
     def start(
         self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int = 0, sample: int = 0
@@ -285,7 +306,7 @@ class Synthesizer:
         # Slabs are decoded together, so that no seam appears between them.
         chosen = np.ones_like(observed) if self.config.task == "cardiac" else ~observed
         images = np.zeros((len(observed), 1, *self.config.image), np.float32)
-        images[chosen] = self.engine.decode(z[chosen])
+        images[chosen] = self.engine.decode(z[None, chosen])[0]
         return images
 
     def _record(self, prepared: Prepared, wanted: list[str], sampler: dict[str, Any]) -> dict[str, Any]:

@@ -216,19 +216,19 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     tokenizer, denoiser = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
     model = Synthesizer(config, tokenizer, denoiser, device, prior=_prior(config))
     engine, there = model.engine, prepared.observed
-    encoded = engine.encode(prepared.images[there])
-    z = model.start(encoded.latents, there, subject)
+    encoded = engine.encode(prepared.images[None, there])
+    z = model.start(encoded.latents[0], there, subject)[None]
     begun = z if config.denoiser.prior else None
-    chosen = z if config.task == "cardiac" else z[~there]
+    chosen = z if config.task == "cardiac" else z[:, ~there]
 
     def seconds(call: Callable[[], Any]) -> float:
         return repeated(lambda: _timed(call), repeats)  # it returns arrays: a GPU is done by then
 
     found = {
-        "encode": seconds(lambda: engine.encode(prepared.images[there])),
+        "encode": seconds(lambda: engine.encode(prepared.images[None, there])),
         "decode": seconds(lambda: engine.decode(chosen)),
     }
-    arguments = z, encoded.prompts, there
+    arguments = z, encoded.prompts, there[None]
     one, three = (seconds(partial(engine.sample, *arguments, n, "ddim", None, begun)) for n in (1, 3))
     return found | {
         "step": (three - one) / 2,  # without what is prepared once

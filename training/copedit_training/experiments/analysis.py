@@ -159,7 +159,8 @@ def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts:
     """
     sampler = model.config.diffusion
     start = model.start(latents, observed, key)
-    made = model.decode(model.engine.sample(start, prompts, observed, sampler.steps, sampler.solver), observed)
+    (z,) = model.engine.sample(start[None], prompts[None], observed[None], sampler.steps, sampler.solver)
+    made = model.decode(z, observed)
     return made[~observed, 0].clip(0, 1)
 
 

@@ -184,8 +184,8 @@ def synthesise(model: Synthesizer, images: np.ndarray, key: str) -> np.ndarray:
     """Every modality of images [m, H, W, D] as the model makes it from all others."""
     made = []
     for row in ~np.eye(len(images), dtype=bool):
-        encoded = model.engine.encode(images[row, None])
-        made.append(fill(model, encoded.latents, row, encoded.prompts, key))
+        encoded = model.engine.encode(images[None, row, None])
+        made.append(fill(model, encoded.latents[0], row, encoded.prompts[0], key))
     return np.concatenate(made)
 
 
