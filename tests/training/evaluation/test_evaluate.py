@@ -94,13 +94,13 @@ def test_evaluation_of_a_perfect_model(task, request, tmp_path):
     if task == "brain":
         assert found["mislabel"]["studies"] == 1
         assert set(found["reconstruction"]) == {"t1", "t1ce", "t2", "flair", "all"}
-    paths, remark = pages.write_report(found, tmp_path / "new")
+    paths = pages.write_report(found, tmp_path / "new")
     assert json.loads(paths[0].read_text())["by_pattern"].keys() == found["by_pattern"].keys()
     text = paths[1].read_text()
     assert text.count("| model |") == 6 and "number right" in text
     for line in ("FID: off", "FVD: off", "LPIPS: off", "Off: it needs several samples"):
         assert line in text
-    assert remark is None and {p.name for p in paths[2:]} == {
+    assert pages.unplotted() is None and {p.name for p in paths[2:]} == {
         "counts.png",
         "patterns.png",
         "reconstruction.png",
@@ -177,7 +177,7 @@ def test_sweep(task, request, tmp_path):
     mean = np.average([row["psnr"]["mean"] for row in images], weights=[row["images"] for row in images])
     assert rows["ddim", 3]["psnr"]["mean"] == pytest.approx(mean)
     assert rows["ddim", 3]["images"] == sum(row["images"] for row in images)
-    paths, _ = pages.write_report(found, tmp_path)
+    paths = pages.write_report(found, tmp_path)
     assert [p.name for p in paths] == ["sweep.json", "sweep.md", "sweep.png"]
     assert json.loads(paths[0].read_text())["sweep"] == found["sweep"]
     assert paths[1].read_text().count("\n| d") == 4

@@ -5,7 +5,6 @@ Each analysis is a function of a `Probe` that returns a JSON-able report and dra
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from copedit_rt import checkpoint
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
 from copedit_rt.networks.denoiser import Block, MDiT3D
 from copedit_rt.schedule import noise
 from copedit_rt.synthesizer import Synthesizer
@@ -29,8 +27,8 @@ from copedit_training.data import phantom
 from copedit_training.data.prepared import phantom_subject
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import psnr
+from copedit_training.evaluation.report import save_figure, write
 from copedit_training.evaluation.report import table as markdown_table
-from copedit_training.evaluation.report import write
 from copedit_training.evaluation.subjects import Phantoms, held_out
 
 if TYPE_CHECKING:
@@ -660,10 +658,8 @@ def analyse(
     style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
     with matplotlib.rc_context(style):
         report, figure = ANALYSES[kind](probe)
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=220)
+        save_figure(figure, folder / f"{kind}.png", dpi=220)
         plt.close(figure)
-    write_atomically(folder / f"{kind}.png", data.getvalue())
     return {"analysis": kind, "model": probe.config.name, "figure": f"{kind}.png"} | probe.whom.about() | report
 
 
