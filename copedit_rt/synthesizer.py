@@ -19,12 +19,12 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import ENGINES, Encoded, Engine
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.names import STACK
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
 from copedit_rt.prior import Fill, Prior
 from copedit_rt.prior_heart import SlicePrior
+from copedit_rt.task import STACK
 
 if TYPE_CHECKING:
 
@@ -257,7 +257,7 @@ class Synthesizer:
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
-        if self.config.task == "cardiac":
+        if self.config.task.joint:
             if target:
                 raise CopeditError(
                     f"target {', '.join(target)}: a cardiac stack is filled as a whole; leave target out"
@@ -303,8 +303,7 @@ class Synthesizer:
 
     def decode(self, z: np.ndarray, observed: np.ndarray) -> np.ndarray:
         """Images [m, 1, H, W, D] of latents [m, 8, h, w, d]; brain: only what is not observed [m], 0 elsewhere."""
-        # Slabs are decoded together, so that no seam appears between them.
-        chosen = np.ones_like(observed) if self.config.task == "cardiac" else ~observed
+        chosen = self.config.task.decoded(observed)
         images = np.zeros((len(observed), 1, *self.config.image), np.float32)
         images[chosen] = self.engine.decode(z[None, chosen])[0]
         return images

@@ -267,7 +267,7 @@ def graphs(config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT3D) -> dict[st
     batch, given = torch.export.Dim("batch"), torch.export.Dim("given")
     b, k, m = 2, 3, len(config.elements)  # examples: 1 would become a constant
     z = torch.zeros(b, m, config.tokenizer.latent_channels, *config.latent)
-    joint = config.task == "cardiac"
+    joint = config.task.joint
     latents = z if joint else torch.zeros(b, k, *z.shape[2:])
     both = {0: batch, 1: given}
     encoder = {"images": torch.zeros(b, k, 1, *config.image), "observed": torch.ones(b, k, dtype=torch.bool)}

@@ -99,7 +99,7 @@ def shapes(config: ModelConfig, graph: str, batch: int = 1) -> dict[str, tuple[S
 
     if graph == ENCODER:
         return {"images": given(1, m - 1, 1, *config.image), "observed": given(1, m - 1)}
-    return {"z": given(m, m, *z) if config.task == "cardiac" else given(1, 1, *z)}
+    return {"z": given(m, m, *z) if config.task.joint else given(1, 1, *z)}
 
 
 def build(

@@ -102,7 +102,7 @@ class TorchEngine:
         return np.concatenate([_here(self._decode(self._there(one))) for one in z[:, None]])
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.tokenizer.images(z, self.config.task == "cardiac", self.max_memory)
+        return self.tokenizer.images(z, self.config.task.joint, self.max_memory)
 
     def _there(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self._device)

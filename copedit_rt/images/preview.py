@@ -35,7 +35,7 @@ def draw(study: Study, *, model: str, truth: Mapping[str, np.ndarray] | None = N
     truth: for simulated studies, the true volumes [X, Y, Z] on the files' grid, to show beside the
     synthesised together with their |difference|.
     """
-    body = _brain(study, truth or {}) if study.task == "brain" else _heart(study, truth or {})
+    body = (_heart if study.task.joint else _brain)(study, truth or {})
     notes = [
         f"{study.name} · filled in by CoPeDiT {model}; framed images are synthesised, not measured",
         "radiological convention: the patient's right is on the left · every image has a window of its own",

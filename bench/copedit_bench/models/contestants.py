@@ -37,15 +37,16 @@ class Inputs:
     def __init__(self, config: ModelConfig, vae: CoPeVAE, batch: int):
         generator = torch.Generator().manual_seed(SEED)
         m, prompt = len(config.elements), config.tokenizer.prompt_dim
-        missing = 1 if config.task == "cardiac" else m - 1  # a slab with neighbours; the last modality
+        missing = 1 if config.task.joint else m - 1  # a slab with neighbours; the last modality
         self.observed = np.tile(np.arange(m) != missing, (batch, 1))
+        self.decoded = np.flatnonzero(config.task.decoded(self.observed[0]))
         self.images = torch.rand((batch, m - 1, 1, *config.image), generator=generator).numpy()
         shape = (batch, m, config.tokenizer.latent_channels, *config.latent)
         self.z = torch.randn(shape, generator=generator).numpy()
         self.prompts = torch.randn((batch, 3, prompt), generator=generator).numpy()
         # Exactly at codes, so that rounding does not choose another one.
-        wanted = m if config.task == "cardiac" else 1
-        index = torch.randint(config.tokenizer.codes, (batch, wanted, *config.latent), generator=generator)
+        wanted = batch, len(self.decoded), *config.latent
+        index = torch.randint(config.tokenizer.codes, wanted, generator=generator)
         self.codes = vae.normalise(vae.codebook[index].movedim(-1, 2)).numpy()
 
 
@@ -65,13 +66,12 @@ def decode(engine: Engine, inputs: Inputs) -> Answer:
     return {"images": torch.from_numpy(engine.decode(inputs.codes))}
 
 
-def whole(engine: Engine, config: ModelConfig, inputs: Inputs, steps: int) -> Answer:
+def whole(engine: Engine, inputs: Inputs, steps: int) -> Answer:
     """Images to images: encode, start from noise, sample, decode what is missing (of a heart, all)."""
     encoded, z = engine.encode(inputs.images), inputs.z.copy()
     z[inputs.observed] = encoded.latents.reshape(-1, *z.shape[2:])
     made = engine.sample(z, encoded.prompts.astype(np.float32), inputs.observed, steps, SOLVER)
-    wanted = made if config.task == "cardiac" else made[~inputs.observed].reshape(len(z), -1, *z.shape[2:])
-    return {"images": torch.from_numpy(engine.decode(wanted))}
+    return {"images": torch.from_numpy(engine.decode(made[:, inputs.decoded]))}
 
 
 class PlainEngine:
@@ -141,7 +141,7 @@ class PlainEngine:
 
     def _decode(self, z: Tensor) -> Tensor:
         self._begin()
-        return self.vae.images(z.to(self.vae.latent_mean.dtype), self.config.task == "cardiac")
+        return self.vae.images(z.to(self.vae.latent_mean.dtype), self.config.task.joint)
 
     def _there(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self._device)

@@ -86,7 +86,7 @@ def count_tokenizer(config: ModelConfig) -> dict[str, Any]:
         images, codes = torch.empty(1, m, 1, *config.image), torch.empty(1, m, len(vae.latent_mean), *config.latent)
     total = parameters(vae)
     tasks = [parameters(*pair) for pair in zip(vae.prompt_encoders, vae.heads, strict=True)]
-    joint = config.task == "cardiac"
+    joint = config.task.joint
     encode, decode = flops(lambda: vae.encode(images)), flops(lambda: vae.decode(codes, joint))
     prompts = flops(lambda: vae.prompts_of_each(codes))
     return {
@@ -120,7 +120,7 @@ def count(names: Iterable[str]) -> list[dict[str, Any]]:
         tokenizer, m = count_tokenizer(config), len(config.elements)
         for backbone in BACKBONES:
             found = count_denoiser(with_backbone(config, backbone))
-            decoded, encoded = m if config.task == "cardiac" else 1, m - 1
+            decoded, encoded = int(config.task.decoded(np.arange(m) > 0).sum()), m - 1
             if config.denoiser.prior:  # its fill takes the same way
                 decoded, encoded = 2 * decoded, m
             once = encoded * (tokenizer["flops"]["encode"] + tokenizer["flops"]["prompts"])
@@ -219,7 +219,7 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     encoded = engine.encode(prepared.images[None, there])
     z = model.start(encoded.latents[0], there, subject)[None]
     begun = z if config.denoiser.prior else None
-    chosen = z if config.task == "cardiac" else z[:, ~there]
+    chosen = z[:, config.task.decoded(there)]
 
     def seconds(call: Callable[[], Any]) -> float:
         return repeated(lambda: _timed(call), repeats)  # it returns arrays: a GPU is done by then

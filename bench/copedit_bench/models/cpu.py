@@ -27,8 +27,6 @@ from copedit_rt.engines.engine import Engine
 from copedit_rt.engines.onnx_engine import OnnxEngine
 from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.names import STACK
-from copedit_rt.images.nifti import Volume
 from copedit_training.data import prepared
 from copedit_training.evaluation import compare
 
@@ -121,17 +119,11 @@ def _large(bench: SideBySide, types: list[torch.dtype], progress: Callable[[str]
 def _commands(bench: SideBySide, model: str, onnx: Path | None, temporary: Path) -> None:
     """`copedit synth` on a simulated study: start of Python, files and pictures of progress included."""
     config = checkpoint.read_config(checkpoint.locate(model))
-    phantom, brain = prepared.phantom_subject(config, SUBJECT), config.task == "brain"
+    truth = compare.as_study(config, prepared.phantom_subject(config, SUBJECT))
     study = temporary / f"{model}-study"
     study.mkdir()
-    if brain:
-        for element in config.elements[:-1]:
-            Volume.from_array(phantom.images[element], phantom.affine()).save(study / f"subject_{element}.nii.gz")
-    else:
-        volume = Volume.from_array(phantom.images[STACK], phantom.affine())
-        volume.data = volume.data.copy()
-        volume.data[..., compare.missing_slices(config, phantom, [config.elements[1]])] = 0
-        volume.save(study / "subject.nii.gz")
+    for name, volume in compare.incomplete(config, truth, [config.elements[1]]).volumes.items():
+        volume.save(study / f"subject_{name}.nii.gz")
     for engine, which in (("torch", model), ("onnxruntime", onnx)):
         if which is None:
             continue

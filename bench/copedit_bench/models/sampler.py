@@ -86,7 +86,7 @@ def pieces(
     for count in steps:
         yield {"stage": "sample", "steps": count}, partial(sample, inputs=inputs, steps=count), step * count
     yield {"stage": "decode", "steps": 0}, partial(decode, inputs=inputs), 0.0
-    yield {"stage": "all", "steps": study}, partial(whole, config=config, inputs=inputs, steps=study), 0.0
+    yield {"stage": "all", "steps": study}, partial(whole, inputs=inputs, steps=study), 0.0
 
 
 def maker(call: Callable[[Engine], Answer], engine: Engine, dtype: torch.dtype) -> Callable[[], Contestant]:

@@ -17,6 +17,7 @@ from copedit_bench import machine
 from copedit_bench.timing import Lap, Stopwatch, Yardsticks, calls_of, interleave, quantile, sentence
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
+from copedit_rt.task import Task
 from copedit_training.evaluation.report import table
 
 BASELINE = "eager"
@@ -30,7 +31,7 @@ CLOSE = 4 * torch.finfo(torch.float32).eps
 # Where nothing is to be learnt but that the harness works.
 TINY = ModelConfig(
     "tiny",
-    "brain",
+    Task.BRAIN,
     ("t1", "t1ce", "t2", "flair"),
     (32, 32, 16),
     TokenizerConfig(

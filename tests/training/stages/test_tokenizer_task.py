@@ -9,6 +9,7 @@ import torch
 from processors import Faulty
 
 from copedit_rt import checkpoint
+from copedit_rt.task import Task
 from copedit_training.data.prepared import draw_observed
 from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
@@ -50,7 +51,7 @@ def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
     assert moved == {"prompt_encoders.mlp", "heads.1"}, "neither convolutions nor the autoencoder"
 
     images = torch.from_numpy(smooth(HEART, 4))
-    observed = draw_observed(np.random.default_rng(1), 40, 3, True).unflatten(0, (10, 4))
+    observed = draw_observed(np.random.default_rng(1), 40, 3, Task.HEART).unflatten(0, (10, 4))
 
     def loss(folder):
         vae = checkpoint.load_tokenizer(folder)[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copedit_rt.files import write_atomically
+from copedit_rt.task import Task
 from copedit_training.evaluation.features import said
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _sweep(report: Report) -> list[str]:
 
 def _evaluation(report: Report) -> list[str]:
     """Every section is there whatever was asked for: one that is off says so."""
-    brain = report["task"] == "brain"
+    brain = report["task"] == Task.BRAIN
     mean = f" Means of {report['samples']} samples." if report["samples"] > 1 else ""
     steps, studies = report["steps"], len(report["studies"])
     lines = [

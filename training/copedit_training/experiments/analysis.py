@@ -23,6 +23,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import Block, MDiT3D
 from copedit_rt.schedule import noise
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.task import Task
 from copedit_training.data import phantom
 from copedit_training.data.prepared import phantom_subject
 from copedit_training.evaluation.evaluate import missing_patterns
@@ -42,7 +43,7 @@ RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 INTERVENTIONS = ("zeroed", "shuffled", "random", "type-swapped")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
 _TISSUES = {
-    "brain": {
+    Task.BRAIN: {
         "background": (phantom.BACKGROUND,),
         "CSF": (phantom.CSF,),
         "grey matter": (phantom.GREY, phantom.DEEP_GREY),
@@ -51,7 +52,7 @@ _TISSUES = {
         "tumour": (phantom.CORE, phantom.RIM),
         "oedema, spots": (phantom.OEDEMA, phantom.HYPERINTENSITY),
     },
-    "cardiac": {
+    Task.HEART: {
         "air, lung": (0,),
         "body, liver": (phantom.BODY, phantom.LIVER),
         "fat": (phantom.FAT,),
@@ -88,7 +89,7 @@ class Probe:
         self.config, self.vae, _ = checkpoint.load_tokenizer(where)
         self.net = checkpoint.load_denoiser(where)[1].to(self.device)
         self.vae.to(self.device)
-        self.joint = self.config.task == "cardiac"
+        self.joint = self.config.task.joint
         self.whom = held_out(self.config, data, subjects, first_seed, split)
         seen = [(name, prepared.images) for name, _, prepared in islice(self.whom, subjects)]
         if not seen:
@@ -341,7 +342,7 @@ def _draw_distribution(config: ModelConfig, report: Mapping[str, Any]) -> Figure
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.3), layout="constrained")
-    unit = "modalities" if config.task == "brain" else "slabs"
+    unit = "slabs" if config.task.joint else "modalities"
     for ax, (label, points), prompt in zip(axes, report["embedding"].items(), PROMPTS, strict=False):
         classes = np.array(points["class"])
         for value in np.unique(classes):

@@ -139,7 +139,7 @@ def load_cases(
     are kept in the folder."""
     synthesizer = Synthesizer.load(model, device)
     config, weights = synthesizer.config, synthesizer.weights
-    if config.task != "brain":
+    if config.task.joint:
         raise CopeditError(f"model {config.name}: segmentation is of brain tumours; choose a brain model")
     origin = data if data == "phantom" else str(Path(data).resolve())
     digest = hashlib.sha256(f"{weights['tokenizer']} {weights['denoiser']} {origin}".encode()).hexdigest()[:16]

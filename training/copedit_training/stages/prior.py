@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from copedit_rt.prior import Prior, features, views
 from copedit_rt.prior_heart import FEATURES, Class, SlicePrior, blurs
 from copedit_rt.prior_heart import features as slice_features
+from copedit_rt.task import Task
 from copedit_training.data.prepared import draw_observed
 
 VOXELS = 4096  # of each study
@@ -77,7 +78,7 @@ def _train(
 ) -> Prior:
     studies, m = local.shape[:2]
     chance = None if shares is None else shares / shares.sum()
-    patterns = draw_observed(rng, 256, m, False).numpy()
+    patterns = draw_observed(rng, 256, m, Task.BRAIN).numpy()
     chosen = rng.integers(studies, size=len(patterns))
     some = [_rows(local[i][..., :64], quantiles[i], p) for i, p in zip(chosen, patterns, strict=True)]
     sample = np.concatenate(some)
@@ -89,7 +90,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
         chosen = rng.choice(studies, BATCH[0], p=chance)
-        observed = draw_observed(rng, BATCH[0], m, False).numpy()
+        observed = draw_observed(rng, BATCH[0], m, Task.BRAIN).numpy()
         voxels = rng.integers(0, local.shape[-1], (BATCH[0], BATCH[1]))
         x = np.concatenate(
             [_rows(local[i][..., v], quantiles[i], p) for i, v, p in zip(chosen, voxels, observed, strict=True)]
