@@ -22,8 +22,6 @@ from copedit_training.evaluation.report import table
 
 BASELINE = "eager"
 SEED = 0
-_SECONDS = ("median_s", "low_s", "high_s", "processor_s")
-MEASURED = ("contestant", "dtype", "peak_bytes", *_SECONDS, "samples", "per_second", "tflop_s")
 CELL = 2.0  # seconds of samples a contestant
 # On some processors the baseline in float32 agrees with float64 by chance (the same order of sums); others then need
 # not be nearer than a few roundings of their many layers.
