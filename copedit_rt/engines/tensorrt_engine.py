@@ -516,7 +516,10 @@ class TensorRTEngine:
         made = []
         for first in range(0, len(z), self.batch):
             some = {name: torch.from_numpy(x[first : first + self.batch]) for name, x in given.items()}
-            report = (lambda i, n, first=first: progress(first * n + i, len(z) * n)) if progress else None
+            report = None
+            if progress:  # of the steps of all studies
+                size = len(some["z"])
+                report = lambda i, n, a=first, b=size: progress((a * n + b * i) // len(z), n)  # noqa: E731
             made.append(self._loop(run, some, steps, solver, report))
         return np.concatenate(made)
 

@@ -115,7 +115,7 @@ def find_studies(
     if not inputs:
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")
     roots = [Path(item) for item in inputs]
-    search = _Search(roots, task, tuple(select))
+    search = _Search(roots, task and Task(task), tuple(select))
     search.collect()
     studies = search.studies()
     if not studies:

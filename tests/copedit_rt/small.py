@@ -104,7 +104,10 @@ def check_batch(engine: Engine, config: ModelConfig) -> None:
     observed = ~np.eye(m, dtype=bool)[[0, 1]]
     prompts = draw.standard_normal((2, 3, c.prompt_dim), np.float32)
     prior = draw.standard_normal(z.shape, np.float32) if config.denoiser.prior else None
-    both, encoded = engine.sample(z, prompts, observed, 3, "dpm2m", None, prior), engine.encode(images)
+    told: list[tuple[int, int]] = []
+    both = engine.sample(z, prompts, observed, 3, "dpm2m", lambda *done: told.append(done), prior)
+    encoded = engine.encode(images)
+    assert told == sorted(told) and told[-1] == (3, 3)
     shown = z if config.task == "cardiac" else z[:, :2]
     decoded = engine.decode(shown)
     assert encoded.prompts.shape == (2, 3, c.prompt_dim) and encoded.alone.shape == (2, m - 1, m)
