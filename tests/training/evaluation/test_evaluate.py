@@ -13,6 +13,7 @@ from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, prepared
+from copedit_training.evaluation import compare
 from copedit_training.evaluation import evaluate as ev
 from copedit_training.evaluation import report as pages
 from copedit_training.evaluation import subjects
@@ -321,14 +322,14 @@ def test_slabs_of_real_stacks(heart):
     for count, axis in ((16, 2), (10, 2), (13, 0), (8, 1)):
         truth = stack(config, count, axis)
         for missing in (("slab0",), ("slab1",), ("slab1", "slab2"), ("slab1", "slab2", "slab3")):
-            slices = ev.missing_slices(config, truth, missing)
+            slices = compare.missing_slices(config, truth, missing)
             study = ev.incomplete(config, truth, missing)
             assert prepare(study, config).missing == missing, (count, missing)
             blank = np.flatnonzero(~np.moveaxis(study.volumes["sax"].data, axis, 2).any(axis=(0, 1)))
             assert blank.tolist() == slices == list(study.missing_slices)
-    assert ev.missing_slices(config, stack(config, 10), ("slab0",)) == [0, 1]
-    assert ev.missing_slices(config, stack(config, 10), ("slab0", "slab1")) == [0, 1, 2, 3, 4]
-    assert ev.missing_slices(config, stack(config, 3), ("slab1",)) == []  # its middle slice lies in two
+    assert compare.missing_slices(config, stack(config, 10), ("slab0",)) == [0, 1]
+    assert compare.missing_slices(config, stack(config, 10), ("slab0", "slab1")) == [0, 1, 2, 3, 4]
+    assert compare.missing_slices(config, stack(config, 3), ("slab1",)) == []  # its middle slice lies in two
 
 
 def test_a_heart_with_slices_along_the_first_axis(heart):
