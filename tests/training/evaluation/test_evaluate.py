@@ -13,10 +13,9 @@ from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, prepared
-from copedit_training.evaluation import compare
+from copedit_training.evaluation import compare, subjects
 from copedit_training.evaluation import evaluate as ev
 from copedit_training.evaluation import report as pages
-from copedit_training.evaluation import subjects
 from copedit_training.evaluation.subjects import phantom_truth
 
 
