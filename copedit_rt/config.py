@@ -142,8 +142,6 @@ class ModelConfig:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:
-        if self.task not in list(Task):
-            raise CopeditError(f"model {self.name}: task {self.task!r} is unknown; it must be brain or cardiac")
         object.__setattr__(self, "task", Task(self.task))
         if not 2 <= len(self.elements) <= 8:
             raise CopeditError(f"model {self.name}: {len(self.elements)} elements; 2 to 8 are supported")

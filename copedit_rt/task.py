@@ -9,6 +9,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from copedit_rt.errors import CopeditError
+
 STACK = "sax"  # the one volume of a cardiac study
 
 
@@ -17,6 +19,10 @@ class Task(StrEnum):
 
     BRAIN = "brain"
     HEART = "cardiac"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Task:
+        raise CopeditError(f"task {value!r} is unknown; it must be {' or '.join(cls)}")
 
     @property
     def joint(self) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.errors import CopeditError
+from copedit_rt.images.find import find_studies
 from copedit_rt.images.study import Study
 from copedit_rt.task import Task
 
@@ -18,6 +19,9 @@ def test_a_task_is_its_name():
     assert there_and_back == config and there_and_back.task is Task.HEART
     with pytest.raises(CopeditError, match="'knee' is not a valid"):
         ModelConfig.from_dict(config.to_dict() | {"task": "knee"})
+    for wrong in (lambda: Study("x", "knee", {}), lambda: find_studies(".", task="knee")):
+        with pytest.raises(CopeditError, match="task 'knee' is unknown; it must be brain or cardiac"):
+            wrong()
 
 
 def test_what_is_decoded_and_what_can_be_missing():
