@@ -2,13 +2,15 @@
 #
 #   PYTHON=python3.12           the interpreter that .venv is made with
 #   PIP_FLAGS="..."             passed to every pip install (CONTRIBUTING.md: the CPU build of torch)
-#   PYTEST_FLAGS="-n 2 -k rope" passed to pytest
+#   PYTEST_FLAGS="-k rope"      passed to pytest, besides the number of processes
+#   JOBS=4                      processes that test; by default one a core, at most 4
 #   TRAIN_FLAGS="--set device=cuda" passed to copedit train
 #   LABELS=... PATIENTS=... HEARTS=... folders that make weights trains brain-2mm and heart-3mm on, too
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+JOBS ?= auto
 TRAIN_FLAGS ?=
 LABELS ?=
 PATIENTS ?=
@@ -36,7 +38,7 @@ demo: $(VENV)/installed
 
 test: lint
 	@echo "==> pytest"
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/installed-test
 	@echo "==> ruff"

@@ -61,11 +61,11 @@ setup(
         "pillow",
     ],
     extras_require={
-        "train": ["monai", "torchmetrics", "tensorboard", "matplotlib", "scikit-learn"],
+        "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
         "fast": ["isal"],  # gzip several times as fast
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "tensorrt": ["tensorrt"],
-        "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
+        "bench": ["flash-attn", "xformers", "matplotlib"],
         # A builder that needs no GPU, for tests only.
         "tensorrt-rtx": [
             "onnxruntime-ep-nv-tensorrt-rtx-cu13; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -134,7 +134,7 @@ def load_prior(folder: Path, config: ModelConfig) -> Prior | SlicePrior | None:
     from copedit_rt.prior import Prior
     from copedit_rt.prior_heart import SlicePrior
 
-    kind: type[Prior] | type[SlicePrior] = SlicePrior if config.task == "cardiac" else Prior
+    kind: type[Prior] | type[SlicePrior] = SlicePrior if config.task.joint else Prior
     return kind.load(folder, config) if config.denoiser.prior else None
 
 

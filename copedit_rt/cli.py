@@ -19,11 +19,12 @@ from typer.core import TyperGroup
 
 from copedit_rt import __version__, terminal
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.names import MODALITIES, STACK
+from copedit_rt.images.names import MODALITIES
+from copedit_rt.task import STACK, Task
 from copedit_rt.terminal import Device, Dtype, Json, Output, Solver, Steps, flag
 
 FLAGGED = 3
-TASKS = {"brain": "brain", "cardiac": "cardiac"}
+TASKS = {task.value: task for task in Task}
 COMMANDS = "copedit.commands"  # the group of entry points that add commands
 
 

@@ -135,7 +135,7 @@ class _Job:
         try:
             if self.look_ahead(opened):
                 study = Study.read(files, **self.reading)
-                if self.several and files.task == "cardiac" and not study.missing_slices:
+                if self.several and files.task.joint and not study.missing_slices:
                     opened.entry["status"] = "complete"
                 else:
                     opened.study = study
@@ -165,7 +165,7 @@ class _Job:
             return False
         entry["kept"] = done
         # What is done stays as it is, though it is sampled again beside the others: elements depend on each other.
-        opened.todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
+        opened.todo = None if files.task.joint else [element for element in outputs if element not in done]
         return True
 
     def finish(self, opened: _Opened) -> tuple[dict[str, Any], CopeditError | None]:
@@ -195,13 +195,15 @@ class _Job:
             from copedit_rt.images import preview
 
             entry["preview"] = str(self.output / files.naming.subfolder / f"{files.name}_preview.png")
-            preview.save(preview.draw(result.study, model=result.record["model"]), Path(entry["preview"]))
+            record = result.record
+            picture = preview.draw(result.study, model=record["model"], trained=record["trained_on"])
+            preview.save(picture, Path(entry["preview"]))
         result.study.write(self.output, model=result.record["model"], record=result.record, std=result.std or None)
         entry["status"] = "written"
 
 
 def _check_target(files: StudyFiles, config: ModelConfig, target: Sequence[str]) -> None:
-    if files.task == "cardiac":
+    if files.task.joint:
         raise CopeditError(f"{files.name} is a cardiac stack; name slices with --missing-slices, not --target")
     for element in target:
         if element not in config.elements:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.task import Task
 
 Triple = tuple[int, int, int]
 Prompts = Literal["full", "none", "mask", "no-count", "no-position", "no-contrast"]
@@ -132,7 +133,7 @@ class ModelConfig:
     """
 
     name: str
-    task: Literal["brain", "cardiac"]
+    task: Task
     elements: tuple[str, ...]
     image: Triple
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -141,8 +142,7 @@ class ModelConfig:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:
-        if self.task not in ("brain", "cardiac"):
-            raise CopeditError(f"model {self.name}: task {self.task!r} is unknown; it must be brain or cardiac")
+        object.__setattr__(self, "task", Task(self.task))
         if not 2 <= len(self.elements) <= 8:
             raise CopeditError(f"model {self.name}: {len(self.elements)} elements; 2 to 8 are supported")
         if any(n % c for n, c in zip(self.image, self.tokenizer.compression, strict=True)):
@@ -192,8 +192,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) == len(value):
             return tuple(_value(k, v, where) for k, v in zip(kinds, value, strict=True))
-    elif origin is Literal:
-        if value in args:
+    elif origin is Literal or kind is Task:
+        if value in (args or list(Task)):
             return value
     elif origin in (typing.Union, types.UnionType):
         return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
@@ -229,17 +229,17 @@ _DEMO_TOKENIZER = TokenizerConfig(
 PRESETS: dict[str, ModelConfig] = {
     config.name: config
     for config in (
-        ModelConfig("brain-brats", "brain", _BRATS, (192, 192, 64)),
+        ModelConfig("brain-brats", Task.BRAIN, _BRATS, (192, 192, 64)),
         ModelConfig(
             "brain-ixi",
-            "brain",
+            Task.BRAIN,
             ("t1", "t2", "pd"),
             (192, 192, 64),
             preprocessing=Preprocessing(field_of_view=(180.0, 180.0, 100.0)),
         ),
         ModelConfig(
             "cardiac",
-            "cardiac",
+            Task.HEART,
             _SLABS,
             (192, 192, 8),
             TokenizerConfig(channels=(32, 64, 128)),
@@ -249,7 +249,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             "demo-brain",
-            "brain",
+            Task.BRAIN,
             _BRATS,
             (96, 96, 32),
             _DEMO_TOKENIZER,
@@ -259,7 +259,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             "brain-2mm",
-            "brain",
+            Task.BRAIN,
             _BRATS,
             (96, 112, 64),
             replace(_DEMO_TOKENIZER, channels=(8,), residual_units=0, prompt_stride=2),
@@ -269,7 +269,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             "demo-cardiac",
-            "cardiac",
+            Task.HEART,
             _SLABS,
             (96, 96, 4),
             _DEMO_TOKENIZER,
@@ -279,7 +279,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             "heart-3mm",
-            "cardiac",
+            Task.HEART,
             _SLABS,
             (96, 96, 4),
             _DEMO_TOKENIZER,

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 DISTRIBUTION = "copedit"
 # What each extra adds, should the installed metadata not tell (a bare checkout on the path).
 EXTRAS = {
-    "train": ["monai", "torchmetrics", "tensorboard", "matplotlib"],
+    "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "tensorrt": ["tensorrt"],
     "tensorrt-rtx": ["onnxruntime-ep-nv-tensorrt-rtx-cu13"],
-    "bench": ["flash-attn", "xformers", "matplotlib", "pandas"],
+    "bench": ["flash-attn", "xformers", "matplotlib"],
 }
 RUNTIME = ["torch", "triton", "einops", "numpy", "scipy", "nibabel", "safetensors", "typer", "rich", "pillow"]
 

@@ -15,9 +15,12 @@ from copedit_rt.images.study import Study, blank_slices
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models, UnusableModel
 from copedit_rt.perception import Perception
+from copedit_rt.task import Task
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+SURE = 0.8  # what is less likely than this is not held against the files
 
 
 def inspect(
@@ -62,7 +65,7 @@ def _look(files: StudyFiles, models: Models, missing_slices: Sequence[int] | Non
 def _perceive(report: Report, study: Study, files: StudyFiles, models: Models) -> None:
     """Fill in what the network perceives, and where it disagrees with the files."""
     name, config = models.choose(files.task, files.files)
-    if files.task == "brain":
+    if not files.task.joint:
         report.missing = tuple(element for element in config.elements if element not in files.files)
     if not study.volumes:
         return
@@ -75,7 +78,8 @@ def _perceive(report: Report, study: Study, files: StudyFiles, models: Models) -
         report.findings.append(Finding("unperceived", str(told)))
         return
     report.perception = perceived
-    if files.task == "cardiac":
+    report.findings += [Finding("unlike", text, flag=False) for text in perceived.unlike]
+    if files.task.joint:
         report.missing = tuple(e for e in config.elements if e not in perceived.identity)
     report.findings += contradictions(perceived, report.files, task=files.task)
 
@@ -128,7 +132,7 @@ class Report:
     """One study: what the files say, what the network perceives, what was found."""
 
     name: str
-    task: str
+    task: Task
     files: dict[str, str]
     missing: tuple[str, ...] = ()
     missing_slices: tuple[int, ...] = ()
@@ -176,8 +180,9 @@ class Report:
             if perceived:
                 chance = f"{perceived.missing[i]:.2f}"
                 if element in perceived.identity:
-                    looks = "{} ({:.2f})".format(*perceived.looks_like(element))
-                    if self.task == "brain" and perceived.looks_like(element)[0] != element:
+                    best, sure = perceived.looks_like(element)
+                    looks = f"{best} ({sure:.2f})" if sure >= SURE else f"not sure ({best} {sure:.2f})"
+                    if not self.task.joint and best != element and sure >= SURE:
                         looks = f"[red]{looks}[/red]"
             table.add_row(element, Text(printable(there)), chance, looks)
         lines: list[RenderableType] = [table]
@@ -192,7 +197,7 @@ class Report:
         return Group(*lines)
 
 
-def examine(volumes: Mapping[str, Volume], files: Mapping[str, str], *, task: str) -> list[Finding]:
+def examine(volumes: Mapping[str, Volume], files: Mapping[str, str], *, task: Task) -> list[Finding]:
     """What the voxels show without a network: constant and non-finite volumes, blank planes.
 
     Blank planes at the ends of a brain volume are background; those between planes that hold an image are
@@ -206,7 +211,7 @@ def examine(volumes: Mapping[str, Volume], files: Mapping[str, str], *, task: st
         if not finite.any() or np.ptp(data[finite]) == 0:
             found.append(Finding("constant", f"{file} is constant: it holds no image", element=name))
             continue
-        if task == "cardiac":
+        if task.joint:
             continue
         if bad := data.size - int(finite.sum()):
             found.append(Finding("non-finite", f"{file} has {bad} NaN or infinite voxels", element=name))
@@ -220,7 +225,7 @@ def examine(volumes: Mapping[str, Volume], files: Mapping[str, str], *, task: st
     return found
 
 
-def contradictions(perception: Perception, files: Mapping[str, str], *, task: str) -> list[Finding]:
+def contradictions(perception: Perception, files: Mapping[str, str], *, task: Task) -> list[Finding]:
     """Where the network disagrees with the files: what each image is, how many are missing, and which.
 
     files: shown name per observed element. The observed elements are those in `perception.identity`.
@@ -228,22 +233,22 @@ def contradictions(perception: Perception, files: Mapping[str, str], *, task: st
     found = []
     for name in perception.identity:
         looks, chance = perception.looks_like(name)
-        if looks == name or chance < 0.5:  # unsure is not a contradiction
+        if looks == name or chance < SURE:  # unsure is not a contradiction
             continue
         text = f"{files.get(name, name)} is named {name} but looks like {looks} ({chance:.2f})"
-        if task == "cardiac":
+        if task.joint:
             text = f"{name} looks like {looks} ({chance:.2f}): do the slices run from apex to base?"
         found.append(Finding("identity", text, element=name))
     missing = tuple(e for e in perception.elements if e not in perception.identity)
     if not missing:  # the heads know only studies with something missing
         return found
-    if perception.count_missing != len(missing):
-        chance = perception.count[perception.count_missing - 1]
+    chance = perception.count[perception.count_missing - 1]
+    if perception.count_missing != len(missing) and chance >= SURE:
         says = f"the files say {len(missing)} missing"
         text = f"{says}, the images look like {perception.count_missing} ({chance:.2f})"
         found.append(Finding("count", text))
     for name, chance in zip(perception.elements, perception.missing, strict=True):
-        if (chance > 0.5) != (name in missing):
+        if (chance > 0.5) != (name in missing) and max(chance, 1 - chance) >= SURE:
             says = "missing" if name in missing else "present"
             text = f"{name} is {says} by the files, but P(missing) is {chance:.2f} by the images"
             found.append(Finding("missing", text, element=name))

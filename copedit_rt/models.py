@@ -12,6 +12,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.listener import Listener
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.task import Task
 
 
 class UnusableModel(CopeditError):
@@ -40,7 +41,7 @@ class Models:
         self._listener = listener or Listener()
         self._loaded: dict[str, Synthesizer] = {}
 
-    def choose(self, task: str, elements: Iterable[str]) -> tuple[str, ModelConfig]:
+    def choose(self, task: Task, elements: Iterable[str]) -> tuple[str, ModelConfig]:
         """Name and configuration of the model asked for, or of the first built in that knows all the elements.
 
         Raises UnusableModel for a model that cannot be read, CopeditError where none is built in for the task.
@@ -55,7 +56,7 @@ class Models:
         if not configs:
             raise CopeditError(f"no model for {task} MRI is built in; name a model folder with --model")
         for name, config in configs.items():
-            if task == "cardiac" or set(elements) <= set(config.elements):
+            if set(elements) <= set(config.task.volumes(config.elements)):
                 return name, config
         return next(iter(configs.items()))
 
@@ -69,6 +70,8 @@ class Models:
                 raise UnusableModel(error) from error
             for note in getattr(loaded.engine, "notes", ()):
                 self._listener.remark(note)
+            if loaded.trained:
+                self._listener.remark(f"{name} was trained on {loaded.trained.words}")
             self._loaded[name] = loaded
         return self._loaded[name]
 

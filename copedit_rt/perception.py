@@ -22,13 +22,14 @@ class Perception:
     then.
     missing: P(element i is missing), i = 0..m-1.
     identity: per observed element, by its name: P(that one image is element i), i = 0..m-1; sums to 1.
-    elements: names of the m elements.
+    elements: names of the m elements. unlike: a sentence about each image that is unlike what the model was trained on.
     """
 
     count: list[float]
     missing: list[float]
     identity: dict[str, list[float]]
     elements: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
 
     @classmethod
     def from_logits(

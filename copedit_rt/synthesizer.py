@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,13 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import ENGINES, Encoded, Engine
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.names import STACK
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
 from copedit_rt.prior import Fill, Prior
 from copedit_rt.prior_heart import SlicePrior
+from copedit_rt.task import STACK
+from copedit_rt.trained import TrainedOn
 
 if TYPE_CHECKING:
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # A turn of each device: see `Synthesizer`.
 _TURNS: dict[str, threading.RLock] = {}
+TOGETHER = 8  # samples of a study in the sampler at once
 _TURNS_LOCK = threading.Lock()
 
 
@@ -102,6 +104,7 @@ class Synthesizer:
 
     def _use(self, config: ModelConfig, engine: Engine, weights: Any, prior: Prior | SlicePrior | None) -> None:
         self.config, self.engine, self.weights, self.prior = config, engine, weights, prior
+        self.trained: TrainedOn | None = None
         with _TURNS_LOCK:
             self._turn = _TURNS.setdefault("cuda:0" if engine.device == "cuda" else engine.device, threading.RLock())
 
@@ -155,11 +158,14 @@ class Synthesizer:
                     raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
                 self = cls.__new__(cls)
                 self._use(built.config, built, built.weights, checkpoint.load_prior(folder, built.config))
+                self.trained = TrainedOn.load(folder)
                 return self
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
         prior, digests = checkpoint.load_prior(folder, config), {"tokenizer": first, "denoiser": second}
-        return cls(config, tokenizer, denoiser, device, digests, max_memory, dtype, prior)
+        self = cls(config, tokenizer, denoiser, device, digests, max_memory, dtype, prior)
+        self.trained = TrainedOn.load(folder)
+        return self
 
     def perceive(self, study: Study) -> Perception:
         """What the prompt heads say about a study; nothing needs to be missing.
@@ -208,10 +214,7 @@ class Synthesizer:
             fill = self.prior.fill_study(prepared) if self.prior else None
             encoded = self._encode(prepared, fill)
             begun = self._begun(prepared.observed, encoded, fill)
-            for sample in range(samples):
-                report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
-                start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
-                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
+            for sample, z in enumerate(self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)):
                 decoded = self.decode(z, prepared.observed) + begun.beyond
                 images = prepared.restore(decoded, detail, config.preprocessing.whole_range, begun.stack)
                 for name in wanted:
@@ -231,12 +234,36 @@ class Synthesizer:
         record = self._record(prepared, wanted, {"method": solver, "steps": steps, "seed": seed, "samples": samples})
         record["output"] = {"detail": detail, "whole_range": config.preprocessing.whole_range}
         made = study.with_synthetic(volumes)
-        made.notes += prepared.notes
-        return Result(made, self._perception(prepared, encoded), record, std)
+        perception = self._perception(prepared, encoded)
+        made.notes += (*prepared.notes, *perception.unlike)
+        return Result(made, perception, record, std)
+
+    def _draw(
+        self,
+        prepared: Prepared,
+        encoded: Encoded,
+        begun: Begun,
+        seed: int,
+        samples: int,
+        steps: int,
+        solver: str,
+        progress: Callable[[int, int], None] | None,
+    ) -> Iterator[np.ndarray]:
+        """Latents [m, 8, h, w, d] of each sample of a study."""
+        there, name = prepared.observed, prepared.study.name
+        for first in range(0, samples, TOGETHER):
+            some = range(first, min(first + TOGETHER, samples))
+            report = None
+            if progress:
+                report = lambda i, n, some=some: progress(some.start * n + i * len(some), samples * n)  # noqa: E731
+            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample) for sample in some])
+            prompts, observed = encoded.prompts.repeat(len(some), 0), there[None].repeat(len(some), 0)
+            prior = None if begun.latents is None else begun.latents[None].repeat(len(some), 0)
+            yield from self.engine.sample(start, prompts, observed, steps, solver, report, prior)
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
-        if self.config.task == "cardiac":
+        if self.config.task.joint:
             if target:
                 raise CopeditError(
                     f"target {', '.join(target)}: a cardiac stack is filled as a whole; leave target out"
@@ -253,22 +280,25 @@ class Synthesizer:
 
     def _encode(self, prepared: Prepared, fill: Fill | None = None) -> Encoded:
         # A slab that counts as observed and lacks a slice all the same is taken with that slice filled.
-        return self.engine.encode((fill or prepared).images[prepared.observed])
+        return self.engine.encode((fill or prepared).images[None, prepared.observed])
 
     def _begun(self, there: np.ndarray, encoded: Encoded, fill: Fill | None) -> Begun:
         """What the prior knows of a study in which these elements are observed."""
         if fill is None:
             return Begun()
-        z = np.empty((len(there), *encoded.latents.shape[1:]), np.float32)
-        z[there] = encoded.latents
-        z[~there] = self.engine.encode(fill.images[~there]).latents
+        z = np.empty((len(there), *encoded.latents.shape[2:]), np.float32)
+        z[there] = encoded.latents[0]
+        z[~there] = self.engine.encode(fill.images[None, ~there]).latents[0]
         return Begun(z, fill.images - self.decode(z, there), fill.stack)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements
         names = [name for name, there in zip(elements, prepared.observed, strict=True) if there]
-        alone = dict(zip(names, encoded.alone, strict=True))
-        return Perception.from_logits(elements, encoded.count, encoded.missing, alone)
+        alone = dict(zip(names, encoded.alone[0], strict=True))
+        perceived = Perception.from_logits(elements, encoded.count[0], encoded.missing[0], alone)
+        if self.trained is None:
+            return perceived
+        return replace(perceived, unlike=self.trained.remarks(elements, prepared.images, prepared.observed))
 
     def start(
         self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int = 0, sample: int = 0
@@ -282,10 +312,9 @@ class Synthesizer:
 
     def decode(self, z: np.ndarray, observed: np.ndarray) -> np.ndarray:
         """Images [m, 1, H, W, D] of latents [m, 8, h, w, d]; brain: only what is not observed [m], 0 elsewhere."""
-        # Slabs are decoded together, so that no seam appears between them.
-        chosen = np.ones_like(observed) if self.config.task == "cardiac" else ~observed
+        chosen = self.config.task.decoded(observed)
         images = np.zeros((len(observed), 1, *self.config.image), np.float32)
-        images[chosen] = self.engine.decode(z[chosen])
+        images[chosen] = self.engine.decode(z[None, chosen])[0]
         return images
 
     def _record(self, prepared: Prepared, wanted: list[str], sampler: dict[str, Any]) -> dict[str, Any]:
@@ -293,6 +322,7 @@ class Synthesizer:
         return {
             "model": self.config.name,
             "weights_sha256": self.weights,
+            "trained_on": self.trained.words if self.trained else None,
             "study": study.name,
             "inputs": {
                 name: {"file": volume.path.name if volume.path else None, "sha256": volume.sha256}

@@ -7,7 +7,7 @@ import pytest
 
 # Read when torch loads. Idle threads sleep: where they spin, on a machine that is busy with something else,
 # the model tests took six times as long.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

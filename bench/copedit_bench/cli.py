@@ -37,6 +37,7 @@ def bench_kernels(
     """
     from copedit_bench.operators import measure as body
     from copedit_bench.operators import report as pages
+    from copedit_training.evaluation.report import unplotted, write_json
 
     check_writable(output)
     cases, where, what = body.plan(op, device, dtype)
@@ -47,11 +48,11 @@ def bench_kernels(
             what,
             seconds or body.SECONDS,
             progress=progress,
-            save=lambda so_far: pages.write_json(so_far, output / "kernels.json"),
+            save=lambda so_far: write_json(so_far, output / "kernels.json"),
         )
-    paths, remark = pages.write(report, output)
-    present(report, pages.summary(report), paths, as_json, remark)
-    if any(check["status"] == "wrong" and check["provider"] == "ours" for check in report["checks"]):
+    paths = pages.write_report(report, output)
+    present(report, pages.summary(report), paths, as_json, unplotted())
+    if any(check["status"] == "wrong" and check["contestant"] == "ours" for check in report["checks"]):
         raise CopeditError(f"an operator gave a wrong answer; {paths[1]} says which")
 
 
@@ -130,16 +131,17 @@ def bench_train_step(
 def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, Any]]) -> None:
     """Measure, keep what there is after every piece of work, and say it."""
     from copedit_bench.models import side_by_side
+    from copedit_training.evaluation.report import write
 
     check_writable(output)
     with progress() as bar:
         task = bar.add_task("measuring", total=None)
         report = run(
             progress=lambda text: bar.update(task, description=text),
-            save=lambda so_far: side_by_side.write(so_far, output, name),
+            save=lambda so_far: write(so_far, side_by_side.markdown(so_far), output, name),
         )
     text = "\n".join([*side_by_side.tables(report), "", *side_by_side.remarks(report), *report["notes"]])
-    present(report, text, side_by_side.write(report, output, name), as_json)
+    present(report, text, write(report, side_by_side.markdown(report), output, name), as_json)
     side_by_side.verify(report)
 
 
@@ -158,8 +160,9 @@ def bench_cost(
     Needs the extra `train`. Writes cost.json, cost.md and, with matplotlib, cost.png.
     """
     from copedit_bench.models import cost as body
+    from copedit_training.evaluation.report import unplotted
 
     check_writable(output)
     with counting("measuring") as progress:
         report = body.run([*body.DEMO, *(measure or ())], device, progress=progress)
-    present(report, body.markdown(report), body.write(report, output), as_json)
+    present(report, body.markdown(report), body.write_report(report, output), as_json, unplotted())

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-ROUNDS = (3, 40)  # at least and at most, of every contender
+ROUNDS = (3, 40)  # at least and at most, of every contestant
 SAMPLE, LONGEST = 1e-3, 2e-2  # seconds that one sample takes at least, and at most if it is of several calls
 CALLS = 64  # in one sample at most
 
@@ -24,8 +24,8 @@ K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Contender:
-    """Something that is timed: run() makes `calls` calls, within context()."""
+class Lap:
+    """What one sample times: run() makes `calls` calls, within context()."""
 
     run: Callable[[], Any]
     calls: int
@@ -52,27 +52,27 @@ class Stopwatch:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def sample(self, contender: Contender) -> float:
+    def sample(self, lap: Lap) -> float:
         """Seconds a call, between CUDA events on a GPU that was idle before: launches count where they do not hide."""
-        with contender.context():
+        with lap.context():
             self.sync()
             if not self.cuda:
                 start = time.perf_counter()
-                contender.run()
-                return (time.perf_counter() - start) / contender.calls
+                lap.run()
+                return (time.perf_counter() - start) / lap.calls
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
-            contender.run()
+            lap.run()
             last.record()
             last.synchronize()
-            return first.elapsed_time(last) / 1e3 / contender.calls
+            return first.elapsed_time(last) / 1e3 / lap.calls
 
-    def capture(self, contender: Contender) -> Contender:
+    def capture(self, lap: Lap) -> Lap:
         """The same calls as one replay of a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
-        with contender.context(), torch.cuda.graph(graph, stream=self._stream):
-            contender.run()
-        return Contender(graph.replay, contender.calls)
+        with lap.context(), torch.cuda.graph(graph, stream=self._stream):
+            lap.run()
+        return Lap(graph.replay, lap.calls)
 
     def peak(self, call: Callable[[], Any]) -> int | None:
         """Bytes allocated at the worst moment of a call, its outputs included, over what was allocated before it."""
@@ -123,15 +123,15 @@ def calls_of(seconds: float, sets: int) -> int:
 
 
 def interleave(
-    contenders: Mapping[K, Contender], stopwatch: Stopwatch, budget: float
+    laps: Mapping[K, Lap], stopwatch: Stopwatch, budget: float
 ) -> tuple[dict[K, list[float]], dict[K, str]]:
-    """Seconds a call of each contender, one sample a round, the first in turn another one; a round of warm-up before.
+    """Seconds a call of each, one sample a round, the first in turn another one; a round of warm-up before.
 
-    Stops after `budget` seconds, but not before ROUNDS[0] rounds. Also returns why contenders broke down.
+    Stops after `budget` seconds, but not before ROUNDS[0] rounds. Also returns why some broke down.
     """
-    samples: dict[K, list[float]] = {key: [] for key in contenders}
+    samples: dict[K, list[float]] = {key: [] for key in laps}
     broken: dict[K, str] = {}
-    keys = list(contenders)
+    keys = list(laps)
     start = time.perf_counter()
     for number in range(-1, ROUNDS[1]):
         if number >= ROUNDS[0] and time.perf_counter() - start > budget:
@@ -141,7 +141,7 @@ def interleave(
             if key in broken:
                 continue
             try:
-                seconds = stopwatch.sample(contenders[key])
+                seconds = stopwatch.sample(laps[key])
             except Exception as error:
                 broken[key] = sentence(error)
                 continue
@@ -186,7 +186,7 @@ class Yardsticks:
                 self._products[dtype].append(2 * len(square) ** 3 / self._time(partial(torch.mm, square, square)))
 
     def _time(self, call: Callable[[], Tensor]) -> float:
-        return self.stopwatch.sample(Contender(call, 1))
+        return self.stopwatch.sample(Lap(call, 1))
 
     def report(self) -> dict[str, Any]:
         """JSON-able: bytes a second copied (read and written), operations a second by dtype; median and deciles."""

@@ -1,12 +1,14 @@
 """What every engine offers to the synthesizer: three networks that take and return numpy arrays on the host.
 
-m elements, k of them given; latents [8, h, w, d] are normalised; everything is float32 but `observed`, which is bool.
+They take a batch of B studies, and what comes out of a study does not depend on the others. m elements, k of them
+given; latents [8, h, w, d] are normalised; everything is float32 but `observed`, which is bool. The sampler runs on the
+whole batch; studies are encoded and decoded one after the other, as their feature maps are the largest thing in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -16,10 +18,10 @@ ENGINES = ("torch", "onnxruntime", "tensorrt")
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the tokenizer makes of the observed images of one study.
+    """What the tokenizer makes of the observed images.
 
-    latents: [k, 8, h, w, d]. prompts: [3, P], averaged over the images. count [m-1] and missing [m]: logits of how
-    many and which elements are missing. alone [k, m]: the latter from each image by itself.
+    latents: [B, k, 8, h, w, d]. prompts: [B, 3, P], averaged over the images. count [B, m-1] and missing [B, m]: logits
+    of how many and which elements are missing. alone [B, k, m]: the latter from each image by itself.
     """
 
     latents: np.ndarray
@@ -27,6 +29,11 @@ class Encoded:
     count: np.ndarray
     missing: np.ndarray
     alone: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence[Encoded]) -> Encoded:
+        """The batches as one."""
+        return cls(*(np.concatenate([getattr(part, x.name) for part in parts]) for x in fields(cls)))
 
 
 class Engine(Protocol):
@@ -46,7 +53,7 @@ class Engine(Protocol):
     versions: dict[str, str]  # of the libraries that it runs on
 
     def encode(self, images: np.ndarray) -> Encoded:
-        """images: the observed ones [k, 1, H, W, D] in 0..1."""
+        """images: the observed ones [B, k, 1, H, W, D] in 0..1."""
         ...
 
     def sample(
@@ -59,14 +66,15 @@ class Engine(Protocol):
         progress: Callable[[int, int], None] | None = None,
         prior: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The sampling loop. z [m, 8, h, w, d]: latents of the observed elements, noise in the others; not modified.
+        """The sampling loop. z [B, m, 8, h, w, d]: latents of the observed elements, noise in the others; not modified.
 
-        prompts [3, P], observed [m]. prior [m, 8, h, w, d], for models that take one: latents of the fill of what is
-        missing, and of what is observed its own. progress is called with the steps done and in all. Returns the latents
-        after the last step; those of observed elements keep their bits.
+        prompts [B, 3, P]; observed [B, m], another pattern in each study if need be. prior [B, m, 8, h, w, d], for
+        models that take one: latents of the fill of what is missing, and of what is observed its own. progress is
+        called with the steps done and in all. Returns the latents after the last step; those of observed elements keep
+        their bits.
         """
         ...
 
     def decode(self, z: np.ndarray) -> np.ndarray:
-        """Images [k, 1, H, W, D] of latents [k, 8, h, w, d]; cardiac: of all slabs, which are decoded together."""
+        """Images [B, k, 1, H, W, D] of latents [B, k, 8, h, w, d]; cardiac: of all slabs, decoded together."""
         ...

@@ -119,8 +119,8 @@ class OnnxEngine:
             raise
 
     def encode(self, images: np.ndarray) -> Encoded:
-        outputs = self._run(ENCODER, images=images[None], observed=np.ones((1, len(images)), bool))
-        return Encoded(*(output[0] for output in outputs))
+        there = np.ones((1, images.shape[1]), bool)
+        return Encoded.join([Encoded(*self._run(ENCODER, images=one, observed=there)) for one in images[:, None]])
 
     def sample(
         self,
@@ -133,23 +133,23 @@ class OnnxEngine:
         prior: np.ndarray | None = None,
     ) -> np.ndarray:
         config = self.config.diffusion
-        coefficients = schedule.step_coefficients(config, steps, solver)
-        now, previous = z[None], np.zeros_like(z[None])
-        begun = {} if prior is None else {"prior": prior[None]}
+        coefficients = schedule.step_coefficients(config, steps, solver)[:, None].repeat(len(z), 1)
+        now, previous = z, np.zeros_like(z)
+        begun = {} if prior is None else {"prior": prior}
         for i, t in enumerate(schedule.timesteps(config, steps)):
             now, previous = self._run(
                 STEP,
                 z=now,
-                t=np.array([t]),
-                prompts=prompts[None],
-                observed=observed[None],
+                t=np.full(len(z), t),
+                prompts=prompts,
+                observed=observed,
                 previous=previous,
-                coefficients=coefficients[i, None],
+                coefficients=coefficients[i],
                 **begun,
             )
             if progress:
                 progress(i + 1, steps)
-        return now[0]
+        return now
 
     def decode(self, z: np.ndarray) -> np.ndarray:
-        return self._run(DECODER, z=z[None])[0][0]
+        return np.concatenate([self._run(DECODER, z=one)[0] for one in z[:, None]])

@@ -31,6 +31,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import new_folder, write_atomically
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.trained import TrainedOn
 
 OPSET = 23
 DISTANCES = 2**22  # that the decoder holds at once per image, where the kernel holds none: 16 MiB
@@ -170,6 +171,8 @@ def export_onnx(model: str | Path, output: Path, precision: str = "float32") -> 
         _narrow(tokenizer, denoiser, getattr(torch, precision))
         if prior := checkpoint.load_prior(checkpoint.locate(model), config):
             prior.save(part)
+        if trained := TrainedOn.load(checkpoint.locate(model)):
+            trained.save(part)
         _write(part, config, tokenizer, denoiser, precision)
     return {
         "model": config.name,
@@ -267,7 +270,7 @@ def graphs(config: ModelConfig, tokenizer: CoPeVAE, denoiser: MDiT3D) -> dict[st
     batch, given = torch.export.Dim("batch"), torch.export.Dim("given")
     b, k, m = 2, 3, len(config.elements)  # examples: 1 would become a constant
     z = torch.zeros(b, m, config.tokenizer.latent_channels, *config.latent)
-    joint = config.task == "cardiac"
+    joint = config.task.joint
     latents = z if joint else torch.zeros(b, k, *z.shape[2:])
     both = {0: batch, 1: given}
     encoder = {"images": torch.zeros(b, k, 1, *config.image), "observed": torch.ones(b, k, dtype=torch.bool)}

@@ -99,7 +99,7 @@ def shapes(config: ModelConfig, graph: str, batch: int = 1) -> dict[str, tuple[S
 
     if graph == ENCODER:
         return {"images": given(1, m - 1, 1, *config.image), "observed": given(1, m - 1)}
-    return {"z": given(m, m, *z) if config.task == "cardiac" else given(1, 1, *z)}
+    return {"z": given(m, m, *z) if config.task.joint else given(1, 1, *z)}
 
 
 def build(
@@ -417,7 +417,7 @@ class TensorRTEngine:
         built, checked against torch and kept, which may take minutes; progress is called meanwhile.
 
         What torch does instead is a warning (UserWarning); `notes` holds what else there is to tell. batch: the
-        studies at once that plans can take, for others who run them: this engine takes one at a time.
+        studies at once that plans are built for; the step takes more in turns.
 
         Raises CopeditError where TensorRT or a GPU is missing and for a max_memory; Refused for files that must not be
         used, and where not one plan can be.
@@ -497,8 +497,9 @@ class TensorRTEngine:
             yield
 
     def _encode(self, run: Runner, images: np.ndarray) -> Encoded:
-        out = run(images=torch.from_numpy(images)[None], observed=torch.ones(1, len(images), dtype=torch.bool))
-        return Encoded(**{field.name: _here(out[field.name]) for field in fields(Encoded)})
+        there = torch.ones(1, images.shape[1], dtype=torch.bool)
+        outs = (run(images=torch.from_numpy(one), observed=there) for one in images[:, None])
+        return Encoded.join([Encoded(*(_here(out[field.name]) for field in fields(Encoded))) for out in outs])
 
     def _sample(
         self,
@@ -511,37 +512,42 @@ class TensorRTEngine:
         progress: Callable[[int, int], None] | None = None,
         prior: np.ndarray | None = None,
     ) -> np.ndarray:
+        given = {"z": z, "prompts": prompts, "observed": observed} | ({} if prior is None else {"prior": prior})
+        made = []
+        for first in range(0, len(z), self.batch):
+            some = {name: torch.from_numpy(x[first : first + self.batch]) for name, x in given.items()}
+            report = None
+            if progress:  # of the steps of all studies
+                size = len(some["z"])
+                report = lambda i, n, a=first, b=size: progress((a * n + b * i) // len(z), n)  # noqa: E731
+            made.append(self._loop(run, some, steps, solver, report))
+        return np.concatenate(made)
+
+    def _loop(
+        self,
+        run: Runner,
+        given: Mapping[str, Tensor],
+        steps: int,
+        solver: str,
+        progress: Callable[[int, int], None] | None,
+    ) -> np.ndarray:
+        """As many studies as a plan takes. given: z, prompts, observed and prior."""
         config = self.config.diffusion
-        there = [
-            torch.from_numpy(x).to(self._device)
-            for x in (
-                z[None],
-                prompts[None],
-                observed[None],
-                schedule.timesteps(config, steps),
-                schedule.step_coefficients(config, steps, solver),
-            )
-        ]
-        now, given, mask, times, coefficients = there
-        previous = torch.zeros_like(now)
-        begun = {} if prior is None else {"prior": torch.from_numpy(prior[None]).to(self._device)}
+        fixed = {name: x.to(self._device) for name, x in given.items()}
+        now = fixed.pop("z")
+        times = torch.from_numpy(schedule.timesteps(config, steps)).to(self._device)
+        coefficients = torch.from_numpy(schedule.step_coefficients(config, steps, solver)).to(self._device)
+        batch, previous = len(now), torch.zeros_like(now)
         for i in range(steps):
-            out = run(
-                z=now,
-                t=times[i : i + 1],
-                prompts=given,
-                observed=mask,
-                previous=previous,
-                coefficients=coefficients[i : i + 1],
-                **begun,
-            )
+            each = {"t": times[i].expand(batch), "coefficients": coefficients[i].expand(batch, -1, -1)}
+            out = run(z=now, previous=previous, **each, **fixed)
             now, previous = out["next"], out["prediction"]
             if progress:
                 progress(i + 1, steps)
         return _here(now)
 
     def _decode(self, run: Runner, z: np.ndarray) -> np.ndarray:
-        return _here(run(z=torch.from_numpy(z)[None])["images"])
+        return np.concatenate([_here(run(z=torch.from_numpy(one))["images"]) for one in z[:, None]])
 
     def _torch(self) -> TorchEngine:
         """The same weights on torch."""
@@ -614,17 +620,17 @@ class TensorRTEngine:
         """A plan beside torch, on inputs drawn at random."""
         config, draw, full = self.config, np.random.default_rng(0), self._torch()
         m, c = len(config.elements), config.tokenizer
-        z = draw.standard_normal((m, c.latent_channels, *config.latent), np.float32)
+        z = draw.standard_normal((1, m, c.latent_channels, *config.latent), np.float32)
         if self._progress:
             self._progress(f"{_what(graph)}: comparing with torch", 0, 1)
         if graph == ENCODER:
-            images = draw.random((m - 1, 1, *config.image), np.float32)
+            images = draw.random((1, m - 1, 1, *config.image), np.float32)
             with self._queue():
                 encoded = self._encode(run, images)
             return parity(_arrays(encoded), _arrays(full.encode(images)))
         if graph == STEP:
-            prompts = draw.standard_normal((3, c.prompt_dim), np.float32)
-            observed = np.arange(m) == 0
+            prompts = draw.standard_normal((1, 3, c.prompt_dim), np.float32)
+            observed = np.arange(m)[None] == 0
             # Of second order, whose second step reads the prediction of the first.
             prior = draw.standard_normal(z.shape, np.float32) if self.config.denoiser.prior else None
             arguments = z, prompts, observed, 2, "dpm2m", None, prior
@@ -635,8 +641,8 @@ class TensorRTEngine:
             return parity([ours[~observed]], [full.sample(*arguments)[~observed]])
         if c.quantise:  # from codes themselves: between two of them, rounding would decide
             vae = full.tokenizer
-            codes = vae.codebook[torch.from_numpy(draw.integers(0, c.codes, (m, *config.latent)))]
-            z = vae.normalise(codes.movedim(-1, 1)).float().cpu().numpy()
+            codes = vae.codebook[torch.from_numpy(draw.integers(0, c.codes, (1, m, *config.latent)))]
+            z = vae.normalise(codes.movedim(-1, 2)).float().cpu().numpy()
         with self._queue():
             images = self._decode(run, z)
         return parity([images], [full.decode(z)])
@@ -652,5 +658,5 @@ def _arrays(encoded: Encoded) -> list[np.ndarray]:
 
 
 def _here(x: Tensor) -> np.ndarray:
-    """Of the one study."""
-    return x[0].float().cpu().numpy()
+    """A copy: the next call writes into the same buffers."""
+    return x.to("cpu", torch.float32, copy=True).numpy()

@@ -59,14 +59,16 @@ class TorchEngine:
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> Encoded:
+        return Encoded.join([self._encode(self._there(one)) for one in images[:, None]])
+
+    def _encode(self, images: Tensor) -> Encoded:
         vae = self.tokenizer
-        z = vae.encode(self._there(images)[None], self.max_memory).to(vae.latent_mean.dtype)
+        z = vae.encode(images, self.max_memory).to(vae.latent_mean.dtype)
         each = vae.prompts_of_each(z)
         prompts = each.mean(1)
         count, missing, _ = vae.assess(prompts)
-        alone = vae.assess(each[0])[1]
-        first = (vae.normalise(z)[0], prompts[0], count[0], missing[0], alone)
-        return Encoded(*(_here(x) for x in first))
+        alone = vae.assess(each[0])[1][None]
+        return Encoded(*(_here(x) for x in (vae.normalise(z), prompts, count, missing, alone)))
 
     @torch.no_grad()
     def sample(
@@ -79,24 +81,28 @@ class TorchEngine:
         progress: Callable[[int, int], None] | None = None,
         prior: np.ndarray | None = None,
     ) -> np.ndarray:
-        begun = None if prior is None else self._there(prior)[None]
-        start, given, net = self._there(z)[None], self._there(prompts)[None], self.denoiser
+        begun = None if prior is None else self._there(prior)
+        start, given, net = self._there(z), self._there(prompts), self.denoiser
         if isinstance(net, MDiT3D):
-            return _here(self.plan(tuple(observed.tolist()), steps, solver).run(start, given, progress, begun)[0])
-        there = self._there(observed)[None]
+            plan = self.plan(tuple(map(tuple, observed.tolist())), steps, solver)
+            return _here(plan.run(start, given, progress, begun))
+        there = self._there(observed)
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             return net(z.to(self._dtype), t, given, there, prior=begun)
 
-        return _here(sampler.sample(predict, start, there, self.config.diffusion, steps, progress, solver)[0])
+        return _here(sampler.sample(predict, start, there, self.config.diffusion, steps, progress, solver))
 
-    def _plan(self, observed: tuple[bool, ...], steps: int, solver: str) -> Plan:
+    def _plan(self, observed: tuple[tuple[bool, ...], ...], steps: int, solver: str) -> Plan:
         assert isinstance(self.denoiser, MDiT3D)
-        return Plan(self.denoiser, self.config, steps, torch.tensor([observed]), solver)
+        return Plan(self.denoiser, self.config, steps, torch.tensor(observed), solver)
 
     @torch.no_grad()
     def decode(self, z: np.ndarray) -> np.ndarray:
-        return _here(self.tokenizer.images(self._there(z)[None], self.config.task == "cardiac", self.max_memory)[0])
+        return np.concatenate([_here(self._decode(self._there(one))) for one in z[:, None]])
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.tokenizer.images(z, self.config.task.joint, self.max_memory)
 
     def _there(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self._device)

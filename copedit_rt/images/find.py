@@ -17,7 +17,6 @@ from copedit_rt.images.names import (
     MSCMR,
     OTHER_VIEW,
     PLAIN,
-    STACK,
     Name,
     Naming,
     channel,
@@ -34,7 +33,7 @@ from copedit_rt.images.names import (
     without_frame,
 )
 from copedit_rt.images.nifti import is_synthetic, refuse_synthetic
-from copedit_rt.task import Task
+from copedit_rt.task import STACK, Task
 
 _SERIES = "a series over time; its frames are used instead"
 _KNOWN = ", ".join(MODALITIES)
@@ -62,8 +61,8 @@ class StudyFiles:
 
     def outputs(self, folder: Path, elements: Sequence[str]) -> dict[str, Path]:
         """{missing element: file it would be written to}, of a model's elements; cardiac: the whole stack."""
-        names = [STACK] if self.task == "cardiac" else [e for e in elements if e not in self.files]
-        return {name: self.output_path(folder, name) for name in names}
+        names = self.task.volumes(elements)
+        return {name: self.output_path(folder, name) for name in names if self.task.joint or name not in self.files}
 
     def output_path(self, folder: Path, element: str) -> Path:
         """Where an element's output goes; CopeditError if that is where an input lies."""
@@ -116,7 +115,7 @@ def find_studies(
     if not inputs:
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")
     roots = [Path(item) for item in inputs]
-    search = _Search(roots, task, tuple(select))
+    search = _Search(roots, task and Task(task), tuple(select))
     search.collect()
     studies = search.studies()
     if not studies:
@@ -197,7 +196,7 @@ class _Search:
             found.append((folder, self._brain(label, group, self._subfolder(folder, self.top[group[0].path]))))
         for path in stacks:
             naming = Naming(stem_of(path), {STACK: ""}, self._subfolder(path.parent, self.top[path]))
-            found.append((path.parent, StudyFiles(stem_of(path), "cardiac", {STACK: path}, naming)))
+            found.append((path.parent, StudyFiles(stem_of(path), Task.HEART, {STACK: path}, naming)))
         found.sort(key=lambda item: (str(item[0]), item[1].name))
         return _distinct(self._with_unclear(found))
 
@@ -215,16 +214,16 @@ class _Search:
             # T2 is also an image of the heart; with other modalities beside it, it is a brain's.
             lone = name is None or (name.element == "t2" and alone[name.folder, name.head] == 1)
             heart = lone and (
-                self.task == "cardiac" or is_heart(stem) or (path.parent, stem.rpartition("_")[0].lower()) in patients
+                self.task is Task.HEART or is_heart(stem) or (path.parent, stem.rpartition("_")[0].lower()) in patients
             )
             if path in self.unclear:
                 continue
-            if (heart or (self.task == "cardiac" and path in self.named)) and not other(stem):
-                if self.task == "brain":
+            if (heart or (self.task is Task.HEART and path in self.named)) and not other(stem):
+                if self.task is Task.BRAIN:
                     self.skipped.append((path, "a heart by its name"))
                 else:
                     stacks.append(path)
-            elif name and self.task != "cardiac":
+            elif name and self.task is not Task.HEART:
                 names.append(name)
             elif name:
                 self.skipped.append((path, f"a brain image ({name.element}) by its name; give it itself if it is not"))
@@ -263,7 +262,7 @@ class _Search:
         found = {}
         for path in self.images:
             try:
-                if self.task != "cardiac" and not is_heart(stem_of(path)) and (name := channel(path)):
+                if self.task is not Task.HEART and not is_heart(stem_of(path)) and (name := channel(path)):
                     found[path] = name
             except CopeditError as error:
                 self._not_understood([path], str(error))
@@ -276,7 +275,7 @@ class _Search:
             there = [
                 (len(study.naming.head), i)
                 for i, (folder, study) in enumerate(found)
-                if study.task == "brain" and path.parent in {folder, *(file.parent for file in study.files.values())}
+                if not study.task.joint and path.parent in {folder, *(file.parent for file in study.files.values())}
             ]
             heads = [(n, i) for n, i in there if n and stem_of(path).startswith(found[i][1].naming.head)]
             for n, i in heads or (there if len(there) == 1 else []):
@@ -317,7 +316,7 @@ class _Search:
             files[element] = one.path
             if more:
                 problem = f"{label}: two files for {element}: {one.path} and {more[0].path}; {_choices([one, *more])}"
-        return StudyFiles(label, "brain", files, naming_of(names, subfolder), problem)
+        return StudyFiles(label, Task.BRAIN, files, naming_of(names, subfolder), problem)
 
 
 def _choices(names: Sequence[Name]) -> str:
@@ -414,7 +413,7 @@ def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
             raise CopeditError(
                 f"{files[STACK]} was given as a cardiac stack beside brain modalities; give one or the other"
             )
-        return StudyFiles(stem_of(first), "cardiac", files, Naming(stem_of(first), {STACK: ""}))
+        return StudyFiles(stem_of(first), Task.HEART, files, Naming(stem_of(first), {STACK: ""}))
     names = [
         name
         if (name := parse(path)) and name.element == element
@@ -422,7 +421,7 @@ def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
         for element, path in files.items()
     ]
     label = names[0].head.strip("-_. ") or first.resolve().parent.name
-    return StudyFiles(label, "brain", files, naming_of(names, Path()))
+    return StudyFiles(label, Task.BRAIN, files, naming_of(names, Path()))
 
 
 def output_path(naming: Naming, folder: Path, element: str, inputs: Sequence[Path]) -> Path:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from copedit_rt.errors import CopeditError
 
-STACK = "sax"  # the one volume of a cardiac study
 # Whose spelling each column of `written` below is; outputs follow the column that agrees best with the inputs.
 DATA_SETS = ("BraTS to 2021", "BraTS from 2023", "IXI", "UPENN-GBM", "UCSF-PDGM", "BIDS words in other names")
 

@@ -32,6 +32,7 @@ from copedit_rt.images.grids import (
 )
 from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.study import Study
+from copedit_rt.task import Task
 
 NOTHING = np.float32(1e-3)  # the least that tissue may be
 TISSUE = 0.1  # of the percentile range: brighter is taken for the head
@@ -49,7 +50,7 @@ class Prepared:
     images: NDArray[np.float32]
     observed: NDArray[np.bool_]
     elements: tuple[str, ...]
-    task: str
+    task: Task
     frame: Frame  # the reference volume's: the outputs' grid
     intensity: dict[str, tuple[float, float]]  # per observed volume, what 0 and 1 stand for
     fill: NDArray[np.float32] | float  # outside the field of view; the file's grid or one value
@@ -86,7 +87,7 @@ class Prepared:
         if not np.isfinite(element_images).all():
             raise CopeditError(f"{self.study.name}: the model returned NaN or infinity; nothing is written")
         images = np.asarray(element_images, np.float32)
-        if self.task == "cardiac":
+        if self.task.joint:
             return {next(iter(self.study.volumes)): self._filled(images, stack)}
         images = np.clip(images, 0, 1)
         volumes = {}
@@ -186,7 +187,7 @@ class Prepared:
         """Everything that was done to the reference volume, as JSON can hold it."""
         reference = next(iter(self.study.volumes.values()))
         m, _, *grid = self.images.shape
-        if self.task == "cardiac":
+        if self.task.joint:
             grid[2] *= m
         extent = self.frame.field_of_view
         return {
@@ -220,7 +221,7 @@ def prepare(study: Study, config: ModelConfig, *, allow_complete: bool = False) 
         )
     if not study.volumes:
         raise CopeditError(f"{study.name}: every element is missing; at least one observed image is needed")
-    return (_prepare_cardiac if config.task == "cardiac" else _prepare_brain)(study, config, allow_complete)
+    return (_prepare_cardiac if config.task.joint else _prepare_brain)(study, config, allow_complete)
 
 
 def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> Prepared:
@@ -266,7 +267,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         images=images,
         observed=np.array([name in observed for name in config.elements]),
         elements=tuple(config.elements),
-        task="brain",
+        task=config.task,
         frame=frames[0],
         intensity=intensity,
         fill=fills[0],
@@ -336,7 +337,7 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         images=np.zeros((m, 1, *config.image), np.float32),
         observed=observed_slabs(missing, count, spaced, frame.field_of_view[2], m, config.image[2]),
         elements=tuple(config.elements),
-        task="cardiac",
+        task=config.task,
         frame=frame,
         intensity={name: (low, high)},
         fill=filled,

@@ -29,17 +29,22 @@ DIFFERENCE = 0.3  # the |difference| that is shown at full brightness, in units 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # name -> RAS axis along which the plane is cut
 
 
-def draw(study: Study, *, model: str, truth: Mapping[str, np.ndarray] | None = None) -> Image.Image:
+def draw(
+    study: Study, *, model: str, trained: str | None = None, truth: Mapping[str, np.ndarray] | None = None
+) -> Image.Image:
     """Picture of a study whose synthesised volumes are in `study.synthetic` (cardiac: `missing_slices`).
 
+    trained: what the model was trained on, to be said under the picture.
     truth: for simulated studies, the true volumes [X, Y, Z] on the files' grid, to show beside the
     synthesised together with their |difference|.
     """
-    body = _brain(study, truth or {}) if study.task == "brain" else _heart(study, truth or {})
+    body = (_heart if study.task.joint else _brain)(study, truth or {})
     notes = [
         f"{study.name} · filled in by CoPeDiT {model}; framed images are synthesised, not measured",
         "radiological convention: the patient's right is on the left · every image has a window of its own",
     ]
+    if trained:
+        notes.append(f"{model} was trained on {trained}")
     if truth:
         notes[1] += f" · |difference| up to {DIFFERENCE:g} of the window"
     width = max([body.width, *(round(_font().getlength(n)) + 2 * GAP for n in notes)])

@@ -17,7 +17,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.images.find import StudyFiles, find_studies, output_path
 from copedit_rt.images.grids import GRID_TOLERANCE, from_border, slice_axis
-from copedit_rt.images.names import STACK, STYLES, Naming, stem_of
+from copedit_rt.images.names import STYLES, Naming, stem_of
 from copedit_rt.images.nifti import (
     MARK,
     NEAR,
@@ -30,7 +30,7 @@ from copedit_rt.images.nifti import (
     transforms_apart,
     write_nifti,
 )
-from copedit_rt.task import Task
+from copedit_rt.task import STACK, Task
 
 
 @dataclass(eq=False)
@@ -51,6 +51,9 @@ class Study:
     naming: Naming | None = None
     notes: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        self.task = Task(self.task)
+
     @classmethod
     def read(
         cls,
@@ -70,9 +73,9 @@ class Study:
         files = files if isinstance(files, StudyFiles) else _only_study(files)
         if files.problem:
             raise CopeditError(files.problem)
-        volumes = read_volumes(files.files, keep_raw=files.task == "cardiac")
+        volumes = read_volumes(files.files, keep_raw=files.task.joint)
         study = cls(files.name, files.task, volumes, naming=files.naming)
-        if study.task == "cardiac":
+        if study.task.joint:
             _read_stack(study, missing_slices or (), check_content)
         elif missing_slices:
             raise CopeditError(f"{study.name} is a brain study; missing slices can be named for cardiac stacks only")
@@ -125,7 +128,7 @@ class Study:
     def _naming(self) -> Naming:
         if self.naming:
             return self.naming
-        return Naming(f"{self.name}_", STYLES[0]) if self.task == "brain" else Naming(self.name, {STACK: ""})
+        return Naming(f"{self.name}_", STYLES[0]) if not self.task.joint else Naming(self.name, {STACK: ""})
 
     def write(
         self,
@@ -144,7 +147,7 @@ class Study:
         Returns the images' paths.
         """
         header, written = self.reference.header.copy(), []
-        if self.task == "brain":
+        if not self.task.joint:
             header["cal_min"] = header["cal_max"] = 0  # another image's display range
         for element in (name for name in self.volumes if name in self.synthetic):
             path = self.output_path(folder, element)
@@ -153,7 +156,7 @@ class Study:
                 "element": element,
                 "file": path.name,
                 "model": model,
-                **({"synthetic_slices": list(self.missing_slices)} if self.task == "cardiac" else {}),
+                **({"synthetic_slices": list(self.missing_slices)} if self.task.joint else {}),
                 **(record or {}),
             }
             if std and element in std:
@@ -163,7 +166,7 @@ class Study:
                 spread = np.asarray(std[element], np.float32)
                 digest = write_nifti(sd_path, spread, sd_header, f"{MARK} {model}, SD map")
                 sidecar["sd"] = {"file": sd_path.name, "sha256": digest}
-            stack = self._raw_stack() if self.task == "cardiac" and self.volumes[element].raw is not None else None
+            stack = self._raw_stack() if self.volumes[element].raw is not None else None
             data = self.volumes[element].data if stack is None else stack
             sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=stack is not None)
             text = json.dumps(sidecar, indent=2, default=_plain) + "\n"

@@ -10,6 +10,7 @@ from torch import nn
 from copedit_rt import checkpoint
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
 from copedit_rt.engines import onnx_export
+from copedit_rt.engines.engine import Engine
 from copedit_rt.images.nifti import Volume
 from copedit_rt.images.study import Study
 from copedit_rt.networks.denoiser import build_denoiser
@@ -93,3 +94,31 @@ def write(given: Study, folder: Path) -> Path:
     for name, volume in given.volumes.items():
         volume.save(folder / given.name / f"{given.name}_{name}.nii.gz", "simulated")
     return folder / given.name
+
+
+def check_batch(engine: Engine, config: ModelConfig) -> None:
+    """Two studies with other patterns at once come out as each by itself, images and prompts to the bit."""
+    draw, m, c = np.random.default_rng(4), len(config.elements), config.tokenizer
+    images = draw.random((2, m - 1, 1, *config.image), np.float32)
+    z = draw.standard_normal((2, m, c.latent_channels, *config.latent), np.float32)
+    observed = ~np.eye(m, dtype=bool)[[0, 1]]
+    prompts = draw.standard_normal((2, 3, c.prompt_dim), np.float32)
+    prior = draw.standard_normal(z.shape, np.float32) if config.denoiser.prior else None
+    told: list[tuple[int, int]] = []
+    both = engine.sample(z, prompts, observed, 3, "dpm2m", lambda *done: told.append(done), prior)
+    encoded = engine.encode(images)
+    assert told == sorted(told) and told[-1] == (3, 3)
+    shown = z if config.task == "cardiac" else z[:, :2]
+    decoded = engine.decode(shown)
+    assert encoded.prompts.shape == (2, 3, c.prompt_dim) and encoded.alone.shape == (2, m - 1, m)
+    assert not np.allclose(both[0], both[1], atol=0.1)
+    for i in range(2):
+        one = slice(i, i + 1)
+        given = None if prior is None else prior[one]
+        alone = engine.sample(z[one], prompts[one], observed[one], 3, "dpm2m", None, given)
+        np.testing.assert_allclose(both[one], alone, atol=1e-5)
+        assert np.array_equal(both[i][observed[i]], z[i][observed[i]])
+        part = engine.encode(images[one])
+        for name in ("latents", "prompts", "count", "missing", "alone"):
+            assert np.array_equal(getattr(encoded, name)[one], getattr(part, name)), name
+        assert np.array_equal(decoded[one], engine.decode(shown[one]))

@@ -12,6 +12,7 @@ from copedit_rt.cli import FLAGGED
 from copedit_rt.inspection import Report, contradictions, examine
 from copedit_rt.perception import Perception
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.task import Task
 
 BRATS = ("t1", "t1ce", "t2", "flair")
 
@@ -108,24 +109,24 @@ def volume(data):
 
 
 def test_no_contradiction_where_files_and_images_agree():
-    assert contradictions(perceive(t1="t1", t2="t2", flair="flair"), {}, task="brain") == []
+    assert contradictions(perceive(t1="t1", t2="t2", flair="flair"), {}, task=Task.BRAIN) == []
 
 
 def test_mislabelled_file_is_named_with_what_it_looks_like():
-    (found,) = contradictions(perceive(t1="t1", t2="t2", flair="t2"), {"flair": "s_flair.nii.gz"}, task="brain")
+    (found,) = contradictions(perceive(t1="t1", t2="t2", flair="t2"), {"flair": "s_flair.nii.gz"}, task=Task.BRAIN)
     assert found.kind == "identity" and found.flag
     assert found.text == "s_flair.nii.gz is named flair but looks like t2 (0.97)"
 
 
 def test_count_and_which_are_compared_with_the_files():
     perceived = perceive((0.1, 0.8, 0.1), (0.1, 0.9, 0.7, 0.1), t1="t1", t2="t2", flair="flair")
-    kinds = [f.kind for f in contradictions(perceived, {}, task="brain")]
+    kinds = [f.kind for f in contradictions(perceived, {}, task=Task.BRAIN)]
     assert kinds == ["count", "missing"]
 
 
 def test_complete_study_is_judged_by_identity_alone():
     perceived = perceive(t1="t1", t1ce="t1ce", t2="t2", flair="flair")
-    assert contradictions(perceived, {}, task="brain") == []
+    assert contradictions(perceived, {}, task=Task.BRAIN) == []
 
 
 def test_examine_points_out_constant_blank_and_non_finite():
@@ -138,7 +139,7 @@ def test_examine_points_out_constant_blank_and_non_finite():
         "flair": volume(nan),
         "t1ce": volume(np.full((6, 6, 6), 7)),
     }
-    found = {f.kind: f.text for f in examine(volumes, {"t1ce": "x_t1ce.nii.gz"}, task="brain")}
+    found = {f.kind: f.text for f in examine(volumes, {"t1ce": "x_t1ce.nii.gz"}, task=Task.BRAIN)}
     assert set(found) == {"blank", "non-finite", "constant"}
     assert found["blank"] == "t2 is blank inside the image at k = 2-3"
     assert "x_t1ce.nii.gz" in found["constant"]
@@ -147,13 +148,13 @@ def test_examine_points_out_constant_blank_and_non_finite():
 def test_blank_slices_of_a_heart_are_not_flagged():
     data = np.random.default_rng(0).random((8, 8, 6))
     data[..., 2:4] = np.nan
-    assert examine({"sax": volume(data)}, {}, task="cardiac") == []
+    assert examine({"sax": volume(data)}, {}, task=Task.HEART) == []
 
 
 @pytest.mark.parametrize("perception", [None, perceive(t1="t1", t2="t2", flair="t2")])
 def test_report_is_json_and_renders(perception):
-    report = Report("case [1]", "brain", {"t1": "a", "t2": "b", "flair": "c"}, ("t1ce",), (), perception)
-    report.findings = contradictions(perception, report.files, task="brain") if perception else []
+    report = Report("case [1]", Task.BRAIN, {"t1": "a", "t2": "b", "flair": "c"}, ("t1ce",), (), perception)
+    report.findings = contradictions(perception, report.files, task=Task.BRAIN) if perception else []
     assert json.loads(json.dumps(report.to_dict()))["consistent"] is (perception is None)
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(report.render())

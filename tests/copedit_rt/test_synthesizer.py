@@ -11,7 +11,7 @@ import pytest
 import torch
 from processors import Faulty
 
-from copedit_rt import checkpoint, schedule
+from copedit_rt import checkpoint, schedule, synthesizer
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
 from copedit_rt.device import choose_device
 from copedit_rt.engines import torch_engine
@@ -233,8 +233,8 @@ def test_bfloat16_is_near_float32(which, processor):
     assert vae.codebook.dtype == vae.prompt_encoders[0].mlp[0].weight.dtype == torch.float32
     np.testing.assert_allclose(a.perception.missing, b.perception.missing, atol=0.02)
     # Latents; voxels may jump where a latent lies between two codes.
-    z = np.random.default_rng(0).standard_normal((4, 8, *which.latent)).astype(np.float32)
-    prompts, observed = np.ones((3, 16), np.float32), np.array([True, False, True, True])
+    z = np.random.default_rng(0).standard_normal((1, 4, 8, *which.latent)).astype(np.float32)
+    prompts, observed = np.ones((1, 3, 16), np.float32), np.array([[True, False, True, True]])
     found, exact = (model.engine.sample(z, prompts, observed, 4, "ddim") for model in (half, wide))
     error = np.abs(found - exact).max()
     assert 0 < error < 0.05 * np.abs(exact).max()
@@ -246,8 +246,8 @@ def test_bfloat16_is_near_float32(which, processor):
 def test_a_gpu_gives_what_the_cpu_gives(which):
     """In float32, and nearly in the default of GPUs. Latents: voxels may jump where one lies between codes."""
     which = dataclasses.replace(which, denoiser=dataclasses.replace(which.denoiser, heads=1))  # 32 channels a head
-    z = np.random.default_rng(0).standard_normal((4, 8, *which.latent)).astype(np.float32)
-    prompts, observed = np.ones((3, 16), np.float32), np.array([True, False, True, True])
+    z = np.random.default_rng(0).standard_normal((1, 4, 8, *which.latent)).astype(np.float32)
+    prompts, observed = np.ones((1, 3, 16), np.float32), np.array([[True, False, True, True]])
     exact = build(which).engine.sample(z, prompts, observed, 4, "ddim")
     for dtype, allowed in (("float32", 1e-4), ("auto", 0.05)):
         engine = Synthesizer(which, *networks(which), "cuda", dtype=dtype).engine
@@ -287,8 +287,9 @@ def test_samples_give_mean_and_standard_deviation(brain_model, monkeypatch):
     original, drawn = brain_model.engine.sample, []
 
     def denoise(*args):
-        drawn.append(original(*args))
-        return drawn[-1]
+        made = original(*args)
+        drawn.extend(made)
+        return made
 
     monkeypatch.setattr(brain_model.engine, "sample", denoise)
     study, calls = brain("t1", "t2", "flair"), []
@@ -300,7 +301,17 @@ def test_samples_give_mean_and_standard_deviation(brain_model, monkeypatch):
     assert not np.array_equal(each[0], each[1])
     np.testing.assert_allclose(result.study.volumes["t1ce"].data, each.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(result.std["t1ce"], each.std(0, ddof=1), rtol=1e-4, atol=1e-6)
-    assert calls == [(i, 12) for i in range(1, 13)]
+    assert calls == [(3, 12), (6, 12), (9, 12), (12, 12)]
+
+
+def test_more_samples_than_fit_come_in_turns(brain_model, monkeypatch):
+    monkeypatch.setattr(synthesizer, "TOGETHER", 2)
+    study, calls = brain("t1", "t2", "flair"), []
+    turns = brain_model.synthesize(study, samples=3, steps=2, progress=lambda i, n: calls.append((i, n)))
+    monkeypatch.undo()
+    once = brain_model.synthesize(study, samples=3, steps=2)
+    np.testing.assert_allclose(turns.std["t1ce"], once.std["t1ce"], atol=1e-5)
+    assert calls == [(2, 6), (4, 6), (5, 6), (6, 6)]
 
 
 def test_a_heart_keeps_every_slice_that_was_there(heart_model):

@@ -110,7 +110,7 @@ def evaluate(
     """PSNR, SSIM and MAE beside baselines, per missing count and pattern; tokenizer, heads, and more on demand."""
     from copedit_training.evaluation import evaluate as body
     from copedit_training.evaluation.features import Networks
-    from copedit_training.evaluation.report import markdown, write_report
+    from copedit_training.evaluation.report import markdown, unplotted, write_report
     from copedit_training.evaluation.subjects import held_out
 
     check_writable(output)
@@ -120,8 +120,7 @@ def evaluate(
     options: dict[str, Any] = {"steps": steps, "solver": solver, "seed": seed, "patterns": patterns}
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
-    paths, remark = write_report(report, output)
-    present(report, markdown(report), paths, as_json, remark)
+    present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
 @app.command()
@@ -140,7 +139,7 @@ def sweep(
 ) -> None:
     """Quality and time of every solver at several numbers of steps."""
     from copedit_training.evaluation import evaluate as body
-    from copedit_training.evaluation.report import markdown, write_report
+    from copedit_training.evaluation.report import markdown, unplotted, write_report
     from copedit_training.evaluation.subjects import held_out
 
     counts = numbers(steps, "--steps") or []
@@ -149,8 +148,7 @@ def sweep(
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     with counting("evaluating") as progress:
         report = body.sweep(synthesizer, whom, steps=counts, seed=seed, patterns=patterns, progress=progress)
-    paths, remark = write_report(report, output)
-    present(report, markdown(report), paths, as_json, remark)
+    present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
 def _load(model: str, device: str) -> Synthesizer:

@@ -11,17 +11,17 @@ from copedit_rt import checkpoint
 from copedit_rt.cohort import synthesise
 from copedit_rt.config import ModelConfig
 from copedit_rt.images import preview
-from copedit_rt.images.names import STACK
 from copedit_rt.images.nifti import Volume, read_volume
 from copedit_rt.images.study import Study
 from copedit_rt.listener import Listener
+from copedit_rt.task import STACK, Task
 from copedit_training.data import prepared
 from copedit_training.evaluation import compare, evaluate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-MODELS = {"brain": "demo-brain", "cardiac": "demo-cardiac"}
+MODELS: dict[str, str] = {Task.BRAIN: "demo-brain", Task.HEART: "demo-cardiac"}
 REMOVED = ("flair", "t1ce", "t2", "t1")  # from the first, the second, ... brain
 FIT_SUBJECTS = 8  # training phantoms for the regression baseline
 
@@ -65,7 +65,7 @@ def _one(
 ) -> tuple[dict[str, Any], preview.Image.Image]:
     """One subject from phantom to scores and picture."""
     phantom = prepared.phantom_subject(config, seed)
-    brain = config.task == "brain"
+    brain = not config.task.joint
     name = f"{'brain' if brain else 'heart'}{seed}"
     truth, given = output / "truth" / name, output / "input" / name
     for folder in (truth, given):

@@ -1,32 +1,24 @@
-"""Who runs a whole model: PyTorch as users write it, eager or compiled; our engine; ONNX Runtime.
-
-All take and return tensors of B studies, k of whose m elements are observed: encode, images [B, k, 1, H, W, D] ->
-latents and prompts; sample, latents [B, m, 8, h, w, d] -> "z"; decode, latents [B, n, 8, h, w, d] -> "images". Studies
-are encoded and decoded one after the other, as their feature maps are the largest thing in memory.
-"""
+"""Who computes a whole model: PyTorch as users write it, eager or compiled, with the methods of an engine
+(`copedit_rt.engines.engine.Engine`), so that it takes part beside the engines of `copedit synth` themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from copedit_bench.models import plain
-from copedit_bench.models.side_by_side import SEED, perturb
+from copedit_bench.models.side_by_side import SEED, Answer, perturb
 from copedit_rt.config import ModelConfig
-from copedit_rt.engines.onnx_engine import OnnxEngine
-from copedit_rt.engines.torch_engine import TorchEngine
+from copedit_rt.engines.engine import Encoded, Engine
 from copedit_rt.networks.denoiser import MDiT3D
-from copedit_rt.networks.sampler import Plan
 from copedit_rt.networks.tokenizer import CoPeVAE
 
-Answer = dict[str, Tensor]
 Networks = tuple[CoPeVAE, MDiT3D]
+SOLVER = "ddim"
 
 
 def random_networks(config: ModelConfig) -> Networks:
@@ -40,52 +32,58 @@ def random_networks(config: ModelConfig) -> Networks:
 
 
 class Inputs:
-    """Random images, latents and prompts of a batch of studies, of which one element is missing."""
+    """Random images, latents and prompts of a batch of studies, of which one element is missing; on the host."""
 
-    def __init__(self, config: ModelConfig, vae: CoPeVAE, batch: int, device: torch.device):
+    def __init__(self, config: ModelConfig, vae: CoPeVAE, batch: int):
         generator = torch.Generator().manual_seed(SEED)
         m, prompt = len(config.elements), config.tokenizer.prompt_dim
-        missing = 1 if config.task == "cardiac" else m - 1  # a slab with neighbours; the last modality
-        self.observed = (torch.arange(m) != missing).expand(batch, -1).contiguous().to(device)
-        self.images = torch.rand((batch, m - 1, 1, *config.image), generator=generator).to(device)
+        missing = 1 if config.task.joint else m - 1  # a slab with neighbours; the last modality
+        self.observed = np.tile(np.arange(m) != missing, (batch, 1))
+        self.decoded = np.flatnonzero(config.task.decoded(self.observed[0]))
+        self.images = torch.rand((batch, m - 1, 1, *config.image), generator=generator).numpy()
         shape = (batch, m, config.tokenizer.latent_channels, *config.latent)
-        self.z = torch.randn(shape, generator=generator).to(device)
-        self.prompts = torch.randn((batch, 3, prompt), generator=generator).to(device)
+        self.z = torch.randn(shape, generator=generator).numpy()
+        self.prompts = torch.randn((batch, 3, prompt), generator=generator).numpy()
         # Exactly at codes, so that rounding does not choose another one.
-        wanted = m if config.task == "cardiac" else 1
-        index = torch.randint(config.tokenizer.codes, (batch, wanted, *config.latent), generator=generator)
-        self.codes = vae.normalise(vae.codebook[index].movedim(-1, 2)).to(device)
+        wanted = batch, len(self.decoded), *config.latent
+        index = torch.randint(config.tokenizer.codes, wanted, generator=generator)
+        self.codes = vae.normalise(vae.codebook[index].movedim(-1, 2)).numpy()
 
 
-class Runner(Protocol):
-    def encode(self, images: Tensor) -> Answer: ...
-
-    def sample(self, z: Tensor, prompts: Tensor, observed: Tensor, steps: int) -> Answer: ...
-
-    def decode(self, z: Tensor) -> Answer: ...
+def encode(engine: Engine, inputs: Inputs) -> Answer:
+    """Latents and prompts of what is observed."""
+    encoded = engine.encode(inputs.images)
+    return {"latents": torch.from_numpy(encoded.latents), "prompts": torch.from_numpy(encoded.prompts)}
 
 
-def whole(runner: Runner, config: ModelConfig, inputs: Inputs, steps: int) -> Answer:
+def sample(engine: Engine, inputs: Inputs, steps: int) -> Answer:
+    """Latents after the sampling loop."""
+    return {"z": torch.from_numpy(engine.sample(inputs.z, inputs.prompts, inputs.observed, steps, SOLVER))}
+
+
+def decode(engine: Engine, inputs: Inputs) -> Answer:
+    """Images of what is missing (of a heart, all)."""
+    return {"images": torch.from_numpy(engine.decode(inputs.codes))}
+
+
+def whole(engine: Engine, inputs: Inputs, steps: int) -> Answer:
     """Images to images: encode, start from noise, sample, decode what is missing (of a heart, all)."""
-    encoded = runner.encode(inputs.images)
-    z = inputs.z.clone()
-    z[inputs.observed] = encoded["latents"].flatten(0, 1).float().to(z.device)
-    made = runner.sample(z, encoded["prompts"], inputs.observed, steps)["z"]
-    wanted = made if config.task == "cardiac" else made[~inputs.observed].unflatten(0, (len(z), -1))
-    return runner.decode(wanted)
+    encoded, z = engine.encode(inputs.images), inputs.z.copy()
+    z[inputs.observed] = encoded.latents.reshape(-1, *z.shape[2:])
+    made = engine.sample(z, encoded.prompts.astype(np.float32), inputs.observed, steps, SOLVER)
+    return {"images": torch.from_numpy(engine.decode(made[:, inputs.decoded]))}
 
 
-def _each(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([call(one) for one in x.split(1)])
-
-
-class Eager:
+class PlainEngine:
     """As users write it: `plain`. Every element is encoded once; prompts and heads stay in float32, as in ours."""
 
     def __init__(
         self, config: ModelConfig, networks: Networks, device: torch.device, dtype: torch.dtype, compiled: bool = False
     ):
-        self.config, self.dtype, self.compiled = config, dtype, compiled
+        self.config, self.dtype, self.compiled, self._device = config, dtype, compiled, device
+        self.name, self.device = "compile" if compiled else "eager", str(device)
+        self.precision = str(dtype).removeprefix("torch.")
+        self.versions = {"torch": str(torch.__version__)}
         vae, net = networks
         self.vae = plain.PlainCoPeVAE(config.tokenizer, len(config.elements))
         self.vae.load_state_dict(vae.state_dict())
@@ -103,93 +101,55 @@ class Eager:
             self.vae.decoder.compile(**options)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Answer:
-        def one(x: Tensor) -> Tensor:
-            self._begin()
-            return self.vae.encode(x).to(self.vae.latent_mean.dtype)
+    def encode(self, images: np.ndarray) -> Encoded:
+        return Encoded.join([self._encode(self._there(one)) for one in images[:, None]])
 
-        z = _each(one, images)
-        prompts = self.vae.prompts(z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device))
-        return {"latents": self.vae.normalise(z), "prompts": prompts}
+    def _encode(self, images: Tensor) -> Encoded:
+        self._begin()
+        z = self.vae.encode(images).to(self.vae.latent_mean.dtype)
+        each = self.vae.prompts_of_each(z)
+        prompts = each.mean(1)
+        count, missing, _ = self.vae.assess(prompts)
+        alone = self.vae.assess(each[0])[1][None]
+        return Encoded(*(_here(x) for x in (self.vae.normalise(z), prompts, count, missing, alone)))
 
     @torch.no_grad()
-    def sample(self, z: Tensor, prompts: Tensor, observed: Tensor, steps: int) -> Answer:
+    def sample(
+        self,
+        z: np.ndarray,
+        prompts: np.ndarray,
+        observed: np.ndarray,
+        steps: int,
+        solver: str,
+        progress: Callable[[int, int], None] | None = None,
+        prior: np.ndarray | None = None,
+    ) -> np.ndarray:
+        assert solver == SOLVER and progress is prior is None  # what `plain` knows
+        start, given = self._there(z), self._there(prompts).to(self.dtype)
         if self.dtype == torch.float64:
-            z = z.double()
-        prompts = prompts.to(self.dtype)
-        return {"z": plain.sample(self._predict, z, prompts, observed, self.config.diffusion, steps, self.dtype)}
+            start = start.double()
+        net, there = self._predict, self._there(observed)
+        return _here(plain.sample(net, start, given, there, self.config.diffusion, steps, self.dtype))
 
     def _predict(self, *given: Tensor) -> Tensor:
         self._begin()
         return self.net(*given)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Answer:
-        def one(x: Tensor) -> Tensor:
-            self._begin()
-            return self.vae.images(x.to(self.vae.latent_mean.dtype), self.config.task == "cardiac").clone()
+    def decode(self, z: np.ndarray) -> np.ndarray:
+        return np.concatenate([_here(self._decode(self._there(one))) for one in z[:, None]])
 
-        return {"images": _each(one, z)}
+    def _decode(self, z: Tensor) -> Tensor:
+        self._begin()
+        return self.vae.images(z.to(self.vae.latent_mean.dtype), self.config.task.joint)
+
+    def _there(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(self._device)
 
     def _begin(self) -> None:
         if self.compiled:  # results of the call before may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
 
 
-class Ours:
-    """The engine of `copedit synth` on torch, with its plan for whole batches."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        networks: Networks,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_memory: int | None = None,
-    ):
-        self.config, self.joint, self.dtype = config, config.task == "cardiac", dtype
-        self.engine = TorchEngine(config, *networks, device, max_memory, dtype)
-        self._plan = cache(self._new_plan)
-
-    def _new_plan(self, observed: tuple[tuple[bool, ...], ...], steps: int) -> Plan:
-        return Plan(cast(MDiT3D, self.engine.denoiser), self.config, steps, torch.tensor(observed), "ddim")
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Answer:
-        vae, limit = self.engine.tokenizer, self.engine.max_memory
-        z = _each(lambda x: vae.encode(x, limit).to(vae.latent_mean.dtype), images)
-        prompts = vae.prompts(z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device))
-        return {"latents": vae.normalise(z), "prompts": prompts}
-
-    @torch.no_grad()
-    def sample(self, z: Tensor, prompts: Tensor, observed: Tensor, steps: int) -> Answer:
-        plan = self._plan(tuple(map(tuple, observed.tolist())), steps)
-        return {"z": plan.run(z, prompts)}
-
-    @torch.no_grad()
-    def decode(self, z: Tensor) -> Answer:
-        vae, limit = self.engine.tokenizer, self.engine.max_memory
-        return {"images": _each(lambda x: vae.images(x, self.joint, limit), z)}
-
-
-class Onnx:
-    """The engine on ONNX Runtime, one study after the other. Raises CopeditError as `OnnxEngine` does."""
-
-    dtype = torch.float32
-
-    def __init__(self, folder: Path):
-        self.engine = OnnxEngine(folder, "cpu")
-
-    def encode(self, images: Tensor) -> Answer:
-        found = [self.engine.encode(x.numpy()) for x in images]
-        return {
-            "latents": torch.from_numpy(np.stack([x.latents for x in found])),
-            "prompts": torch.from_numpy(np.stack([x.prompts for x in found])),
-        }
-
-    def sample(self, z: Tensor, prompts: Tensor, observed: Tensor, steps: int) -> Answer:
-        given = zip(z.numpy(), prompts.float().numpy(), observed.numpy(), strict=True)
-        return {"z": torch.from_numpy(np.stack([self.engine.sample(*one, steps, "ddim") for one in given]))}
-
-    def decode(self, z: Tensor) -> Answer:
-        return {"images": torch.from_numpy(np.stack([self.engine.decode(x.numpy()) for x in z]))}
+def _here(x: Tensor) -> np.ndarray:
+    return (x if x.dtype == torch.float64 else x.float()).cpu().numpy()

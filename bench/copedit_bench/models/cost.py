@@ -8,8 +8,6 @@ Time does not depend on what weights are: they are random.
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
 import multiprocessing
 import resource
@@ -21,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -32,17 +30,19 @@ from copedit_bench import machine
 from copedit_rt.config import PRESETS, Backbone, ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
 from copedit_rt.images.prepare import prepare
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.prior import Prior
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation import compare
-from copedit_training.evaluation.report import table
+from copedit_training.evaluation.report import table, write
 from copedit_training.evaluation.subjects import Phantoms
 from copedit_training.stages.prior import fit_prior
 from copedit_training.stages.settings import Stage, load_settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 DEMO = tuple(name for name in PRESETS if name.startswith("demo-"))
@@ -86,7 +86,7 @@ def count_tokenizer(config: ModelConfig) -> dict[str, Any]:
         images, codes = torch.empty(1, m, 1, *config.image), torch.empty(1, m, len(vae.latent_mean), *config.latent)
     total = parameters(vae)
     tasks = [parameters(*pair) for pair in zip(vae.prompt_encoders, vae.heads, strict=True)]
-    joint = config.task == "cardiac"
+    joint = config.task.joint
     encode, decode = flops(lambda: vae.encode(images)), flops(lambda: vae.decode(codes, joint))
     prompts = flops(lambda: vae.prompts_of_each(codes))
     return {
@@ -120,7 +120,7 @@ def count(names: Iterable[str]) -> list[dict[str, Any]]:
         tokenizer, m = count_tokenizer(config), len(config.elements)
         for backbone in BACKBONES:
             found = count_denoiser(with_backbone(config, backbone))
-            decoded, encoded = m if config.task == "cardiac" else 1, m - 1
+            decoded, encoded = int(config.task.decoded(np.arange(m) > 0).sum()), m - 1
             if config.denoiser.prior:  # its fill takes the same way
                 decoded, encoded = 2 * decoded, m
             once = encoded * (tokenizer["flops"]["encode"] + tokenizer["flops"]["prompts"])
@@ -216,19 +216,19 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     tokenizer, denoiser = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
     model = Synthesizer(config, tokenizer, denoiser, device, prior=_prior(config))
     engine, there = model.engine, prepared.observed
-    encoded = engine.encode(prepared.images[there])
-    z = model.start(encoded.latents, there, subject)
+    encoded = engine.encode(prepared.images[None, there])
+    z = model.start(encoded.latents[0], there, subject)[None]
     begun = z if config.denoiser.prior else None
-    chosen = z if config.task == "cardiac" else z[~there]
+    chosen = z[:, config.task.decoded(there)]
 
     def seconds(call: Callable[[], Any]) -> float:
         return repeated(lambda: _timed(call), repeats)  # it returns arrays: a GPU is done by then
 
     found = {
-        "encode": seconds(lambda: engine.encode(prepared.images[there])),
+        "encode": seconds(lambda: engine.encode(prepared.images[None, there])),
         "decode": seconds(lambda: engine.decode(chosen)),
     }
-    arguments = z, encoded.prompts, there
+    arguments = z, encoded.prompts, there[None]
     one, three = (seconds(partial(engine.sample, *arguments, n, "ddim", None, begun)) for n in (1, 3))
     return found | {
         "step": (three - one) / 2,  # without what is prepared once
@@ -446,8 +446,8 @@ def _measured(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def plot(report: dict[str, Any]) -> bytes:
-    """PNG: parameters, operations of a step, and measured seconds of a step, by preset and backbone."""
+def plot(report: dict[str, Any]) -> Figure:
+    """Parameters, operations of a step, and measured seconds of a step, by preset and backbone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13.5, 4), layout="constrained")
@@ -469,16 +469,9 @@ def plot(report: dict[str, Any]) -> bytes:
         panel.set(yscale="log", title=title)
         panel.grid(axis="y", alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return figure
 
 
-def write(report: dict[str, Any], folder: Path) -> list[Path]:
+def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     """cost.json, cost.md and, with matplotlib, cost.png in a folder."""
-    files = {"cost.json": (json.dumps(report, indent=2) + "\n").encode(), "cost.md": markdown(report).encode()}
-    if find_spec("matplotlib"):
-        files["cost.png"] = plot(report)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in files]
+    return write(report, markdown(report), folder, "cost", lambda: [("cost", plot(report))])

@@ -9,22 +9,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from copedit_bench.machine import ROOT
-from copedit_bench.models.contestants import Eager, Inputs, Onnx, Ours, random_networks
+from copedit_bench.models.contestants import Inputs, Networks, PlainEngine, random_networks, sample
 from copedit_bench.models.sampler import maker, operations, pieces
-from copedit_bench.models.side_by_side import BASELINE, Race, seconds
+from copedit_bench.models.side_by_side import BASELINE, SideBySide, seconds
 from copedit_bench.timing import quantile
 from copedit_rt import checkpoint
-from copedit_rt.config import PRESETS
+from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.engines import cpu_blocks
+from copedit_rt.engines.engine import Engine
+from copedit_rt.engines.onnx_engine import OnnxEngine
+from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.names import STACK
-from copedit_rt.images.nifti import Volume
 from copedit_training.data import prepared
 from copedit_training.evaluation import compare
 
@@ -42,95 +44,86 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """JSON-able, see `side_by_side.Race`. large: one step of brain-brats as well, with random weights: 6 GB of memory.
+    """JSON-able, see `SideBySide`. large: one step of brain-brats as well, with random weights: 6 GB of memory.
 
     ONNX Runtime takes part where it and the exporter's packages are installed. Threads are those of OMP_NUM_THREADS for
     all. bfloat16 is measured where the processor multiplies it. save: hears the report so far.
     """
     types = [torch.float32] + [torch.bfloat16] * cpu_blocks.packable(torch.bfloat16)
-    race = Race("CPU", CPU, set(types), "beside the weights")
+    bench = SideBySide("CPU", CPU, set(types), "beside the weights")
     with tempfile.TemporaryDirectory() as temporary:
         for name in models:
             folder = Path(temporary) / name
             onnx = _export(name, folder)
             if isinstance(onnx, str):
-                race.absent({"model": name}, "onnxruntime", onnx)
-            for piece in _stages(race, name, onnx, types):
+                bench.absent({"model": name}, "onnxruntime", onnx)
+            for piece in _stages(bench, name, onnx, types):
                 progress(piece)
-                save(race.report())
+                save(bench.report())
             progress(f"{name}, commands")
-            _commands(race, name, folder if not isinstance(onnx, str) else None, Path(temporary))
-            save(race.report())
+            _commands(bench, name, folder if not isinstance(onnx, str) else None, Path(temporary))
+            save(bench.report())
     if large:
-        _large(race, types, progress)
+        _large(bench, types, progress)
     progress("imports")
-    _imports(race)
-    return race.report()
+    _imports(bench)
+    return bench.report()
 
 
-def _export(name: str, folder: Path) -> Onnx | str:
+def _export(name: str, folder: Path) -> OnnxEngine | str:
     """The engine on freshly exported files, or why there is none."""
     try:
         from copedit_rt.engines import onnx_export
 
         onnx_export.export_onnx(name, folder)
-        return Onnx(folder)
+        return OnnxEngine(folder, "cpu")
     except (CopeditError, ImportError) as error:
         return str(error)
 
 
-def _stages(race: Race, name: str, onnx: Onnx | str, types: list[torch.dtype]) -> Iterator[str]:
+def _stages(bench: SideBySide, name: str, onnx: OnnxEngine | str, types: list[torch.dtype]) -> Iterator[str]:
     """Says what comes next before each piece of work."""
     folder = checkpoint.locate(name)
     config, vae, _ = checkpoint.load_tokenizer(folder)
     networks: Any = vae, checkpoint.load_denoiser(folder)[1]
-    inputs, exact = Inputs(config, vae, 1, CPU), Eager(config, networks, CPU, torch.float64)
+    inputs, exact = Inputs(config, vae, 1), PlainEngine(config, networks, CPU, torch.float64)
     # Of images that are noise, these models make 1e-5 of rounding's 3e-7; of a subject's they make 2e-7.
-    inputs.images = torch.from_numpy(prepared.model_images(config, SUBJECT))[None][:, inputs.observed[0]]
-    runners: dict[torch.dtype, dict[str, Any]] = {
-        dtype: {BASELINE: Eager(config, networks, CPU, dtype), "ours": Ours(config, networks, CPU, dtype)}
-        for dtype in types
-    }
+    inputs.images = prepared.model_images(config, SUBJECT)[None, inputs.observed[0]]
+    engines = {dtype: _engines(config, networks, dtype) for dtype in types}
     if not isinstance(onnx, str):
-        runners[torch.float32]["onnxruntime"] = onnx
+        engines[torch.float32]["onnxruntime"] = onnx
     for work, call, count in pieces(config, inputs, STEPS, config.diffusion.steps):
         yield ", ".join(map(str, (name, *work.values())))
         truth = call(exact)
-        for dtype, group in runners.items():
-            race.run({"model": name, **work}, {k: maker(call, x, dtype) for k, x in group.items()}, truth, count)
+        for dtype, group in engines.items():
+            bench.run({"model": name, **work}, {k: maker(call, x, dtype) for k, x in group.items()}, truth, count)
 
 
-def _large(race: Race, types: list[torch.dtype], progress: Callable[[str], None]) -> None:
+def _engines(config: ModelConfig, networks: Networks, dtype: torch.dtype) -> dict[str, Engine]:
+    ours = TorchEngine(config, *networks, CPU, dtype=dtype)
+    return {BASELINE: PlainEngine(config, networks, CPU, dtype), "ours": ours}
+
+
+def _large(bench: SideBySide, types: list[torch.dtype], progress: Callable[[str], None]) -> None:
     config = PRESETS[LARGE]
     networks = random_networks(config)
-    inputs = Inputs(config, networks[0], 1, CPU)
-
-    def call(runner: Any) -> Any:
-        return runner.sample(inputs.z, inputs.prompts, inputs.observed, 1)
-
+    call = partial(sample, inputs=Inputs(config, networks[0], 1), steps=1)
     progress(f"{LARGE}, one step")
-    truth = call(Eager(config, networks, CPU, torch.float64))
+    truth = call(PlainEngine(config, networks, CPU, torch.float64))
     for dtype in types:
-        group = {BASELINE: Eager(config, networks, CPU, dtype), "ours": Ours(config, networks, CPU, dtype)}
-        makers = {name: maker(call, runner, dtype) for name, runner in group.items()}
+        makers = {name: maker(call, one, dtype) for name, one in _engines(config, networks, dtype).items()}
         what = {"model": f"{LARGE}, random weights", "stage": "sample", "steps": 1}
-        race.run(what, makers, truth, operations(config))
+        bench.run(what, makers, truth, operations(config))
 
 
-def _commands(race: Race, model: str, onnx: Path | None, temporary: Path) -> None:
+def _commands(bench: SideBySide, model: str, onnx: Path | None, temporary: Path) -> None:
     """`copedit synth` on a simulated study: start of Python, files and pictures of progress included."""
     config = checkpoint.read_config(checkpoint.locate(model))
-    phantom, brain = prepared.phantom_subject(config, SUBJECT), config.task == "brain"
+    truth = compare.as_study(config, prepared.phantom_subject(config, SUBJECT))
     study = temporary / f"{model}-study"
     study.mkdir()
-    if brain:
-        for element in config.elements[:-1]:
-            Volume.from_array(phantom.images[element], phantom.affine()).save(study / f"subject_{element}.nii.gz")
-    else:
-        volume = Volume.from_array(phantom.images[STACK], phantom.affine())
-        volume.data = volume.data.copy()
-        volume.data[..., compare.missing_slices(config, phantom, [config.elements[1]])] = 0
-        volume.save(study / "subject.nii.gz")
+    for name, volume in compare.incomplete(config, truth, [config.elements[1]]).volumes.items():
+        volume.save(study / f"subject_{name}.nii.gz")
     for engine, which in (("torch", model), ("onnxruntime", onnx)):
         if which is None:
             continue
@@ -138,8 +131,8 @@ def _commands(race: Race, model: str, onnx: Path | None, temporary: Path) -> Non
         command = (sys.executable, "-m", "copedit_rt", *words, "--engine", engine, "--device", "cpu")
         wall, processor = _repeat(command)
         row = {"model": model, "engine": engine, "wall_s": wall, "processor_s": processor}
-        race.extra.setdefault("commands", []).append(row)
-        race.notes.append(
+        bench.extra.setdefault("commands", []).append(row)
+        bench.notes.append(
             f"`copedit synth` of one study of {model}, {engine}: {_spread(wall)}, processor time {_spread(processor)}."
         )
 
@@ -160,7 +153,7 @@ def _repeat(command: tuple[str, ...]) -> tuple[list[float], list[float]]:
     return wall, processor
 
 
-def _imports(race: Race) -> None:
+def _imports(bench: SideBySide) -> None:
     """Seconds of processor time that our modules take to import once torch is there."""
     measured = {
         "import copedit_rt": "import copedit_rt",
@@ -172,8 +165,8 @@ def _imports(race: Race) -> None:
         for _ in range(1 + REPEATS):
             done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=True)
             found.append(float(done.stdout))
-        race.extra.setdefault("imports", {})[title] = found[1:]
-        race.notes.append(f"After torch, {title}: {_spread(found[1:])} of processor time.")
+        bench.extra.setdefault("imports", {})[title] = found[1:]
+        bench.notes.append(f"After torch, {title}: {_spread(found[1:])} of processor time.")
 
 
 def _spread(values: list[float]) -> str:

@@ -4,17 +4,20 @@ it, eager and compiled with max-autotune, which replays CUDA graphs."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from copedit_bench.models.contestants import Eager, Inputs, Ours, Runner, random_networks, whole
+from copedit_bench.models.contestants import Inputs, PlainEngine, decode, encode, random_networks, sample, whole
 from copedit_bench.models.plain import write_plainly
-from copedit_bench.models.side_by_side import BASELINE, TINY, Answer, Contestant, Race
+from copedit_bench.models.side_by_side import BASELINE, TINY, Answer, Contestant, SideBySide
 from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
+from copedit_rt.engines.engine import Engine
+from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 
@@ -34,7 +37,7 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """JSON-able, see `side_by_side.Race`. steps: None for those of STEPS. On a CPU a tiny model takes the place of the
+    """JSON-able, see `SideBySide`. steps: None for those of STEPS. On a CPU a tiny model takes the place of the
     presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
     Raises CopeditError for presets, devices and types that do not exist.
@@ -44,20 +47,20 @@ def run(
     if unknown := [name for name in presets if name not in PRESETS]:
         raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(STEPS)}")
     models = [PRESETS[name] for name in presets] if where.type == "cuda" else [TINY]
-    race = Race("Sampler", where, {kind}, "beside the weights", batches=list(batches))
+    bench = SideBySide("Sampler", where, {kind}, "beside the weights", batches=list(batches))
     for config in models:
         networks = random_networks(config)
-        runners: dict[str, Runner] = {BASELINE: Eager(config, networks, where, kind)}
+        engines: dict[str, Engine] = {BASELINE: PlainEngine(config, networks, where, kind)}
         if compiled:
-            runners["compile"] = Eager(config, networks, where, kind, compiled=True)
-        runners["ours"] = Ours(config, networks, where, kind)
-        exact = Eager(config, networks, where, torch.float32 if where.type == "cuda" else torch.float64)
-        race.settings[f"{config.name} weights, MiB"] = {
+            engines["compile"] = PlainEngine(config, networks, where, kind, compiled=True)
+        engines["ours"] = TorchEngine(config, *networks, where, dtype=kind)
+        exact = PlainEngine(config, networks, where, torch.float32 if where.type == "cuda" else torch.float64)
+        bench.settings[f"{config.name} weights, MiB"] = {
             name: round(sum(p.nbytes for p in part.parameters()) / 2**20 * kind.itemsize / 4)
             for name, part in zip(("tokenizer", "denoiser"), networks, strict=True)
         }
         for batch in batches:
-            inputs = Inputs(config, networks[0], batch, where)
+            inputs = Inputs(config, networks[0], batch)
             counts = steps or STEPS.get(config.name, (2, 4))
             study = min(counts, key=lambda n: abs(n - WHOLE))
             for work, call, operations in pieces(config, inputs, counts, study):
@@ -65,33 +68,29 @@ def run(
                 progress(", ".join(map(str, what.values())))
                 truth: Answer | None = None
                 if batch == 1 and work["steps"] <= CHECKED:
-                    with no_tf32(), race.watch.stream():
+                    with no_tf32(), bench.watch.stream():
                         truth = call(exact)
-                makers = {name: maker(call, runner, kind) for name, runner in runners.items()}
-                race.run(what, makers, truth, operations, batch)
-                save(race.report())
-    return race.report()
+                makers = {name: maker(call, engine, kind) for name, engine in engines.items()}
+                bench.run(what, makers, truth, operations, batch)
+                save(bench.report())
+    return bench.report()
 
 
 def pieces(
     config: ModelConfig, inputs: Inputs, steps: Sequence[int], study: int
-) -> Iterator[tuple[dict[str, Any], Callable[[Runner], Answer], float]]:
+) -> Iterator[tuple[dict[str, Any], Callable[[Engine], Answer], float]]:
     """Names of each piece of work, the work, and its operations where they are counted. steps: to sample with; study:
     from images to images."""
     step = operations(config) * len(inputs.z)
-    yield {"stage": "encode", "steps": 0}, lambda runner: runner.encode(inputs.images), 0.0
+    yield {"stage": "encode", "steps": 0}, partial(encode, inputs=inputs), 0.0
     for count in steps:
-
-        def sample(runner: Runner, count: int = count) -> Answer:
-            return runner.sample(inputs.z, inputs.prompts, inputs.observed, count)
-
-        yield {"stage": "sample", "steps": count}, sample, step * count
-    yield {"stage": "decode", "steps": 0}, lambda runner: runner.decode(inputs.codes), 0.0
-    yield {"stage": "all", "steps": study}, lambda runner: whole(runner, config, inputs, study), 0.0
+        yield {"stage": "sample", "steps": count}, partial(sample, inputs=inputs, steps=count), step * count
+    yield {"stage": "decode", "steps": 0}, partial(decode, inputs=inputs), 0.0
+    yield {"stage": "all", "steps": study}, partial(whole, inputs=inputs, steps=study), 0.0
 
 
-def maker(call: Callable[[Any], Mapping[str, Any]], runner: Any, dtype: torch.dtype) -> Callable[[], Contestant]:
-    return lambda: Contestant(lambda: call(runner), dtype)
+def maker(call: Callable[[Engine], Answer], engine: Engine, dtype: torch.dtype) -> Callable[[], Contestant]:
+    return lambda: Contestant(lambda: call(engine), dtype)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """Whole models side by side: answers first, then times in turns, then JSON and Markdown. `cpu`, `sampler` and
-`train_step` say who runs."""
+`train_step` say who takes part."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from copedit_bench import machine
-from copedit_bench.operators.report import write_json
-from copedit_bench.timing import Contender, Stopwatch, Yardsticks, calls_of, interleave, quantile, sentence
+from copedit_bench.timing import Lap, Stopwatch, Yardsticks, calls_of, interleave, quantile, sentence
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.task import Task
 from copedit_training.evaluation.report import table
 
 BASELINE = "eager"
 SEED = 0
-_SECONDS = ("median_s", "low_s", "high_s", "processor_s")
-MEASURED = ("contestant", "dtype", "peak_bytes", *_SECONDS, "samples", "per_second", "tflop_s")
 CELL = 2.0  # seconds of samples a contestant
 # On some processors the baseline in float32 agrees with float64 by chance (the same order of sums); others then need
 # not be nearer than a few roundings of their many layers.
@@ -33,7 +29,7 @@ CLOSE = 4 * torch.finfo(torch.float32).eps
 # Where nothing is to be learnt but that the harness works.
 TINY = ModelConfig(
     "tiny",
-    "brain",
+    Task.BRAIN,
     ("t1", "t1ce", "t2", "flair"),
     (32, 32, 16),
     TokenizerConfig(
@@ -57,7 +53,7 @@ class Contestant:
     answer: Callable[[], Answer] | None = None
 
 
-class Race:
+class SideBySide:
     """Checks and timings of one run on one device."""
 
     def __init__(self, title: str, device: torch.device, dtypes: set[torch.dtype], memory: str, **settings: Any):
@@ -91,7 +87,7 @@ class Race:
         baseline of each type first. exact: the right results (None: the first contestant's, which is then judged by
         nobody). operations: of the piece of work, for rates. items: what a throughput counts.
         """
-        racing: dict[str, Contender] = {}
+        laps: dict[str, Lap] = {}
         clocks: dict[str, list[float]] = {}
         facts: dict[str, dict[str, Any]] = {}
         low: dict[torch.dtype, float] = {}
@@ -120,11 +116,11 @@ class Race:
                     continue
                 low.setdefault(one.dtype, error)
                 clocks[name] = []
-                once = self.watch.sample(Contender(one.call, 1))
+                once = self.watch.sample(Lap(one.call, 1))
                 calls = calls_of(once, 1) if once < 1e-3 else 1
-                racing[name] = Contender(_clocked(one.call, calls, clocks[name]), calls)
+                laps[name] = Lap(_clocked(one.call, calls, clocks[name]), calls)
                 facts[name] = {"dtype": _plain(one.dtype), "peak_bytes": None if peak is None else held + peak}
-            samples, broken = interleave(racing, self.watch, budget * len(racing))
+            samples, broken = interleave(laps, self.watch, budget * len(laps))
             self.sticks.measure()
         for name, reason in broken.items():
             self.checks.append({**what, "contestant": name, "status": "failed", "note": reason})
@@ -204,13 +200,6 @@ def perturb(net: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- results
-
-
-def write(report: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
-    """name.json and name.md."""
-    paths = [write_json(report, folder / f"{name}.json"), folder / f"{name}.md"]
-    write_atomically(paths[1], markdown(report).encode())
-    return paths
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, write_plainly
 from copedit_bench.models.sampler import no_tf32
-from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, Race, perturb
+from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, SideBySide, perturb
 from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
@@ -61,7 +61,7 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """JSON-able, see `side_by_side.Race`; "per_second" counts subjects. Everything runs under autocast to bfloat16;
+    """JSON-able, see `SideBySide`; "per_second" counts subjects. Everything runs under autocast to bfloat16;
     what is right is the plain model in float32. batch: subjects a step, None for BATCHES. On a CPU a tiny model takes
     the place of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
@@ -72,20 +72,20 @@ def run(
         raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(sorted(PRESETS))}")
     if own := [name for name in presets if PRESETS[name].denoiser.prior]:
         raise CopeditError(f"preset {own[0]!r} starts from a prior, which plain PyTorch does not; leave it out")
-    race = Race("Training step", where, {torch.bfloat16}, "with weights, gradients and optimizer")
+    bench = SideBySide("Training step", where, {torch.bfloat16}, "with weights, gradients and optimizer")
     for config in [PRESETS[name] for name in presets] if where.type == "cuda" else [TINY]:
         for stage in stages:
             size = batch or BATCHES.get((config.name, stage), CHECKED)
             settings = _settings(stage, config, size, str(where))
             what = {"model": config.name, "stage": stage, "batch": size}
             progress(", ".join(map(str, what.values())))
-            with race.watch.stream():
+            with bench.watch.stream():
                 state, exact = _truth(stage, config, settings)
             kinds = [BASELINE, "compile", "ours"] if compiled else [BASELINE, "ours"]
             makers = {kind: partial(_contestant, stage, config, settings, kind, state) for kind in kinds}
-            race.run(what, makers, exact, items=size, budget=BUDGET if where.type == "cuda" else 0.0)
-            save(race.report())
-    return race.report()
+            bench.run(what, makers, exact, items=size, budget=BUDGET if where.type == "cuda" else 0.0)
+            save(bench.report())
+    return bench.report()
 
 
 def _settings(stage: Stage, config: ModelConfig, batch: int, device: str) -> Settings:

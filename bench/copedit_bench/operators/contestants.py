@@ -59,7 +59,7 @@ def cuda_only(device: torch.device) -> str | None:
 
 
 def library(name: str) -> Callable[[torch.device], str | None]:
-    """`missing` of a provider that needs CUDA and a module."""
+    """`missing` of a contestant that needs CUDA and a module."""
 
     def missing(device: torch.device) -> str | None:
         if importlib.util.find_spec(name) is None:

@@ -23,7 +23,7 @@ from copedit_bench.operators.cases import OPERATORS, Case, Fill, Operator, direc
 from copedit_bench.operators.contestants import Contestant, Verdict
 from copedit_bench.timing import (
     TIME_UP,
-    Contender,
+    Lap,
     Stopwatch,
     Yardsticks,
     calls_of,
@@ -37,7 +37,7 @@ from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
 
 SECONDS = 420.0  # for everything, by default: an H200 run has to end within 8 minutes
-CELL = 0.06  # seconds of samples a contender; less where the time runs short
+CELL = 0.06  # seconds of samples a contestant; less where the time runs short
 CASE = 5.0  # seconds that a case is expected to take, of which that depends
 COMPILING = 0.45  # share of the time that compilers may take; after that they are left out
 SEED = 0
@@ -184,21 +184,21 @@ class _Bench:
     def _time(
         self, case: Case, setting: _Setting, calls: Mapping[str, Callable[..., Any]], direction: str, budget: float
     ) -> None:
-        contenders: dict[tuple[str, str], Contender] = {}
+        laps: dict[tuple[str, str], Lap] = {}
         peaks: dict[str, int | None] = {}
         for name, call in calls.items():
             try:
-                contender, peaks[name] = setting.contender(name, call, direction)
+                lap, peaks[name] = setting.lap(name, call, direction)
             except Exception as error:
                 self._broken(case, name, f"{direction}: {sentence(error)}")
                 continue
-            contenders[name, "eager"] = contender
+            laps[name, "eager"] = lap
             if self.watch.graphs:
                 try:
-                    contenders[name, "graph"] = self.watch.capture(contender)
+                    laps[name, "graph"] = self.watch.capture(lap)
                 except Exception as error:
                     self._broken(case, name, f"{direction}, capture: {sentence(error)}")
-        samples, broken = interleave(contenders, self.watch, budget * len(contenders))
+        samples, broken = interleave(laps, self.watch, budget * len(laps))
         for (name, mode), reason in broken.items():
             self._broken(case, name, f"{direction}, {mode}: {reason}")
         moved, computed = floor(case.op, direction, case.sizes, setting.dtype.itemsize)
@@ -215,7 +215,7 @@ class _Bench:
                     "low_us": 1e6 * quantile(values, 0.1),
                     "high_us": 1e6 * quantile(values, 0.9),
                     "samples": len(values),
-                    "calls": contenders[name, mode].calls,
+                    "calls": laps[name, mode].calls,
                     "bytes": moved,
                     "operations": computed,
                     "gb_s": moved / median / 1e9,
@@ -315,7 +315,7 @@ class _Setting:
                 self._low = {}
         return self._low or None
 
-    def contender(self, name: str, call: Callable[..., Any], direction: str) -> tuple[Contender, int | None]:
+    def lap(self, name: str, call: Callable[..., Any], direction: str) -> tuple[Lap, int | None]:
         """A contestant ready to be timed, and its peak memory."""
         contestant = self.operator.contestants[name]
         context = partial(_within, contestant, direction)
@@ -324,10 +324,10 @@ class _Setting:
             step = _step(call, self.operator, self.samples, direction, retained)
             step(0)
             peak = self.watch.peak(lambda: step(0))
-        once = self.watch.sample(Contender(partial(step, 0), 1, context))
+        once = self.watch.sample(Lap(partial(step, 0), 1, context))
         sets = rotating(once, len(self.samples))
-        calls = calls_of(self.watch.sample(Contender(repeated(step, sets, sets), sets, context)), sets)
-        return Contender(repeated(step, calls, sets), calls, context), peak
+        calls = calls_of(self.watch.sample(Lap(repeated(step, sets, sets), sets, context)), sets)
+        return Lap(repeated(step, calls, sets), calls, context), peak
 
 
 class _Sample:

@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from copedit_bench.operators.cases import OPERATORS
 from copedit_bench.timing import TIME_UP
-from copedit_rt.files import write_atomically
-from copedit_training.evaluation.report import table
+from copedit_training.evaluation.report import table, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Report = Mapping[str, Any]
-NO_PLOT = "no plot: matplotlib is not installed (pip install matplotlib, or the extra `bench`)"
 PRESET = "brain-brats"  # of the plot and of the short tables
-LISTS = ("checks", "timings", "overhead")
 
 
-def write_json(report: Report, path: Path) -> Path:
-    """One entry of a list a line, so that two runs can be compared with diff."""
-    parts = []
-    for key, value in report.items():
-        if key in LISTS:
-            lines = ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value)
-            parts.append(f'"{key}": [\n  {lines}\n ]')
-        else:
-            parts.append(f'"{key}": {json.dumps(value)}')
-    write_atomically(path, ("{\n " + ",\n ".join(parts) + "\n}\n").encode())
-    return path
-
-
-def write(report: Report, folder: Path) -> tuple[list[Path], str | None]:
-    """kernels.json, kernels.md and kernels.png; the paths, and a sentence where there is no plot."""
-    paths = [write_json(report, folder / "kernels.json"), folder / "kernels.md"]
-    write_atomically(paths[1], markdown(report).encode())
-    if importlib.util.find_spec("matplotlib") is None:
-        return paths, NO_PLOT
-    paths.append(folder / "kernels.png")
-    write_atomically(paths[2], plot(report))
-    return paths, None
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """kernels.json, kernels.md and, with matplotlib, kernels.png."""
+    return write(report, markdown(report), folder, "kernels", lambda: [("kernels", plot(report))])
 
 
 # -------------------------------------------------------------------------------------------------- Markdown
@@ -255,8 +234,8 @@ def _first(row: Mapping[str, Any]) -> int:
     return next(iter(row["sizes"].values()))
 
 
-def plot(report: Report) -> bytes:
-    """PNG: microseconds over the batch, one row of panels an operator, one line a contestant."""
+def plot(report: Report) -> Figure:
+    """Microseconds over the batch, one row of panels an operator, one line a contestant."""
     from matplotlib.figure import Figure
 
     ops = measured(report)
@@ -290,6 +269,4 @@ def plot(report: Report) -> bytes:
             panel.set_xlabel("vectors" if op == "nearest_code" else "batch")
             panel.grid(alpha=0.3, which="both")
             panel.legend(fontsize=7)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return figure

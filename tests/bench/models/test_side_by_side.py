@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,8 +10,9 @@ from typer.testing import CliRunner
 
 from copedit_bench import timing
 from copedit_bench.models import contestants, cpu, sampler, side_by_side, train_step
-from copedit_bench.models.side_by_side import TINY, Contestant, Race, distance
+from copedit_bench.models.side_by_side import TINY, Contestant, SideBySide, distance
 from copedit_rt import cli
+from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
 
 CPU = torch.device("cpu")
@@ -41,7 +43,7 @@ def test_only_right_answers_are_timed():
         "broken": broken,
         "other": lambda: Contestant(lambda: {"z": torch.ones(2)}, torch.float32),
     }
-    one = Race("Test", CPU, {torch.float32}, "of nothing")
+    one = SideBySide("Test", CPU, {torch.float32}, "of nothing")
     one.run({"model": "x"}, entrants, {"y": torch.ones(2)}, operations=1e9, items=3)
     report = json.loads(json.dumps(one.report(), allow_nan=False))
     status = {check["contestant"]: check["status"] for check in report["checks"]}
@@ -75,18 +77,21 @@ def networks():
 
 
 def test_plain_eager_and_ours_are_the_same_model_and_not_zero(networks):
-    inputs = contestants.Inputs(TINY, networks[0], 2, CPU)
-    makers = (
-        contestants.Eager(TINY, networks, CPU, torch.float64),
-        contestants.Ours(TINY, networks, CPU, torch.float32),
+    inputs = contestants.Inputs(TINY, networks[0], 2)
+    engines = (
+        contestants.PlainEngine(TINY, networks, CPU, torch.float64),
+        TorchEngine(TINY, *networks, CPU, dtype=torch.float32),
     )
     for work, call, _ in sampler.pieces(TINY, inputs, (3,), 3):
-        exact, found = (call(runner) for runner in makers)
+        exact, found = (call(engine) for engine in engines)
         assert distance(found, exact) < 1e-4, work
         assert all(x.std() > 1e-3 for x in exact.values()), work
-    made = makers[0].sample(inputs.z, inputs.prompts, inputs.observed, 3)["z"]
-    assert torch.equal(made[inputs.observed], inputs.z[inputs.observed].double())
-    assert not torch.equal(made[~inputs.observed], inputs.z[~inputs.observed].double())
+    made = engines[0].sample(inputs.z, inputs.prompts, inputs.observed, 3, "ddim")
+    assert np.array_equal(made[inputs.observed], inputs.z[inputs.observed])
+    assert not np.array_equal(made[~inputs.observed], inputs.z[~inputs.observed])
+    ours, plain = (engine.encode(inputs.images) for engine in engines)
+    for name in ("count", "missing", "alone"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(plain, name), atol=1e-4)
 
 
 def test_operations_of_a_step_by_hand():
@@ -127,7 +132,7 @@ def test_a_wrong_gradient_is_caught(monkeypatch):
     state, exact = train_step._truth("denoiser", TINY, settings)
     right = denoiser.axis_attention
     monkeypatch.setattr(denoiser, "axis_attention", lambda *given: 1.2 * right(*given))
-    one = Race("Test", CPU, {torch.bfloat16}, "of nothing")
+    one = SideBySide("Test", CPU, {torch.bfloat16}, "of nothing")
     kinds = ("eager", "ours")
     makers = {k: lambda k=k: train_step._contestant("denoiser", TINY, settings, k, state) for k in kinds}
     one.run({"stage": "denoiser"}, makers, exact)
@@ -167,7 +172,7 @@ def test_refusals(tmp_path, arguments, message):
 @pytest.mark.slow
 def test_the_commands_and_imports_of_the_benchmark_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "REPEATS", 1)
-    one = Race("Test", CPU, {torch.float32}, "of nothing")
+    one = SideBySide("Test", CPU, {torch.float32}, "of nothing")
     cpu._commands(one, "demo-cardiac", None, tmp_path)
     cpu._imports(one)
     (row,) = one.extra["commands"]

@@ -24,6 +24,7 @@ from copedit_rt.config import PRESETS
 from copedit_rt.networks import denoiser, tokenizer
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.evaluation import report as writer
 
 CPU = torch.device("cpu")
 
@@ -179,9 +180,10 @@ def test_fields_and_rates(report):
 
 
 def test_files(report, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
-    paths, remark = pages.write(report, tmp_path / "new")
-    assert remark == pages.NO_PLOT and [p.name for p in paths] == ["kernels.json", "kernels.md"]
+    monkeypatch.setattr(writer, "find_spec", lambda name: None)
+    paths = pages.write_report(report, tmp_path / "new")
+    assert "matplotlib is not installed" in writer.unplotted()
+    assert [p.name for p in paths] == ["kernels.json", "kernels.md"]
     assert json.loads(paths[0].read_text()) == json.loads(json.dumps(report))
     text = paths[1].read_text()
     for op in OPERATORS:
@@ -194,7 +196,8 @@ def test_files(report, tmp_path, monkeypatch):
 
 def test_plot(report, tmp_path):
     pytest.importorskip("matplotlib")
-    assert pages.plot(report).startswith(b"\x89PNG")
+    png = pages.write_report(report, tmp_path)[-1]
+    assert png.name == "kernels.png" and png.read_bytes().startswith(b"\x89PNG")
 
 
 # Wrong answers
@@ -241,7 +244,7 @@ def test_wrong_contestants_are_reported_and_not_timed(tmp_path):
     assert notes["double"] == "output 0 is (2, 3, 5, 24) float64, not (2, 3, 5, 24) float32"
     text = pages.markdown(found)
     assert "scaled: WRONG, not timed" in text and "error not finite, allowed" in text
-    pages.write_json(found, tmp_path / "kernels.json")
+    writer.write_json(found, tmp_path / "kernels.json")
 
 
 def test_a_wrong_baseline_is_caught():
@@ -300,28 +303,28 @@ def test_the_step_is_checked_on_copies_and_must_keep_observed_bits():
 
 
 class Clock:
-    """A stopwatch for which every contender takes what it says."""
+    """A stopwatch for which every lap takes what it says."""
 
     cuda = False
 
     def __init__(self):
         self.order = []
 
-    def sample(self, contender):
-        self.order.append(contender.calls)
-        return contender.run()
+    def sample(self, lap):
+        self.order.append(lap.calls)
+        return lap.run()
 
 
-def test_contenders_take_turns(monkeypatch):
+def test_contestants_take_turns(monkeypatch):
     monkeypatch.setattr(timing, "ROUNDS", (2, 4))
     clock = Clock()
-    contenders = {name: timing.Contender(lambda i=i: 10.0 * i, i) for i, name in enumerate("abc")}
-    contenders["bad"] = timing.Contender(boom, 9)
-    samples, broken = timing.interleave(contenders, clock, budget=0)
+    laps = {name: timing.Lap(lambda i=i: 10.0 * i, i) for i, name in enumerate("abc")}
+    laps["bad"] = timing.Lap(boom, 9)
+    samples, broken = timing.interleave(laps, clock, budget=0)
     assert samples == {"a": [0.0] * 2, "b": [10.0] * 2, "c": [20.0] * 2}
     assert broken == {"bad": "RuntimeError: no such kernel"}
     assert clock.order == [0, 1, 2, 9, 0, 1, 2, 1, 2, 0]  # a warm-up, two rounds
-    samples, _ = timing.interleave(contenders, clock, budget=60)
+    samples, _ = timing.interleave(laps, clock, budget=60)
     assert len(samples["a"]) == 4
 
 
@@ -394,6 +397,14 @@ def test_command(tmp_path, monkeypatch):
     assert (tmp_path / "out/kernels.json").exists() and (tmp_path / "out/kernels.md").exists()
 
 
+def test_a_command_that_finds_ours_wrong_fails(tmp_path, monkeypatch):
+    wrong = altered("swiglu", ours=Contestant(lambda h: 1.01 * ops.swiglu(h)))
+    monkeypatch.setattr(body, "plan", lambda op, device, dtype: ([tiny("swiglu")], CPU, torch.float32))
+    monkeypatch.setattr(body, "run", partial(body.run, operators=wrong))
+    done = CliRunner().invoke(cli.app, ["bench", "kernels", "-o", str(tmp_path)])
+    assert done.exit_code == 1 and "an operator gave a wrong answer" in done.stderr and "kernels.md" in done.stderr
+
+
 def test_command_names_what_does_not_exist(tmp_path):
     for options, words in ((["--op", "softmax"], "swiglu"), (["--dtype", "int8"], "bfloat16")):
         done = CliRunner().invoke(cli.app, ["bench", "kernels", "-o", str(tmp_path), "--device", "cpu", *options])
@@ -427,8 +438,8 @@ def test_tiles_come_from_the_modules(monkeypatch):
 
 def test_document_takes_recorded_runs(report, tmp_path):
     on_gpu = report | {"machine": report["machine"] | {"device": "cuda", "name": "NVIDIA X"}}
-    pages.write_json(on_gpu, tmp_path / "x" / "kernels.json")
-    pages.write_json(report, tmp_path / "cpu" / "kernels.json")
+    writer.write_json(on_gpu, tmp_path / "x" / "kernels.json")
+    writer.write_json(report, tmp_path / "cpu" / "kernels.json")
     runs = tables.runs(tmp_path)
     assert list(runs) == ["x"]
     text = "before\n<!-- measured swiglu -->\nold\n<!-- end -->\nafter\n"
@@ -454,11 +465,11 @@ class Pretended(timing.Stopwatch):
         call()
         return 3 << 20
 
-    def capture(self, contender):
+    def capture(self, lap):
         if not self.refused:
             self.refused += 1
             raise RuntimeError("cannot be captured")
-        return contender
+        return lap
 
 
 def test_as_on_a_gpu(monkeypatch):
@@ -490,4 +501,4 @@ def test_on_a_gpu(tmp_path):
     assert timed == {(op, d, mode) for op in OPERATORS for d in directions(op) for mode in ("eager", "graph")}
     assert all(t["peak_bytes"] >= 0 for t in found["timings"])
     assert found["machine"]["l2_bytes"] > 0
-    pages.write(found, tmp_path)
+    pages.write_report(found, tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import BRAIN, exported, saved, study, write
+from small import BRAIN, check_batch, exported, saved, study, write
 
 from copedit_rt import checkpoint, cli, cohort, schedule, synthesizer
 from copedit_rt.config import ModelConfig
@@ -187,7 +187,7 @@ def test_float16(tmp_path):
     for name in (ENCODER, DECODER):
         onnx.checker.check_model(folder / name, full_check=True)
     lean, full = (Synthesizer.load(folder, "cpu", engine=engine).engine for engine in ("onnxruntime", "torch"))
-    images = np.random.default_rng(0).random((2, 1, *BRAIN.image), np.float32)
+    images = np.random.default_rng(0).random((1, 2, 1, *BRAIN.image), np.float32)
     z = full.encode(images).latents
     np.testing.assert_allclose(lean.encode(images).latents, z, atol=0.01 * np.abs(z).max())
     image = full.decode(z)
@@ -242,18 +242,23 @@ def test_latents_of_every_preset_after_20_steps(tmp_path, preset, blocks):
     folder = tmp_path / "onnx"
     onnx_export.export_onnx(model, folder)
     generator = np.random.default_rng(0)
-    z = generator.standard_normal((len(config.elements), config.tokenizer.latent_channels, *config.latent), np.float32)
-    prompts = generator.standard_normal((3, config.tokenizer.prompt_dim), np.float32)
-    observed = np.arange(len(config.elements)) == 1
+    m, c = len(config.elements), config.tokenizer
+    z = generator.standard_normal((1, m, c.latent_channels, *config.latent), np.float32)
+    prompts, observed = generator.standard_normal((1, 3, c.prompt_dim), np.float32), np.arange(m)[None] == 1
     found, exact = (
         Synthesizer.load(folder, "cpu", engine=engine).engine.sample(z, prompts, observed, 20, "ddim")
         for engine in ("onnxruntime", "torch")
     )
-    assert np.array_equal(found[1], z[1]) and np.abs(exact - z).max() > 0.1
+    assert np.array_equal(found[:, 1], z[:, 1]) and np.abs(exact - z).max() > 0.1
     assert np.abs(found - exact).max() <= 1e-4
 
 
 # ---- the engine
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_a_batch_is_its_studies(either, engine):
+    check_batch(Synthesizer.load(either, "cpu", engine=engine).engine, checkpoint.read_config(either))
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -264,7 +269,7 @@ def test_a_study_comes_out_as_on_torch(either, samples):
     calls = []
     found = lean.synthesize(given, steps=3, samples=samples, progress=lambda *done: calls.append(done))
     exact = full.synthesize(given, steps=3, samples=samples)
-    assert calls == [(i, 3 * samples) for i in range(1, 3 * samples + 1)]
+    assert calls == [(samples * i, 3 * samples) for i in (1, 2, 3)]
     for name in exact.study.synthetic or ("sax",):
         np.testing.assert_allclose(found.study.volumes[name].data, exact.study.volumes[name].data, atol=1e-4)
     assert found.std.keys() == exact.std.keys()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import BRAIN, HEART, exported, study
+from small import BRAIN, HEART, check_batch, exported, study
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
@@ -208,6 +208,11 @@ def test_a_study_comes_out_as_on_torch(which, request, tmp_path, tensorrt):
         assert "agrees with torch: cosine 1.000000, max error" in note
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_is_its_studies(fresh, tensorrt, batch):
+    check_batch(TensorRTEngine(fresh, batch=batch), BRAIN)
+
+
 def test_the_second_start_builds_nothing_and_loads_no_weights(ready, tensorrt, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_denoiser", None)
     engine = TensorRTEngine(ready)
@@ -379,9 +384,9 @@ def test_a_folder_that_cannot_be_written_keeps_no_plan(fresh, tensorrt):
 
 def test_a_shape_that_the_plan_was_not_built_for(ready, tensorrt):
     engine = TensorRTEngine(ready)
-    images = np.zeros((5, 1, *BRAIN.image), np.float32)  # of four elements
+    images = np.zeros((1, 5, 1, *BRAIN.image), np.float32)  # of four elements
     with pytest.warns(UserWarning, match=r"does not take images of shape \(1, 5, 1, 16, 16, 8\)"):
-        assert engine.encode(images).latents.shape[0] == 5
+        assert engine.encode(images).latents.shape[1] == 5
 
 
 def test_without_tensorrt_or_a_gpu(fresh, tmp_path, monkeypatch):

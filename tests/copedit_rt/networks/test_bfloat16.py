@@ -192,6 +192,6 @@ def test_a_unet_on_a_cpu_is_computed_in_float32():
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(net(z, t, prompts, observed), exact)
         engine = TorchEngine(UNET, vae, net, torch.device("cpu"), dtype=torch.bfloat16)
-        found = engine.sample(z[0].numpy(), prompts[0].numpy(), observed[0].numpy(), 2, "ddim")
+        found = engine.sample(z.numpy(), prompts.numpy(), observed.numpy(), 2, "ddim")
     assert processor.met == 0 and exact.std() > 0.01 and math.isfinite(found.sum())
     assert engine.precision == "float32" and engine.tokenizer.encoder.out.weight.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from copedit_rt import checkpoint, cli
-from copedit_rt.config import DenoiserConfig, ModelConfig, Preprocessing, TokenizerConfig
+from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.images import grids, nifti
 from copedit_rt.images.nifti import Volume, read_volume
@@ -39,6 +39,7 @@ BRAIN = ModelConfig(
         contrast_dim=8,
     ),
     DenoiserConfig(width=32, heads=2, blocks=2, patch=(1, 1, 1)),
+    DiffusionConfig(steps=4),
     preprocessing=Preprocessing(field_of_view=(16.0, 16.0, 16.0)),
 )
 IXI = dataclasses.replace(BRAIN, name="ixi", elements=("t1", "t2", "pd"))

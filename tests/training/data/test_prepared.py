@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from copedit_rt.config import ModelConfig
+from copedit_rt.task import Task
 from copedit_training.data.augmentation import Augmentation
 from copedit_training.data.prepared import draw_observed, model_images, phantom_images
 
@@ -58,17 +59,17 @@ def test_the_slabs_of_a_heart_stay_one_stack():
     assert correlation(augmented, column[0]) < 0.9999
 
 
-@pytest.mark.parametrize("consecutive", [False, True])
-def test_patterns_are_uniform_in_count_then_in_subset(consecutive):
-    drawn = (~draw_observed(np.random.default_rng(0), 12_000, 4, consecutive)).int().numpy()
+@pytest.mark.parametrize("task", Task)
+def test_patterns_are_uniform_in_count_then_in_subset(task):
+    drawn = (~draw_observed(np.random.default_rng(0), 12_000, 4, task)).int().numpy()
     counts = np.bincount(drawn.sum(1), minlength=5)
     assert counts[0] == counts[4] == 0
     np.testing.assert_allclose(counts[1:4] / len(drawn), 1 / 3, atol=0.02)
     pairs = {tuple(row) for row in drawn[drawn.sum(1) == 2]}
-    assert len(pairs) == (3 if consecutive else 6)
+    assert len(pairs) == len(task.patterns("abcd", 2)) == (3 if task.joint else 6)
     one = drawn[drawn.sum(1) == 1].mean(0)
     np.testing.assert_allclose(one, 0.25, atol=0.03)
-    if consecutive:
+    if task.joint:
         edges = np.abs(np.diff(np.pad(drawn, ((0, 0), (1, 1))), axis=1)).sum(1)
         assert (edges == 2).all()
 

@@ -13,9 +13,9 @@ from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, prepared
+from copedit_training.evaluation import compare, subjects
 from copedit_training.evaluation import evaluate as ev
 from copedit_training.evaluation import report as pages
-from copedit_training.evaluation import subjects
 from copedit_training.evaluation.subjects import phantom_truth
 
 
@@ -94,13 +94,13 @@ def test_evaluation_of_a_perfect_model(task, request, tmp_path):
     if task == "brain":
         assert found["mislabel"]["studies"] == 1
         assert set(found["reconstruction"]) == {"t1", "t1ce", "t2", "flair", "all"}
-    paths, remark = pages.write_report(found, tmp_path / "new")
+    paths = pages.write_report(found, tmp_path / "new")
     assert json.loads(paths[0].read_text())["by_pattern"].keys() == found["by_pattern"].keys()
     text = paths[1].read_text()
     assert text.count("| model |") == 6 and "number right" in text
     for line in ("FID: off", "FVD: off", "LPIPS: off", "Off: it needs several samples"):
         assert line in text
-    assert remark is None and {p.name for p in paths[2:]} == {
+    assert pages.unplotted() is None and {p.name for p in paths[2:]} == {
         "counts.png",
         "patterns.png",
         "reconstruction.png",
@@ -177,7 +177,7 @@ def test_sweep(task, request, tmp_path):
     mean = np.average([row["psnr"]["mean"] for row in images], weights=[row["images"] for row in images])
     assert rows["ddim", 3]["psnr"]["mean"] == pytest.approx(mean)
     assert rows["ddim", 3]["images"] == sum(row["images"] for row in images)
-    paths, _ = pages.write_report(found, tmp_path)
+    paths = pages.write_report(found, tmp_path)
     assert [p.name for p in paths] == ["sweep.json", "sweep.md", "sweep.png"]
     assert json.loads(paths[0].read_text())["sweep"] == found["sweep"]
     assert paths[1].read_text().count("\n| d") == 4
@@ -321,14 +321,14 @@ def test_slabs_of_real_stacks(heart):
     for count, axis in ((16, 2), (10, 2), (13, 0), (8, 1)):
         truth = stack(config, count, axis)
         for missing in (("slab0",), ("slab1",), ("slab1", "slab2"), ("slab1", "slab2", "slab3")):
-            slices = ev.missing_slices(config, truth, missing)
+            slices = compare.missing_slices(config, truth, missing)
             study = ev.incomplete(config, truth, missing)
             assert prepare(study, config).missing == missing, (count, missing)
             blank = np.flatnonzero(~np.moveaxis(study.volumes["sax"].data, axis, 2).any(axis=(0, 1)))
             assert blank.tolist() == slices == list(study.missing_slices)
-    assert ev.missing_slices(config, stack(config, 10), ("slab0",)) == [0, 1]
-    assert ev.missing_slices(config, stack(config, 10), ("slab0", "slab1")) == [0, 1, 2, 3, 4]
-    assert ev.missing_slices(config, stack(config, 3), ("slab1",)) == []  # its middle slice lies in two
+    assert compare.missing_slices(config, stack(config, 10), ("slab0",)) == [0, 1]
+    assert compare.missing_slices(config, stack(config, 10), ("slab0", "slab1")) == [0, 1, 2, 3, 4]
+    assert compare.missing_slices(config, stack(config, 3), ("slab1",)) == []  # its middle slice lies in two
 
 
 def test_a_heart_with_slices_along_the_first_axis(heart):

@@ -172,8 +172,8 @@ def test_quality_is_that_of_what_was_made(probe):
     subject, observed = torch.tensor([1]), torch.tensor([[True, False, True, False]])
     prompts = probe.prompts(subject, observed)
     there = observed[0].numpy()
-    encoded = probe.synthesizer.engine.encode(probe.images[1][there])
-    made = analysis.fill(probe.synthesizer, encoded.latents, there, encoded.prompts, "analysis-1")
+    encoded = probe.synthesizer.engine.encode(probe.images[1][None, there])
+    made = analysis.fill(probe.synthesizer, encoded.latents[0], there, encoded.prompts[0], "analysis-1")
     truth = probe.images[1, [1, 3], 0]
     expected = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(made, truth, strict=True)])
     assert probe.quality(subject, observed, prompts) == pytest.approx([expected], rel=1e-4)

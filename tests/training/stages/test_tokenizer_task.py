@@ -11,6 +11,7 @@ from processors import Faulty
 
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
+from copedit_rt.task import Task
 from copedit_rt.trained import TrainedOn
 from copedit_training.data.patients import read_patients
 from copedit_training.data.prepared import draw_observed
@@ -69,7 +70,7 @@ def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
     assert moved == {"prompt_encoders.mlp", "heads.1"}, "neither convolutions nor the autoencoder"
 
     images = torch.from_numpy(smooth(HEART, 4))
-    observed = draw_observed(np.random.default_rng(1), 40, 3, True).unflatten(0, (10, 4))
+    observed = draw_observed(np.random.default_rng(1), 40, 3, Task.HEART).unflatten(0, (10, 4))
 
     def loss(folder):
         vae = checkpoint.load_tokenizer(folder)[1]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from copedit_rt import checkpoint
-from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, TokenizerConfig
 from copedit_training.stages import trainer
 from copedit_training.stages.settings import load_settings
 
@@ -27,6 +27,7 @@ TINY = ModelConfig(
         contrast_dim=8,
     ),
     DenoiserConfig(width=32, heads=2, blocks=2, patch=(2, 2, 2)),
+    DiffusionConfig(steps=4),
 )
 HEART = dataclasses.replace(
     TINY,

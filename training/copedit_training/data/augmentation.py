@@ -27,7 +27,7 @@ class Augmentation:
             from monai.utils import convert_to_tensor
         except ImportError as error:
             raise CopeditError("augment needs MONAI: install the extra `train`, or set it to false") from error
-        self.cardiac = config.task == "cardiac"
+        self.joint = config.task.joint
         self._plain = partial(convert_to_tensor, track_meta=False)
         h, w, _ = config.image
         self.place = RandAffine(
@@ -35,7 +35,7 @@ class Augmentation:
             rotate_range=(0.0, 0.0, ROTATION),
             scale_range=(SCALING, SCALING, 0.0),
             translate_range=(SHIFT * h, SHIFT * w, 0.0),
-            padding_mode="border" if self.cardiac else "zeros",
+            padding_mode="border" if self.joint else "zeros",
         )
         self.brightness = (
             RandScaleIntensity(CONTRAST, prob=1.0, channel_wise=True),
@@ -49,12 +49,12 @@ class Augmentation:
     def _one(self, images: Tensor, seed: int) -> Tensor:
         m = len(images)
         # Slabs are one stack. Elements are channels, so that all are moved alike.
-        x = torch.cat(tuple(images), dim=-1) if self.cardiac else images.flatten(0, 1)
+        x = torch.cat(tuple(images), dim=-1) if self.joint else images.flatten(0, 1)
         for i, transform in enumerate((self.place, *self.brightness)):
             transform.set_random_state(seed=(seed + i) % 2**32)
         x = self._plain(self.place(x))
-        empty = torch.zeros_like(x, dtype=torch.bool) if self.cardiac else x <= 0
+        empty = torch.zeros_like(x, dtype=torch.bool) if self.joint else x <= 0
         for transform in self.brightness:
             x = self._plain(transform(x))
         x = x.clamp(0, 1).masked_fill(empty, 0.0)
-        return torch.stack(x.chunk(m, dim=-1)) if self.cardiac else x.unflatten(0, (m, 1))
+        return torch.stack(x.chunk(m, dim=-1)) if self.joint else x.unflatten(0, (m, 1))

@@ -26,10 +26,11 @@ import numpy as np
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.images.find import StudyFiles, find_studies
-from copedit_rt.images.names import NIFTI, STACK, without_frame
+from copedit_rt.images.names import NIFTI, without_frame
 from copedit_rt.images.nifti import read_volume, same_grid
 from copedit_rt.images.prepare import prepare, stack_frame
 from copedit_rt.images.study import Study
+from copedit_rt.task import STACK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,7 +103,7 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
     if not folder.is_dir():
         raise CopeditError(f"--data {folder} is not a folder; give the folder of a data set, or phantom")
     found = find_studies(folder, task=config.task)
-    wanted = config.elements if config.task == "brain" else (STACK,)
+    wanted = config.task.volumes(config.elements)
     data = DataSet(folder, [], [], found.skipped, dict.fromkeys(wanted, 0))
     places: dict[str, Path] = {}
     for study in found:

@@ -17,6 +17,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.images.find import find_studies
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
+from copedit_rt.task import Task
 
 Array = NDArray[np.float32]
 AS_THEY_ARE = 6  # one view in so many is not bent
@@ -37,7 +38,7 @@ def read_patients(folder: Path, config: ModelConfig) -> list[Patient]:
     Raises CopeditError for what `find_studies` and `Study.read` refuse.
     """
     patients = []
-    for files in find_studies(folder, task="brain"):
+    for files in find_studies(folder, task=Task.BRAIN):
         prepared = prepare(Study.read(files, resample=True), config, allow_complete=True)
         patients.append(Patient(files.name, prepared.images[:, 0], prepared.observed))
     return patients

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-BRAIN_CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
-
 # Brain labels.
 BACKGROUND, CSF, GREY, WHITE, DEEP_GREY, VESSEL = 0, 1, 2, 3, 4, 5
 CORE, OEDEMA, RIM, HYPERINTENSITY = 10, 11, 12, 13
@@ -450,8 +448,9 @@ def _spin(name: str, t1: np.ndarray, t2: np.ndarray, pd: np.ndarray, t: Mapping[
     return pd * mz * np.exp(-t["te"] / t2)
 
 
-# TR, TE ms.
+# TR, TE ms. A contrast is a row; but for FLAIR, a spin echo.
 _TIMING = {"t1": (500, 11), "t1ce": (500, 11), "t2": (4200, 100), "flair": (9000, 115), "pd": (3200, 18)}
+BRAIN_CONTRASTS = tuple(_TIMING)
 
 
 def brain(

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from copedit_training.data.anatomy import INDEX, NAMES, axes_of, smooth_field
 
-CONTRASTS = ("t1", "t1ce", "t2", "flair", "pd")
 LESIONS = ("lesion", "active lesion", "necrosis", "solid tumour", "rim", "oedema")
 FLUIDS = ("ventricle", "sulcus")
 
@@ -249,9 +248,8 @@ class Protocol:
 
 def draw_sequence(contrast: str, rng: np.random.Generator, tissues: Tissues) -> Protocol:
     """A protocol for one of `CONTRASTS`, drawn again until it shows what a radiographer wants from it."""
-    drawn = {"t1": _draw_t1, "t1ce": _draw_t1, "t2": _draw_t2, "flair": _draw_flair, "pd": _draw_pd}[contrast]
     for _ in range(60):
-        protocol = drawn(rng, tissues)
+        protocol = _SEQUENCES[contrast](rng, tissues)
         if _useful(contrast, signal(tissues, protocol)):
             break
     return protocol
@@ -311,6 +309,9 @@ def _draw_pd(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     u = rng.uniform
     return Protocol("turbo spin echo", {"tr": u(2000, 9000), "te": u(8, 30)}, True, u(0, 0.15))
 
+
+_SEQUENCES = {"t1": _draw_t1, "t1ce": _draw_t1, "t2": _draw_t2, "flair": _draw_flair, "pd": _draw_pd}
+CONTRASTS = tuple(_SEQUENCES)
 
 _BOUND = {"white": 1.0, "cerebellar white": 1.0, "brainstem": 0.9, "cortex": 0.6, "hippocampus": 0.6, "caudate": 0.65}
 _BOUND |= {"thalamus": 0.8, "putamen": 0.65, "pallidum": 0.9, "cerebellar grey": 0.6, "muscle": 1.0, "nerve": 0.9}

@@ -23,6 +23,7 @@ from copedit_rt.files import unwritable, write_atomically
 from copedit_rt.images.nifti import Volume
 from copedit_rt.images.prepare import prepare, to_unit_range
 from copedit_rt.images.study import Study
+from copedit_rt.task import Task
 from copedit_training.data import phantom
 from copedit_training.data.anatomy import read_folder
 from copedit_training.data.layouts import DataSet, Skipped, ahead, heart_centre, load, read_all, split
@@ -38,7 +39,7 @@ def phantom_subject(config: ModelConfig, seed: int) -> Phantom:
     """A simulated subject whose grid is the model's own, so that preparing it resamples nothing."""
     h, w, d = config.image
     x, y, z = config.preprocessing.field_of_view
-    if config.task == "brain":
+    if not config.task.joint:
         assert z is not None
         return phantom.brain(seed, (h, w, d), (x / h, y / w, z / d), config.elements)
     slices = d * len(config.elements)
@@ -64,7 +65,7 @@ class Labels:
         kind, _, folder = data.partition(":")
         if kind != "labels":
             return None
-        if config.task != "brain":
+        if config.task.joint:
             raise CopeditError(f"--data {data}: studies of brains are simulated from label maps, not of hearts")
         read_folder(Path(folder))
         return cls(Path(folder).resolve())
@@ -180,7 +181,7 @@ def folder_images(
                     )
             else:
                 images[len(rows)] = subject
-                centre = heart_centre(config, entry) if config.task == "cardiac" else None
+                centre = heart_centre(config, entry) if config.task.joint else None
                 rows.append({"study": entry.files.name, "subject": entry.subject, "centre": centre})
             if progress:
                 progress(i, len(studies))
@@ -259,20 +260,9 @@ def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         temporary.unlink(missing_ok=True)
 
 
-def draw_observed(rng: np.random.Generator, batch: int, elements: int, consecutive: bool) -> Tensor:
-    """Observed masks [batch, elements] (bool) by the dual-random strategy (Section 3.2).
-
-    First how many are missing, uniform in 1..m-1, then which: any subset (brain), or a run of slabs (cardiac).
-    """
-    observed = np.ones((batch, elements), dtype=bool)
-    for row in observed:
-        count = rng.integers(1, elements)
-        if consecutive:
-            start = rng.integers(0, elements - count + 1)
-            row[start : start + count] = False
-        else:
-            row[rng.permutation(elements)[:count]] = False
-    return torch.from_numpy(observed)
+def draw_observed(rng: np.random.Generator, batch: int, elements: int, task: Task) -> Tensor:
+    """Observed masks [batch, elements] (bool), each by `Task.draw`."""
+    return torch.from_numpy(np.stack([task.draw(rng, elements) for _ in range(batch)]))
 
 
 def draw_run(rng: np.random.Generator, slices: int) -> range:

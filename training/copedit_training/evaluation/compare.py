@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copedit_rt.images.grids import Orientation, slice_axis, spacing
-from copedit_rt.images.names import STACK
 from copedit_rt.images.nifti import Volume
 from copedit_rt.images.prepare import slabs_touched, to_unit_range
 from copedit_rt.images.study import Study
+from copedit_rt.task import STACK, Task
 from copedit_training.evaluation.baselines import (
     LinearRegression,
     interpolate_slices,
@@ -45,13 +45,13 @@ def incomplete(
     config: ModelConfig, truth: Study, missing: Sequence[str], swap: Mapping[str, str] | None = None
 ) -> Study:
     """A complete study without its `missing` elements. swap: element -> the image put there under its name."""
-    if config.task == "cardiac":
+    if config.task.joint:
         slices, volume = missing_slices(config, truth, missing), truth.volumes[STACK]
         stack = volume.data.copy()
         np.moveaxis(stack, _axis(volume), 2)[..., slices] = 0
-        return Study(truth.name, "cardiac", {STACK: Volume.from_array(stack, volume.affine)}, tuple(slices))
+        return Study(truth.name, Task.HEART, {STACK: Volume.from_array(stack, volume.affine)}, tuple(slices))
     volumes = {e: truth.volumes[(swap or {}).get(e, e)] for e in config.elements if e not in missing}
-    return Study(truth.name, "brain", volumes)
+    return Study(truth.name, Task.BRAIN, volumes)
 
 
 def missing_slices(config: ModelConfig, truth: Study | Phantom, missing: Sequence[str]) -> list[int]:
@@ -68,6 +68,11 @@ def missing_slices(config: ModelConfig, truth: Study | Phantom, missing: Sequenc
     touched = np.stack([slabs_touched([z], count, size, extent, m, depth) for z in range(count)])
     slices = np.flatnonzero(touched.any(axis=1) & ~(touched & ~wanted).any(axis=1))
     return slices.tolist() if (touched[slices].any(axis=0) == wanted).all() else []
+
+
+def possible(config: ModelConfig, truth: Study | Phantom, missing: Sequence[str]) -> bool:
+    """Whether a study can lack exactly these elements, see `missing_slices`; a brain always can."""
+    return not config.task.joint or bool(missing_slices(config, truth, missing))
 
 
 def as_study(config: ModelConfig, truth: Study | Phantom) -> Study:
@@ -169,7 +174,7 @@ def pairs(
     """`compare_brain` or `compare_heart` of a complete study and what was made of it without its missing elements."""
     truth = as_study(config, truth)
     volumes = {name: volume.data for name, volume in result.study.volumes.items()}
-    if config.task == "cardiac":
+    if config.task.joint:
         axis, slices = _axis(truth.volumes[STACK]), missing_slices(config, truth, missing)
         stacks = [truth.volumes[STACK].data, volumes[STACK], result.std.get(STACK)]
         whole, made, std = (None if x is None else np.moveaxis(x, axis, 2) for x in stacks)

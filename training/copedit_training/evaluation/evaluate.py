@@ -5,16 +5,17 @@ Everything is measured on the file's grid, but for the tokenizer's reconstructio
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from copedit_rt.config import Solver
 from copedit_rt.errors import CopeditError
 from copedit_rt.inspection import contradictions
 from copedit_rt.perception import Perception
+from copedit_rt.task import Task
 from copedit_training.data.prepared import HELD_OUT
 from copedit_training.evaluation.baselines import (
     LinearRegression,
@@ -24,9 +25,9 @@ from copedit_training.evaluation.compare import (
     compare,
     incomplete,
     intensity_of,
-    missing_slices,
     normalise,
     pairs,
+    possible,
 )
 from copedit_training.evaluation.metrics import measure, psnr
 from copedit_training.evaluation.subjects import Cohort, Phantoms
@@ -56,13 +57,9 @@ def missing_patterns(config: ModelConfig, limit: int | None = None) -> dict[int,
 
     limit: at most that many per count, evenly picked.
     """
-    m = len(config.elements)
     patterns = {}
-    for count in range(1, m):
-        if config.task == "brain":
-            every = list(itertools.combinations(config.elements, count))
-        else:
-            every = [config.elements[i : i + count] for i in range(m - count + 1)]
+    for count in range(1, len(config.elements)):
+        every = config.task.patterns(config.elements, count)
         picked = range(len(every)) if limit is None else np.linspace(0, len(every) - 1, min(limit, len(every))).round()
         patterns[count] = [every[int(i)] for i in picked]
     return patterns
@@ -76,7 +73,7 @@ def reconstruct(model: Synthesizer, prepared: Prepared) -> Iterator[tuple[str, s
     engine: Any = model.engine
     vae, limit = engine.tokenizer, engine.max_memory
     device = vae.latent_mean.device
-    joint = model.config.task == "cardiac"
+    joint = model.config.task.joint
     with torch.no_grad():
         z = vae.encode(torch.from_numpy(prepared.images[None]).to(device), limit)
         for method, latent in (("as it is", z), ("nearest codes", vae.quantise(z)[0])):
@@ -171,7 +168,7 @@ def evaluate(
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
     by_count, by_pattern, reconstruction, every = Scores(), Scores(), Scores(), Scores()
     heads, calibration = Heads(), Calibration()
-    regression = fit_regression(config, wanted, fit_subjects, cohort) if config.task == "brain" else None
+    regression = None if config.task.joint else fit_regression(config, wanted, fit_subjects, cohort)
     mislabel = {"studies": 0, "caught": 0, "false_alarms": 0}  # T2 named FLAIR
     seconds, done, people, studies, impossible = 0.0, 0, set(), [], []
     for count, (subject, truth, prepared) in enumerate(cohort):
@@ -181,10 +178,10 @@ def evaluate(
             networks.next_subject()
         for element, method, values in reconstruct(model, prepared):
             reconstruction.add(element, method, values, subject)
-            if config.task == "brain":
+            if not config.task.joint:
                 every.add("all", method, values, subject)
         for tried, missing in enumerate(wanted, 1):
-            if config.task == "cardiac" and not missing_slices(config, truth, missing):
+            if not possible(config, truth, missing):
                 impossible.append({"study": truth.name, "missing": "+".join(missing)})
                 continue
             start = time.perf_counter()
@@ -262,12 +259,12 @@ def sweep(
     config = model.config
     cohort = cohort or Phantoms(config, subjects, first_seed)
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
-    settings = [(solver, n) for n in sorted(set(steps), reverse=True) for solver in ("dpm2m", "ddim")]
+    settings = [(solver, n) for n in sorted(set(steps), reverse=True) for solver in reversed(get_args(Solver))]
     scores, seconds, done, people = Scores(), dict.fromkeys(settings, 0.0), 0, set()
     for count, (subject, truth, _) in enumerate(cohort):
         people.add(subject)
         for tried, missing in enumerate(wanted, 1):
-            if config.task == "cardiac" and not missing_slices(config, truth, missing):
+            if not possible(config, truth, missing):
                 continue
             study = incomplete(config, truth, missing)
             best = None
@@ -305,4 +302,4 @@ def sweep(
 
 def misnamed(perception: Perception) -> list[str | None]:
     """The elements that `copedit inspect` would call misnamed."""
-    return [f.element for f in contradictions(perception, {}, task="brain") if f.kind == "identity"]
+    return [f.element for f in contradictions(perception, {}, task=Task.BRAIN) if f.kind == "identity"]

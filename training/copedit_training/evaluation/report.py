@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copedit_rt.files import write_atomically
+from copedit_rt.task import Task
 from copedit_training.evaluation.features import said
 
 if TYPE_CHECKING:
@@ -29,26 +30,50 @@ METRICS = {
 }
 
 
-def write(report: Report, text: str, folder: Path, name: str) -> list[Path]:
-    """NAME.json and, with its text, NAME.md in a folder."""
-    contents = {f"{name}.json": json.dumps(report, indent=2) + "\n", f"{name}.md": text}
-    for file, content in contents.items():
-        write_atomically(folder / file, content.encode())
-    return [folder / file for file in contents]
+def write(
+    report: Report,
+    text: str,
+    folder: Path,
+    name: str,
+    figures: Callable[[], Iterable[tuple[str, Figure]]] = tuple,
+) -> list[Path]:
+    """NAME.json and, with its text, NAME.md in a folder; with matplotlib also figures as PNG, each by its own name."""
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
+    write_json(report, paths[0])
+    write_atomically(paths[1], text.encode())
+    for title, figure in figures() if find_spec("matplotlib") else ():
+        paths.append(folder / f"{title}.png")
+        save_figure(figure, paths[-1])
+    return paths
 
 
-def write_report(report: Report, folder: Path) -> tuple[list[Path], str | None]:
-    """evaluation.json, evaluation.md and plots (of a sweep: sweep.*) in a folder; what there is to remark."""
-    paths = write(report, markdown(report), folder, "sweep" if "sweep" in report else "evaluation")
-    if find_spec("matplotlib") is None:
-        return paths, "no plots: matplotlib is not installed (the extra `train` has it)"
-    for title, figure in plots(report):
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=110)
-        path = folder / f"{title}.png"
-        write_atomically(path, out.getvalue())
-        paths.append(path)
-    return paths, None
+def write_json(report: Report, path: Path) -> None:
+    """One entry of a list a line, so that two reports can be compared with diff."""
+    parts = []
+    for key, value in report.items():
+        text = json.dumps(value, indent=2).replace("\n", "\n ")
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(entry) for entry in value) + "\n ]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    write_atomically(path, ("{\n " + ",\n ".join(parts) + "\n}\n").encode())
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
+    """As PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi)
+    write_atomically(path, out.getvalue())
+
+
+def unplotted() -> str | None:
+    """What there is to remark where `write` draws no figures."""
+    return None if find_spec("matplotlib") else "no plots: matplotlib is not installed (the extra `train` has it)"
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """evaluation.json, evaluation.md and plots (of a sweep: sweep.*) in a folder."""
+    name = "sweep" if "sweep" in report else "evaluation"
+    return write(report, markdown(report), folder, name, lambda: plots(report))
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -94,7 +119,7 @@ def _sweep(report: Report) -> list[str]:
 
 def _evaluation(report: Report) -> list[str]:
     """Every section is there whatever was asked for: one that is off says so."""
-    brain = report["task"] == "brain"
+    brain = report["task"] == Task.BRAIN
     mean = f" Means of {report['samples']} samples." if report["samples"] > 1 else ""
     steps, studies = report["steps"], len(report["studies"])
     lines = [

@@ -31,6 +31,7 @@ from copedit_rt.networks.denoiser import MDiT3D, UNet
 from copedit_rt.networks.sampler import sample
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.schedule import noise
+from copedit_rt.task import Task
 from copedit_training.data import layouts
 from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_images, phantom_images
 from copedit_training.evaluation.evaluate import missing_patterns
@@ -293,7 +294,7 @@ def score(
     """
     device = next(net.parameters()).device
     patterns, m = patterns_of(config, subject), len(config.elements)
-    shown = np.any(images[:, 0] > 0, axis=0) if config.task == "brain" else np.ones(images.shape[2:], dtype=bool)
+    shown = np.any(images[:, 0] > 0, axis=0) if not config.task.joint else np.ones(images.shape[2:], dtype=bool)
     observed = torch.ones(len(patterns), m, dtype=torch.bool)
     for row, missing in zip(observed, patterns, strict=True):
         row[list(missing)] = False
@@ -315,10 +316,10 @@ def score(
         )
         found = {}
         for row, missing in enumerate(patterns):
-            chosen = slice(None) if config.task == "cardiac" else list(missing)  # slabs are decoded together
-            made = vae.images(latents[row : row + 1, chosen], joint=config.task == "cardiac").float()[0]
-            if config.task == "cardiac":
-                made = made[list(missing)]
+            there = np.isin(np.arange(len(config.elements)), missing, invert=True)
+            chosen = np.flatnonzero(config.task.decoded(there))
+            made = vae.images(latents[row : row + 1, chosen], joint=config.task.joint).float()[0]
+            made = made[np.isin(chosen, missing)]
             each = [
                 measure(a[0], images[i, 0].astype(np.float32), mask=shown)
                 for a, i in zip(made.clamp(0, 1).cpu().numpy(), missing, strict=True)
@@ -444,7 +445,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     counts = [c for c in next(iter(scores.values())) if c != "all"]
     reference = next(iter(scores))
     where = "simulated" if report["data"] == "phantom" else report["data"]
-    brain = report["model"]["task"] == "brain"
+    brain = report["model"]["task"] == Task.BRAIN
     lines = [
         f"# Ablation: {report['ablation']}",
         "",

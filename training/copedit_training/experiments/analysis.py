@@ -5,7 +5,6 @@ Each analysis is a function of a `Probe` that returns a JSON-able report and dra
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -21,16 +20,16 @@ from torch import Tensor, nn
 from copedit_rt import checkpoint
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
 from copedit_rt.networks.denoiser import Block, MDiT3D
 from copedit_rt.schedule import noise
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.task import Task
 from copedit_training.data import phantom
 from copedit_training.data.prepared import phantom_subject
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import psnr
+from copedit_training.evaluation.report import save_figure, write
 from copedit_training.evaluation.report import table as markdown_table
-from copedit_training.evaluation.report import write
 from copedit_training.evaluation.subjects import Phantoms, held_out
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 INTERVENTIONS = ("zeroed", "shuffled", "random", "type-swapped")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
 _TISSUES = {
-    "brain": {
+    Task.BRAIN: {
         "background": (phantom.BACKGROUND,),
         "CSF": (phantom.CSF,),
         "grey matter": (phantom.GREY, phantom.DEEP_GREY),
@@ -53,7 +52,7 @@ _TISSUES = {
         "tumour": (phantom.CORE, phantom.RIM),
         "oedema, spots": (phantom.OEDEMA, phantom.HYPERINTENSITY),
     },
-    "cardiac": {
+    Task.HEART: {
         "air, lung": (0,),
         "body, liver": (phantom.BODY, phantom.LIVER),
         "fat": (phantom.FAT,),
@@ -90,7 +89,7 @@ class Probe:
         self.config, self.vae, _ = checkpoint.load_tokenizer(where)
         self.net = checkpoint.load_denoiser(where)[1].to(self.device)
         self.vae.to(self.device)
-        self.joint = self.config.task == "cardiac"
+        self.joint = self.config.task.joint
         self.whom = held_out(self.config, data, subjects, first_seed, split)
         seen = [(name, prepared.images) for name, _, prepared in islice(self.whom, subjects)]
         if not seen:
@@ -159,7 +158,8 @@ def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts:
     """
     sampler = model.config.diffusion
     start = model.start(latents, observed, key)
-    made = model.decode(model.engine.sample(start, prompts, observed, sampler.steps, sampler.solver), observed)
+    (z,) = model.engine.sample(start[None], prompts[None], observed[None], sampler.steps, sampler.solver)
+    made = model.decode(z, observed)
     return made[~observed, 0].clip(0, 1)
 
 
@@ -342,7 +342,7 @@ def _draw_distribution(config: ModelConfig, report: Mapping[str, Any]) -> Figure
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.3), layout="constrained")
-    unit = "modalities" if config.task == "brain" else "slabs"
+    unit = "slabs" if config.task.joint else "modalities"
     for ax, (label, points), prompt in zip(axes, report["embedding"].items(), PROMPTS, strict=False):
         classes = np.array(points["class"])
         for value in np.unique(classes):
@@ -659,10 +659,8 @@ def analyse(
     style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
     with matplotlib.rc_context(style):
         report, figure = ANALYSES[kind](probe)
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=220)
+        save_figure(figure, folder / f"{kind}.png", dpi=220)
         plt.close(figure)
-    write_atomically(folder / f"{kind}.png", data.getvalue())
     return {"analysis": kind, "model": probe.config.name, "figure": f"{kind}.png"} | probe.whom.about() | report
 
 

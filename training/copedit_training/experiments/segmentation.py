@@ -139,7 +139,7 @@ def load_cases(
     are kept in the folder."""
     synthesizer = Synthesizer.load(model, device)
     config, weights = synthesizer.config, synthesizer.weights
-    if config.task != "brain":
+    if config.task.joint:
         raise CopeditError(f"model {config.name}: segmentation is of brain tumours; choose a brain model")
     origin = data if data == "phantom" else str(Path(data).resolve())
     digest = hashlib.sha256(f"{weights['tokenizer']} {weights['denoiser']} {origin}".encode()).hexdigest()[:16]
@@ -184,8 +184,8 @@ def synthesise(model: Synthesizer, images: np.ndarray, key: str) -> np.ndarray:
     """Every modality of images [m, H, W, D] as the model makes it from all others."""
     made = []
     for row in ~np.eye(len(images), dtype=bool):
-        encoded = model.engine.encode(images[row, None])
-        made.append(fill(model, encoded.latents, row, encoded.prompts, key))
+        encoded = model.engine.encode(images[None, row, None])
+        made.append(fill(model, encoded.latents[0], row, encoded.prompts[0], key))
     return np.concatenate(made)
 
 

@@ -114,7 +114,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         self.images, self.prior = images, prior
         if settings.augment:
             images, cache = images[:16], None  # enough to whiten with
-        self.views = 1 if self.cardiac else 2  # a row is a subject, or a subject and whether it is mirrored
+        self.views = 2 if config.task.mirrored else 1  # a row is a subject, or a subject and whether it is mirrored
         if config.denoiser.prior:
             # Fills are drawn with the patterns and have to be encoded in the step; so is the rest of their crop then.
             self.latents, self.prompts = None, self._prompts(images, cache)
@@ -271,7 +271,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         corner = self._corners(rows, rng) if cropped else None
         if self.augmentation:
             images = self.augmentation(self.load(subjects, mirrored), rng.integers(2**32, size=batch))
-        observed = draw_observed(rng, batch, len(self.config.elements), self.cardiac)
+        observed = draw_observed(rng, batch, len(self.config.elements), self.config.task)
         if images is None and (self.prior or settings.image_weight):
             images = self.load(subjects, mirrored)
             if isinstance(self.prior, SlicePrior):
@@ -384,7 +384,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         fill, whose decoded difference from the prediction is then added to the fill, as in `Synthesizer`."""
         images, observed = batch.images, batch.observed
         assert images is not None and batch.chance is not None
-        if self.cardiac:
+        if self.joint:
             z, fill = torch.where(observed[:, :, None, None, None, None], z0, x0), batch.fill
         else:
             element = batch.chance.masked_fill(observed, -1.0).argmax(1)
@@ -397,7 +397,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         if batch.corner is not None:
             images, output = (x[..., CROP_RIM:-CROP_RIM, CROP_RIM:-CROP_RIM, :] for x in (images, output))
         error = (output - images).square().mean((2, 3, 4, 5))
-        return error[~observed] if self.cardiac else error[:, 0]
+        return error[~observed] if self.joint else error[:, 0]
 
     def _decoded(self, z: Tensor) -> Tensor:
         """Images of normalised latents by the decoder that learns."""
@@ -406,7 +406,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             z = z + (self.tokenizer.quantise(z.detach())[0] - z).detach()
         with self.autocast():
             output = self.decoder(self.volumes(z)).float()
-        return torch.stack(output.chunk(z.shape[1], -1), 1) if self.cardiac else output[:, None]
+        return torch.stack(output.chunk(z.shape[1], -1), 1) if self.joint else output[:, None]
 
     @torch.no_grad()
     def after_step(self, step: int) -> Terms:
@@ -433,7 +433,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
                 z = vae.encode(torch.from_numpy(subject[None]).to(self.device).float()).float()
             order, start = rng.permutation(m), int(rng.integers(0, m))
             for count in range(1, m):
-                missing = np.sort(order[:count]) if not self.cardiac else min(start, m - count) + np.arange(count)
+                missing = min(start, m - count) + np.arange(count) if self.joint else np.sort(order[:count])
                 observed = torch.ones(1, m, dtype=torch.bool)
                 observed[:, missing] = False
                 observed = observed.to(self.device)
@@ -453,9 +453,9 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
                         return self.average(x, t, p, o, prior=b).float()
 
                     latents = sample(predict, begin, observed, self.config.diffusion, self.config.diffusion.steps)
-                    (result,) = vae.images(latents, joint=self.cardiac).float()
+                    (result,) = vae.images(latents, joint=self.joint).float()
                     if prior is not None:
-                        result = fill[0] + result - vae.images(prior, joint=self.cardiac).float()[0]
+                        result = fill[0] + result - vae.images(prior, joint=self.joint).float()[0]
                 error = (latents - vae.normalise(z))[0, missing].square().mean().item()
                 noise_ratio, similarity = compare(result[missing], subject[missing])
                 found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from copedit_kernels import launch
 from copedit_rt.config import ModelConfig
@@ -121,14 +120,14 @@ class _Alive(TorchDispatchMode):
         if func is aten.index.Tensor and (mask := args[1][0]) is not None and mask.dtype == torch.bool:
             return args[0].flatten(0, mask.ndim - 1)  # as if all were chosen
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
+        for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, FakeTensor):
                 self._note(x)
         return out
 
     def _note(self, x: Tensor) -> None:
         storage = x.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # one object for as long as it lives
         if key not in self.known:
             self.known.add(key)
             self.now += storage.nbytes()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from copedit_rt.prior import Prior, features, views
 from copedit_rt.prior_heart import FEATURES, Class, SlicePrior, blurs
 from copedit_rt.prior_heart import features as slice_features
+from copedit_rt.task import Task
 from copedit_training.data.patients import Patient, varied
 from copedit_training.data.prepared import draw_observed
 
@@ -99,7 +100,7 @@ def _drawn(
     """Features [N, inputs], values [N, m] and which of them are asked for [N, m]: voxels of so many studies."""
     shares = np.array([sample.share for sample in samples])
     chosen = rng.choice(len(samples), studies, p=shares / shares.sum())
-    patterns = draw_observed(rng, studies, len(samples[0].there), False).numpy()
+    patterns = draw_observed(rng, studies, len(samples[0].there), Task.BRAIN).numpy()
     drawn = [samples[i].draw(observed, voxels, rng) for i, observed in zip(chosen, patterns, strict=True)]
     x, y, asked = zip(*drawn, strict=True)
     return np.concatenate(x), np.concatenate(y), np.repeat(np.stack(asked), voxels, axis=0)

@@ -101,7 +101,7 @@ class Task(ABC, Generic[S, B]):
 
     def __init__(self, config: ModelConfig, settings: S):
         self.config, self.settings = config, settings
-        self.cardiac = config.task == "cardiac"
+        self.joint = config.task.joint
         self.device = device_of(settings)
         self.augmentation = Augmentation(config) if settings.augment else None
         self.module = Trained(self)
@@ -155,7 +155,7 @@ class Task(ABC, Generic[S, B]):
 
     def volumes(self, images: Tensor) -> Tensor:
         """Images or latents [B, m, c, H, W, D] as volumes [N, c, H, W, D]: one a modality, or one a stack of slabs."""
-        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.cardiac else images.flatten(0, 1)
+        return images.permute(0, 2, 3, 4, 1, 5).flatten(4) if self.joint else images.flatten(0, 1)
 
 
 def compare(result: Tensor, truth: np.ndarray) -> tuple[float, float]:

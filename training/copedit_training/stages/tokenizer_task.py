@@ -98,7 +98,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         (h, w, d), m = config.image, len(config.elements)
         self.adversary: Adversary | None = None
         if settings.adversarial_from >= 0:
-            self.adversary = Adversary((crop or h, crop or w, d * m if self.cardiac else d))
+            self.adversary = Adversary((crop or h, crop or w, d * m if self.joint else d))
         self.module.tokenizer, self.module.codebook = self.tokenizer, self.codebook
         self.module.adversary = self.adversary  # type: ignore[assignment]
         self.module.register_buffer("scaled", torch.tensor(False))
@@ -128,7 +128,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         batch = settings.prompt_batch if alone else settings.batch_size
         rows = np.sort(rng.choice(len(self.images), batch, replace=len(self.images) < batch))
         # Left and right are interchangeable in a brain, not in a chest.
-        mirrored = np.zeros(batch, dtype=bool) if self.cardiac else rng.random(batch) < 0.5
+        mirrored = rng.random(batch) < 0.5 if self.config.task.mirrored else np.zeros(batch, dtype=bool)
         corner = None
         if settings.crop and not alone:
             x, y = (int(rng.integers(0, n - settings.crop + 1)) for n in self.config.image[:2])
@@ -145,7 +145,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
     def patterns(self, rng: np.random.Generator, batch: int) -> Tensor:
         """Missing patterns [draws, B, m] (bool, True: observed)."""
         shape, m = (self.settings.draws, batch), len(self.config.elements)
-        return draw_observed(rng, shape[0] * shape[1], m, self.cardiac).unflatten(0, shape)
+        return draw_observed(rng, shape[0] * shape[1], m, self.config.task).unflatten(0, shape)
 
     def begin(self, batches: Iterable[Views]) -> Iterable[Views]:
         """Encodes each micro-batch of a step with pretext tasks, once: one's loss needs the latents of all. What the
@@ -209,7 +209,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             wide = z.float()
             if batch.step >= self.settings.quantise_from:
                 wide, terms["commitment"] = self.quantise(wide, batch.generator)
-            output = self.tokenizer.decode(wide, joint=self.cardiac)
+            output = self.tokenizer.decode(wide, joint=self.joint)
             volumes = self.volumes(output), self.volumes(images)
             if self.perceptual:
                 terms["perceptual"] = self.perceptual(*volumes)
@@ -256,7 +256,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             with self.autocast():
                 z = self.tokenizer.encode(torch.from_numpy(subject[None]).to(self.device).float())
                 codes, _ = self.tokenizer.quantise(z.float())
-                (result,) = self.tokenizer.decode(codes if self.codebook.started else z, joint=self.cardiac).float()
+                (result,) = self.tokenizer.decode(codes if self.codebook.started else z, joint=self.joint).float()
             found.append(compare(result, subject))
         names = ("val_psnr", "val_ssim")
         terms = dict(zip(names, map(float, np.mean(found, axis=0)), strict=True))
@@ -277,7 +277,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
         if self.config.denoiser.prior:
-            if self.cardiac:
+            if self.joint:
                 fit_slice_prior(self.images, self.centres, self.settings.seed).save(folder)
                 return
             with torch.enable_grad():
@@ -291,7 +291,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         features = []
         for subject in self.images:
             x = torch.from_numpy(subject[None]).to(self.device).float()
-            for view in (x,) if self.cardiac else (x, x.flip(3)):
+            for view in (x, x.flip(3)) if self.config.task.mirrored else (x,):
                 features.append(self.pooled(view))
         simulated, share = len(features), self.settings.patients_share if self.patients else 0.0
         there = torch.ones(simulated, len(self.config.elements), dtype=torch.bool)

@@ -95,7 +95,7 @@ def fit_prior_alone(
     found, console = _source(data, config), Console(stderr=True)
     claim(output, {"stage": "prior", "model": config.to_dict(), "data": data, "tokenizer": tokenizer}, resume=False)
     images = _images(config, settings, found, output, console)
-    if config.task == "cardiac":
+    if config.task.joint:
         fit_slice_prior(images, heart_centres(output), settings.seed).save(output / "model")
     else:
         fit_prior(images, settings.seed).save(output / "model")
