@@ -207,11 +207,12 @@ class Synthesizer:
         with self._turn:
             fill = self.prior.fill_study(prepared) if self.prior else None
             encoded = self._encode(prepared, fill)
-            begun = self._begun(prepared.observed, encoded, fill)
+            begun = self._begun(prepared.observed, encoded, fill, study.name)
             for sample in range(samples):
                 report = (lambda i, n, s=sample: progress(s * n + i, samples * n)) if progress else None
                 start = self.start(encoded.latents, prepared.observed, study.name, seed, sample)
-                z = self.engine.sample(start, encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
+                run = (encoded.prompts, prepared.observed, steps, solver, report, begun.latents)
+                z = self.sample(start, *run, about=study.name)
                 decoded = self.decode(z, prepared.observed) + begun.beyond
                 images = prepared.restore(decoded, detail, config.preprocessing.whole_range, begun.stack)
                 for name in wanted:
@@ -253,15 +254,15 @@ class Synthesizer:
 
     def _encode(self, prepared: Prepared, fill: Fill | None = None) -> Encoded:
         # A slab that counts as observed and lacks a slice all the same is taken with that slice filled.
-        return self.engine.encode((fill or prepared).images[prepared.observed])
+        return self.encode((fill or prepared).images[prepared.observed], prepared.study.name)
 
-    def _begun(self, there: np.ndarray, encoded: Encoded, fill: Fill | None) -> Begun:
+    def _begun(self, there: np.ndarray, encoded: Encoded, fill: Fill | None, about: str) -> Begun:
         """What the prior knows of a study in which these elements are observed."""
         if fill is None:
             return Begun()
         z = np.empty((len(there), *encoded.latents.shape[1:]), np.float32)
         z[there] = encoded.latents
-        z[~there] = self.engine.encode(fill.images[~there]).latents
+        z[~there] = self.encode(fill.images[~there], about).latents
         return Begun(z, fill.images - self.decode(z, there), fill.stack)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
@@ -269,6 +270,26 @@ class Synthesizer:
         names = [name for name, there in zip(elements, prepared.observed, strict=True) if there]
         alone = dict(zip(names, encoded.alone, strict=True))
         return Perception.from_logits(elements, encoded.count, encoded.missing, alone)
+
+    def encode(self, images: np.ndarray, about: str = "images") -> Encoded:
+        """`Engine.encode` of observed images [k, 1, H, W, D]; about: whose they are. Raises CopeditError for latents that
+        are not finite: a tokenizer that quantises would make a plausible image of them."""
+        encoded = self.engine.encode(images)
+        self._check_finite(f"{about}: the encoder", encoded.latents)
+        return encoded
+
+    def sample(self, z: np.ndarray, *arguments: Any, about: str = "images") -> np.ndarray:
+        """`Engine.sample`; about: whose latents they are. Raises CopeditError for latents that are not finite."""
+        made = self.engine.sample(z, *arguments)
+        self._check_finite(f"{about}: the denoiser", made)
+        return made
+
+    def _check_finite(self, what: str, latents: np.ndarray) -> None:
+        if not np.isfinite(latents).all():
+            raise CopeditError(
+                f"{what} of {self.config.name} returned NaN or infinity ({self.engine.name}, {self.engine.precision}), "
+                f"so nothing is written; compute in float32 (--dtype), or choose another model with --model"
+            )
 
     def start(
         self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int = 0, sample: int = 0

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -141,6 +142,22 @@ def test_whatever_goes_wrong_with_a_study_is_its_own_failure(tmp_path, brain_mod
     traceback = run("--debug", *command).stderr
     assert "Traceback" in traceback and "in raises" in traceback and told in traceback
     refused(run("synth", "-i", tmp_path / "in/b", "-o", tmp_path / "one", "--model", brain_model), "b: ")
+
+
+@pytest.mark.parametrize(("part", "what"), [("tokenizer", "encoder"), ("denoiser", "denoiser")])
+def test_a_network_that_overflows_writes_nothing(tmp_path, brain_model, part, what):
+    """Its latents are not finite, but the codes that are nearest to them are."""
+    model = Path(shutil.copytree(brain_model, tmp_path / "model"))
+    path = model / f"{part}.safetensors"
+    weights = checkpoint.read_tensors(path)[0]
+    grown = {k: v * 1e25 if v.ndim > 1 and not k.startswith("decoder") else v for k, v in weights.items()}
+    checkpoint.write_tensors(path, grown)
+    for name in "ab":
+        study(tmp_path / "in" / name, name)
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model)
+    told = [line for line in result.stderr.splitlines() if f"the {what} of tiny-brain returned NaN or infinity" in line]
+    assert result.exit_code == 1 and [line[:12] for line in told] == ["copedit: a: ", "copedit: b: "]
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_are_no_text(tmp_path, brain_model):

@@ -159,7 +159,7 @@ def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts:
     """
     sampler = model.config.diffusion
     start = model.start(latents, observed, key)
-    made = model.decode(model.engine.sample(start, prompts, observed, sampler.steps, sampler.solver), observed)
+    made = model.decode(model.sample(start, prompts, observed, sampler.steps, sampler.solver), observed)
     return made[~observed, 0].clip(0, 1)
 
 

@@ -184,7 +184,7 @@ def synthesise(model: Synthesizer, images: np.ndarray, key: str) -> np.ndarray:
     """Every modality of images [m, H, W, D] as the model makes it from all others."""
     made = []
     for row in ~np.eye(len(images), dtype=bool):
-        encoded = model.engine.encode(images[row, None])
+        encoded = model.encode(images[row, None])
         made.append(fill(model, encoded.latents, row, encoded.prompts, key))
     return np.concatenate(made)
 
