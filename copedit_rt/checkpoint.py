@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).parent / "weights"
 CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of those of a model folder's files that are there, under their names without an ending."""
+    return {Path(name).stem: digest(folder / name) for name in names if (folder / name).is_file()}
 
 
 def list_models() -> list[str]:

@@ -23,7 +23,7 @@ from copedit_rt.images.names import STACK
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
-from copedit_rt.prior import Fill, Prior
+from copedit_rt.prior import PRIOR, Fill, Prior
 from copedit_rt.prior_heart import SlicePrior
 
 if TYPE_CHECKING:
@@ -154,11 +154,14 @@ class Synthesizer:
                 if dtype not in ("auto", built.precision):
                     raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
                 self = cls.__new__(cls)
-                self._use(built.config, built, built.weights, checkpoint.load_prior(folder, built.config))
+                prior = checkpoint.load_prior(folder, built.config)
+                more = checkpoint.digests(folder, [PRIOR]) if prior else {}
+                self._use(built.config, built, built.weights | more, prior)
                 return self
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
         prior, digests = checkpoint.load_prior(folder, config), {"tokenizer": first, "denoiser": second}
+        digests |= checkpoint.digests(folder, [PRIOR]) if prior else {}
         return cls(config, tokenizer, denoiser, device, digests, max_memory, dtype, prior)
 
     def perceive(self, study: Study) -> Perception:
@@ -272,8 +275,8 @@ class Synthesizer:
         return Perception.from_logits(elements, encoded.count, encoded.missing, alone)
 
     def encode(self, images: np.ndarray, about: str = "images") -> Encoded:
-        """`Engine.encode` of observed images [k, 1, H, W, D]; about: whose they are. Raises CopeditError for latents that
-        are not finite: a tokenizer that quantises would make a plausible image of them."""
+        """`Engine.encode` of observed images [k, 1, H, W, D]; about: whose they are. Raises CopeditError for latents
+        that are not finite: a tokenizer that quantises would make a plausible image of them."""
         encoded = self.engine.encode(images)
         self._check_finite(f"{about}: the encoder", encoded.latents)
         return encoded
@@ -316,7 +319,11 @@ class Synthesizer:
             "weights_sha256": self.weights,
             "study": study.name,
             "inputs": {
-                name: {"file": volume.path.name if volume.path else None, "sha256": volume.sha256}
+                name: {
+                    "file": volume.path.name if volume.path else None,
+                    "sha256": volume.sha256,
+                    "size_mtime_ns": list(volume.stamp) if volume.stamp else None,
+                }
                 for name, volume in study.volumes.items()
             },
             "missing": list(prepared.missing),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from copedit_rt import checkpoint, schedule
+from copedit_rt.checkpoint import digest
 from copedit_rt.engines.engine import Encoded
 from copedit_rt.errors import CopeditError
 from copedit_rt.prior import PRIOR
@@ -23,12 +23,6 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 class Refused(CopeditError):
     """ONNX files that must not be used, in a folder whose weights may be sound."""
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
