@@ -152,7 +152,8 @@ def synth(
         str | None,
         typer.Option(
             metavar="guided|none",
-            help="Whether detail finer than the model's grid comes from the given images; by default the model's.",
+            help="Whether a brain's detail finer than the model's grid comes from the given images; by default the "
+            "model's.",
         ),
     ] = None,
     device: Device = "auto",

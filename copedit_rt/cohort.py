@@ -165,11 +165,17 @@ class _Job:
         entry["notes"] = self.outdated(name, config, files, done)
         if outputs and len(done) == len(outputs):
             entry["status"] = "kept"
+            if self.preview and not self.picture(files).is_file():
+                entry["notes"].append("nothing was made, so no picture was drawn; --overwrite makes both")
             return False
         entry["kept"] = list(done)
         # What is done stays as it is, though it is sampled again beside the others: elements depend on each other.
         opened.todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
         return True
+
+    def picture(self, files: StudyFiles) -> Path:
+        """Where a study's preview goes."""
+        return self.output / files.naming.subfolder / f"{files.name}_preview.png"
 
     def outdated(self, model: str, config: ModelConfig, files: StudyFiles, done: Mapping[str, Any]) -> list[str]:
         """A note on each difference between runs that wrote outputs that are kept (their sidecars) and this one."""
@@ -210,7 +216,7 @@ class _Job:
         if self.preview:
             from copedit_rt.images import preview
 
-            entry["preview"] = str(self.output / files.naming.subfolder / f"{files.name}_preview.png")
+            entry["preview"] = str(self.picture(files))
             preview.save(preview.draw(result.study, model=result.record["model"]), Path(entry["preview"]))
         result.study.write(self.output, model=result.record["model"], record=result.record, std=result.std or None)
         entry["status"] = "written"

@@ -191,7 +191,8 @@ class Synthesizer:
         seed: with the study's name and the element it determines the noise. samples: with more than one, the returned
         volume is their mean, and `std` their standard deviation (n - 1 in the denominator). progress: called with
         the denoising steps done (on a GPU: queued) and in all. solver: "ddim" or "dpm2m" (None: the model's default).
-        detail: whether to carry over what the model's grid cannot hold from the observed images (None: the model's).
+        detail: brain; whether to carry over what the model's grid cannot hold from the observed images (None: the
+        model's).
 
         Raises CopeditError for a study that the model cannot take, an unknown target or solver, steps or samples out of
         range, and a max_memory that is too small.
@@ -200,6 +201,8 @@ class Synthesizer:
         steps = config.diffusion.steps if steps is None else steps
         solver = config.diffusion.solver if solver is None else solver
         schedule.solver_tables(config.diffusion, steps, solver)
+        if detail is not None and config.task == "cardiac":
+            raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
         detail = config.preprocessing.detail if detail is None else detail
         if samples < 1:
             raise CopeditError(f"samples {samples}: must be at least 1")

@@ -12,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from copedit_bench.models.contestants import Eager, Inputs, Ours, Runner, random_networks, whole
 from copedit_bench.models.plain import write_plainly
-from copedit_bench.models.side_by_side import BASELINE, TINY, Answer, Contestant, Race
-from copedit_rt.config import PRESETS, ModelConfig
+from copedit_bench.models.side_by_side import BASELINE, Answer, Contestant, Race, chosen
+from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
-from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 
 STEPS = {"brain-brats": (10, 20, 50, 200), "cardiac": (10, 20, 50, 200, 250)}
@@ -25,7 +24,7 @@ CHECKED = 20  # steps up to which float32 says what is right; beyond, and in lar
 
 
 def run(
-    presets: Sequence[str] = tuple(STEPS),
+    presets: Sequence[str] | None = None,
     batches: Sequence[int] = BATCHES,
     steps: Sequence[int] | None = None,
     device: str = "auto",
@@ -34,16 +33,14 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """JSON-able, see `side_by_side.Race`. steps: None for those of STEPS. On a CPU a tiny model takes the place of the
-    presets: nothing is to be learnt there but that it works. save: hears the report so far.
+    """JSON-able, see `side_by_side.Race`. presets, steps: None for those of STEPS. On a CPU a tiny model takes the
+    place of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
-    Raises CopeditError for presets, devices and types that do not exist.
+    Raises CopeditError as `side_by_side.chosen` does, and for devices and types that do not exist.
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    if unknown := [name for name in presets if name not in PRESETS]:
-        raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(STEPS)}")
-    models = [PRESETS[name] for name in presets] if where.type == "cuda" else [TINY]
+    models = chosen(presets, tuple(STEPS), where)
     race = Race("Sampler", where, {kind}, "beside the weights", batches=list(batches))
     for config in models:
         networks = random_networks(config)

@@ -88,6 +88,7 @@ class Probe:
         where = checkpoint.locate(model)
         self.device = choose_device(device)
         self.config, self.vae, _ = checkpoint.load_tokenizer(where)
+        check_prior(self.config)
         self.net = checkpoint.load_denoiser(where)[1].to(self.device)
         self.vae.to(self.device)
         self.joint = self.config.task == "cardiac"
@@ -161,6 +162,12 @@ def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts:
     start = model.start(latents, observed, key)
     made = model.decode(model.sample(start, prompts, observed, sampler.steps, sampler.solver), observed)
     return made[~observed, 0].clip(0, 1)
+
+
+def check_prior(config: ModelConfig) -> None:
+    """Raises CopeditError for a model with a prior: experiments look at what a network makes of noise and prompts."""
+    if config.denoiser.prior:
+        raise CopeditError(f"{config.name} starts from a prior, which no experiment takes; choose another model")
 
 
 def _name(element: str) -> str:

@@ -77,6 +77,8 @@ def check(config: ModelConfig, settings: DenoiserSettings) -> None:
         raise CopeditError("augment: in stage II it goes neither with crop nor with image_weight; set them to 0")
     if settings.image_weight and 0 < crop <= 2 * CROP_RIM:
         raise CopeditError(f"crop = {crop}: image_weight needs more than {2 * CROP_RIM} voxels")
+    if settings.relative and not net.prior:
+        raise CopeditError(f"relative: there is no prior in {config.name} to measure by; leave it false")
     if settings.whiten and net.backbone == "unet":
         raise CopeditError(f"whiten is for transformers; leave it at 0 for {config.name}")
     if crop:

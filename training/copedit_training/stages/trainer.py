@@ -72,6 +72,7 @@ def run(
     """
     settings = load_settings(stage, preset, overrides, quick)
     config = config or ModelConfig.preset(preset)
+    check_subjects(data, overrides)
     with distributed.processes(settings.device):
         return _run(preset, output, data, settings, resume, config)
 
@@ -119,8 +120,8 @@ def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool,
     if found:
         described["data"] = f"labels:{found.folder}" if isinstance(found, Labels) else str(Path(data).resolve())
     console = Console(stderr=True, quiet=distributed.rank() > 0)
-    console.print_json(data=described["settings"])
     make = _checked(preset, settings, config, output)
+    console.print_json(data=described["settings"])
     with distributed.first():
         if not distributed.rank():
             claim(output, described, resume)
@@ -137,6 +138,13 @@ def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool,
     if isinstance(task, TokenizerTask) and not task.perceptual:
         console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
     return fit(settings.stage, output, task, resume, held_out, console)
+
+
+def check_subjects(data: str, overrides: Sequence[str]) -> None:
+    """Raises CopeditError where a number of simulated subjects is set beside a data set."""
+    given = [item for item in overrides if item.partition("=")[0] == "subjects"]
+    if given and data != "phantom" and not data.startswith("labels:"):
+        raise CopeditError(f"--set {given[0]}: is of simulated subjects, not of --data {data}; leave it out")
 
 
 def _source(data: str, config: ModelConfig) -> Source:
