@@ -16,7 +16,7 @@ from torch import Tensor
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import read_json, write_atomically
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 
 SUMS = "checksums.json"  # of the files beside it
@@ -31,7 +31,7 @@ def check_claim(output: Path, described: Mapping[str, Any], resume: bool) -> Non
     if not resume:
         raise CopeditError(f"{output}: holds a run already; add --resume to go on with it, or choose another folder")
     try:
-        found = _complete(json.loads(path.read_text(encoding="utf-8")))
+        found = _complete(read_json(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, CopeditError) as error:
         raise CopeditError(
             f"{path}: does not describe a run ({error}); choose another output folder, or delete this one"
@@ -168,7 +168,7 @@ def _sums(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise CopeditError(f"{path}: damaged") from error
 
