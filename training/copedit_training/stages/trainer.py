@@ -30,6 +30,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.terminal import finite
 from copedit_training.data import layouts
 from copedit_training.data.prepared import (
     Labels,
@@ -74,7 +75,7 @@ def run(
     config = config or ModelConfig.preset(preset)
     check_subjects(data, overrides)
     with distributed.processes(settings.device):
-        return _run(preset, output, data, settings, resume, config)
+        return _run(preset, output, data, settings, resume, config, settings.subjects if quick else None)
 
 
 def fit_prior_alone(
@@ -109,8 +110,11 @@ def expected(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bo
     return memory.render(memory.estimate(config, settings), settings)
 
 
-def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig) -> Path:
-    """Check everything, then claim the folder, then prepare images and train."""
+def _run(
+    preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig, most: int | None
+) -> Path:
+    """Check everything, then claim the folder, then prepare images (most: of a data set's studies at most so many) and
+    train."""
     found = _source(data, config)
     described: dict[str, Any] = {
         "stage": settings.stage,
@@ -125,7 +129,7 @@ def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool,
     with distributed.first():
         if not distributed.rank():
             claim(output, described, resume)
-        images = _images(config, settings, found, output, console)
+        images = _images(config, settings, found, output, console, most)
     with distributed.first():
         task = make(images)
     held_out = None
@@ -183,9 +187,9 @@ def _checked(
 
 
 def _images(
-    config: ModelConfig, settings: Settings, found: Source, output: Path, console: Console
+    config: ModelConfig, settings: Settings, found: Source, output: Path, console: Console, most: int | None = None
 ) -> np.ndarray:
-    """The training images, prepared or from an earlier start."""
+    """The training images, prepared or from an earlier start; of a data set at most so many."""
     with _ended_by_sigterm(), shown(console, "preparing images", "subject") as advance:
 
         def progress(done: int, total: int) -> None:
@@ -196,7 +200,7 @@ def _images(
         if found is None:
             return phantom_images(config, settings.subjects, output / "phantom.npy", progress)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        return folder_images(config, found, output, progress, say)
+        return folder_images(config, found, output, progress, say, most)
 
 
 def fit(
@@ -298,7 +302,8 @@ class _Log:
             self.board.close()
 
     def write(self, step: int, terms: Terms, picture: np.ndarray | None) -> None:
-        self.file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
+        rounded = {name: float(f"{value:.6g}") for name, value in terms.items()}
+        self.file.write(json.dumps(finite({"step": step} | rounded), allow_nan=False) + "\n")
         if not self.board:
             return
         if picture is not None:
