@@ -145,7 +145,7 @@ def synth(
     steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     samples: Annotated[
-        int, typer.Option(min=1, help="Draw N, write their mean and a map of their standard deviation.")
+        int, typer.Option(min=1, max=10_000, help="Draw N, write their mean and a map of their standard deviation.")
     ] = 1,
     solver: Solver = None,
     detail: Annotated[

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from copedit_rt.networks.tokenizer import CoPeVAE
 
 
+SAMPLES = 10_000  # at most
 # A turn of each device: see `Synthesizer`.
 _TURNS: dict[str, threading.RLock] = {}
 _TURNS_LOCK = threading.Lock()
@@ -204,8 +205,8 @@ class Synthesizer:
         if detail is not None and config.task == "cardiac":
             raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
         detail = config.preprocessing.detail if detail is None else detail
-        if samples < 1:
-            raise CopeditError(f"samples {samples}: must be at least 1")
+        if not 1 <= samples <= SAMPLES:
+            raise CopeditError(f"samples {samples}: must be between 1 and {SAMPLES}")
         prepared = prepare(study, config)
         wanted = self._targets(prepared, target)
         mean: dict[str, np.ndarray] = {}

@@ -97,7 +97,10 @@ def evaluate(
     seed: Seed = 0,
     solver: Solver = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Average so many samples; 2 or more also give the calibration of their spread.")
+        int,
+        typer.Option(
+            min=1, max=10_000, help="Average so many samples; 2 or more also give the calibration of their spread."
+        ),
     ] = 1,
     fid_network: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: a TorchScript file.")

@@ -225,7 +225,7 @@ def _read_index(index: Path) -> dict[str, Any]:
         rows = [{"study": str(row["study"]), "centre": row.get("centre")} for row in read["studies"]]
         return {"about": read["about"], "studies": rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CopeditError(f"{index}: does not list images ({error}); delete it, and --resume makes it again") from error
+        raise CopeditError(f"{index}: does not list images ({error}); delete it, and --resume") from error
 
 
 def study_names(output: Path) -> list[str]:
