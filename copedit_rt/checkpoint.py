@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import read_json, write_atomically
+from copedit_rt.files import is_file, read_json, write_atomically
 from copedit_rt.images.names import MODALITIES
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def list_models() -> list[str]:
 def locate(model: str | Path) -> Path:
     """Folder of a built-in name or a path. Raises CopeditError if it is neither."""
     for folder in (BUILT_IN / str(model), Path(model)):
-        if (folder / CONFIG).is_file():
+        if is_file(folder / CONFIG):
             return folder
     raise CopeditError(
         f"model {str(model)!r}: no folder with a {CONFIG} and no built-in name; built in are {', '.join(list_models())}"
@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
             text = f"{path}: this is a pickle, which can run code; convert the weights to safetensors"
             raise CopeditError(text) from error
         raise CopeditError(f"{path}: not a safetensors file ({error}); copy the model again") from error
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise CopeditError(f"{path}: holds tensors that torch does not know ({error}); copy the model again") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _finite(tensor):

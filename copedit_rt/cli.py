@@ -7,6 +7,7 @@ document. Other packages add their commands through the entry points `copedit.co
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ COMMANDS = "copedit.commands"  # the group of entry points that add commands
 
 
 class _Root(TyperGroup):
-    """Commands whose CopeditError becomes one sentence and exit code 1."""
+    """Commands whose CopeditError, or a path that cannot be, becomes one sentence and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -36,6 +37,13 @@ class _Root(TyperGroup):
         except CopeditError as error:
             terminal.tell_error(error, ctx.params["debug"])
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:  # a path that is too long, for one
+            if error.errno == errno.EPIPE or error.filename is None:
+                raise
+            reason = CopeditError(f"{error.filename}: {error.strerror}; give another path")
+            reason.__cause__ = error
+            terminal.tell_error(reason, ctx.params["debug"])
+            raise typer.Exit(reason.exit_code) from None
         except KeyboardInterrupt:
             terminal.tell("copedit: interrupted; what is complete stays, repeat the command to go on")
             raise typer.Exit(130) from None

@@ -145,6 +145,14 @@ def _sweep(folder: Path, names: Iterable[str]) -> None:
                 os.close(handle)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; not where there cannot be one, as its name is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises OSError, or ValueError for whatever is not JSON: of too deep a nesting, too."""
     if path.stat().st_size > MOST_JSON:

@@ -6,12 +6,13 @@ A case is a kind and a number, which are all that it depends on: `one(kind, numb
 
 import gzip
 import json
+import logging
 import random
 import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 from commands import run, save
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from small import BRAIN, HEART, saved
 
 from copedit_rt import checkpoint, cohort, prior
@@ -107,6 +110,7 @@ class Place:
         (self.run / "images.json").write_text(json.dumps({"about": {}, "studies": rows, "skipped": []}))
         split([f"s{i}" for i in range(5)], self.run / "split.json")
         np.save(self.run / "phantom.npy", np.zeros((2, 4, 1, 16, 16, 8), np.float16))
+        (folder / "nothing").mkdir()
         (folder / "prior").mkdir()
         m = len(BRAIN.elements)
         layers = {"mean": np.zeros(m * 9, np.float32), "scale": np.ones(m * 9, np.float32)}
@@ -184,7 +188,7 @@ def as_other(draw: random.Random, content: bytes) -> bytes:
     kind = draw.choice(["u1", "i2", "u2", "i4", "f4", "f8", "i8", "u8"])
     data = np.asarray(image.dataobj)
     data = np.rint(data / 4) if kind[0] in "iu" else data
-    made = draw.choice([nib.Nifti1Image, nib.Nifti2Image])(data.astype(kind), image.affine)
+    made = draw.choice([nib.Nifti1Image, nib.Nifti2Image])(data.astype(kind), image.affine, dtype=kind)
     made.header.set_xyzt_units(draw.choice(["mm", "meter", "micron", "unknown"]))
     if draw.random() < 0.5:
         made.header.set_slope_inter(draw.choice([1, 2, -1, 1e-20, 1e30]), draw.choice([0, 1, -1e30]))
@@ -254,8 +258,8 @@ def heart(draw: random.Random, place: Place) -> None:
 def synthesise(place: Place, folder: Path, task: str, **options: Any) -> None:
     """Outputs that nibabel opens, where we say that they lie, all of them finite and whole; or nothing at all."""
     output = folder / "out"
-    given: dict[str, Any] = {"model": str(place.models[task]), "task": task}
-    summary = told(lambda: cohort.synthesise([folder / "in"], output, **given, **options))
+    model = str(place.models[task])
+    summary = told(lambda: cohort.synthesise([folder / "in"], output, model=model, task=task, **options))
     if summary is None:
         assert not output.exists() or not list(output.rglob("*")), "something was written all the same"
         return
@@ -267,8 +271,10 @@ def synthesise(place: Place, folder: Path, task: str, **options: Any) -> None:
         ours = np.array(said["geometry"]["affine"])
         theirs = np.diag([unit, unit, unit, 1]) @ image.affine
         np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-5 * np.abs(ours).max())
-        reference = nib.load(next(p for p in (folder / "in").iterdir() if "t1" in p.name or "sax" in p.name))
-        np.testing.assert_allclose(image.affine, reference.affine, rtol=1e-6, atol=1e-6 * np.abs(image.affine).max())
+        given = next(p for p in (folder / "in").iterdir() if "t1" in p.name or "sax" in p.name)
+        with suppress(HeaderDataError, ImageFileError):  # an input that only we could read
+            reference = nib.load(given).affine
+            np.testing.assert_allclose(image.affine, reference, rtol=1e-6, atol=1e-6 * np.abs(image.affine).max())
 
 
 def configuration(draw: random.Random, place: Place) -> None:
@@ -288,7 +294,7 @@ def configuration(draw: random.Random, place: Place) -> None:
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         if told(lambda: (checkpoint.load_tokenizer(folder), checkpoint.load_denoiser(folder))):
             model = Synthesizer.load(folder, "cpu")
-            if config.diffusion.steps <= 4:
+            if config.task == "brain" and config.diffusion.steps <= 4:
                 volumes = {"t1": Volume.from_array(np.random.default_rng(0).random((10, 11, 8)) + 0.1, AFFINE)}
                 result = told(lambda: model.synthesize(Study("s", config.task, volumes)))
                 assert result is None or all(np.isfinite(v.data).all() for v in result.study.volumes.values())
@@ -331,7 +337,7 @@ def run_folder(draw: random.Random, place: Place) -> None:
                     path.write_bytes(b"")
                 case 2:
                     path.write_bytes(content[: len(content) // 2])
-                case 3 if path.suffix == ".json":
+                case 3 if path.suffix == ".json" and content == (place.run / path.relative_to(output)).read_bytes():
                     path.write_text(json.dumps(changed_json(draw, json.loads(content))))
                 case _:
                     path.write_bytes(scribble(draw, content))
@@ -402,6 +408,8 @@ def ready(place, monkeypatch) -> Place:
         return real(model, *given, **more)
 
     monkeypatch.setattr(Synthesizer, "load", load)
+    monkeypatch.chdir(place.folder / "nothing")  # where an empty path leads to
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     return place
 
 

@@ -161,6 +161,22 @@ def test_an_option_that_does_not_apply_is_refused(places, command, option, given
     assert not places["OUT"].exists()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["synth", "-o", "OUT", "-i", "IN", "--model", "LONG"],
+        ["synth", "-o", "OUT", "--t1", "LONG"],
+        ["inspect", "LONG"],
+        ["evaluate", "-o", "OUT", "--fid-network", "LONG", "--model", "demo-cardiac"],
+        ["train", "tokenizer", "-o", "OUT", "--preset", "LONG"],
+        ["train", "tokenizer", "-o", "OUT", "--preset", "demo-brain", "--data", "LONG"],
+    ],
+)
+def test_a_path_that_is_too_long_is_one_sentence(places, given):
+    refused(run(*(placed(text, places).replace("LONG", "x" * 300) for text in given)), "x" * 200)
+    assert not places["OUT"].exists()
+
+
 def test_a_picture_that_is_not_drawn_is_told(places, tmp_path, monkeypatch):
     command = ["synth", "-i", places["SAX"], "-o", tmp_path, "--model", places["MODEL"]]
     assert run(*command).exit_code == 0

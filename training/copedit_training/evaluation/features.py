@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import is_file
 from copedit_training.evaluation.compare import Pair
 
 BATCH = 16  # slices at a time
@@ -73,7 +74,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float | None:
 
 def load_network(path: Path, option: str, device: torch.device) -> Callable[..., Tensor]:
     """A TorchScript file. Raises CopeditError for a file that is missing, another, or works with files itself."""
-    if not path.is_file():
+    if not is_file(path):
         raise CopeditError(f"{option} {path}: no such file; give a TorchScript file (torch.jit.save), or leave it out")
     try:
         if words := _FILES.search(_code(path)):

@@ -198,11 +198,10 @@ def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = (), quic
 
     Raises CopeditError for an unknown preset, key or value, and for a key of the other stage.
     """
-    path = _PRESETS / f"{preset}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.toml")))
-        raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
-    values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
+    paths = {path.stem: path for path in sorted(_PRESETS.glob("*.toml"))}
+    if preset not in paths:
+        raise CopeditError(f"preset {preset!r} has no training settings; choose one of {', '.join(paths)}")
+    values: dict[str, Any] = tomllib.loads(paths[preset].read_text(encoding="utf-8"))[stage]
     if quick:
         values |= {key: min(values.get(key, most), most) for key, most in {**_QUICK_BOTH, **_QUICK[stage]}.items()}
     own = dict(_parsed(stage, item) for item in overrides)
