@@ -401,7 +401,8 @@ def ready(place, monkeypatch) -> Place:
     real = Synthesizer.load
 
     def load(model: Any, *given: Any, **more: Any) -> Synthesizer:
-        plain = not given[1:] and {k: v for k, v in more.items() if v} in ({"engine": "torch", "dtype": "auto"}, {})
+        asked = {k: v for k, v in more.items() if v and k != "progress"}
+        plain = asked in ({"engine": "torch", "dtype": "auto"}, {})
         for task, folder in place.models.items():
             if str(model) == str(folder) and given in (("auto",), ("cpu",)) and plain:
                 return place.loaded[task]
