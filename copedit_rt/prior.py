@@ -52,8 +52,8 @@ def read(folder: Path, shapes: Mapping[str, tuple[int | None, ...]], config: Mod
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise CopeditError(f"{path}: cannot be read ({error}); copy the model again") from error
     for name, tensor in tensors.items():
-        if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
-            raise CopeditError(f"{path}: tensor {name} holds other than finite float32; copy the model again")
+        if not np.isfinite(tensor).all():
+            raise CopeditError(f"{path}: tensor {name} holds NaN or infinity; copy the model again")
     for name, shape in shapes.items():
         there = tensors[name].shape if name in tensors else ()
         if len(there) != len(shape) or any(n not in (None, size) for n, size in zip(shape, there, strict=True)):
