@@ -154,7 +154,11 @@ def test_no_intact_checkpoint_says_to_start_again(tmp_path):
         restore(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["x", "0.0", "1.0.exp_avg", "5.0.exp_avg", "0.9999.exp_avg", "0.0.colour", "-1.0.step", "0.0.step"])
+KEYS = ["x", "0.0", "scaler.scale", "1.0.exp_avg", "5.0.exp_avg", "0.9999.exp_avg", "0.0.colour", "-1.0.step"]
+KEYS += ["0.0.step"]
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_foreign_optimizer_tensors_are_named(key):
     optimization = Optimization(TokenizerTask(TINY, settings("tokenizer"), smooth(TINY, 2)))
     with pytest.raises(CopeditError, match=f"^o: {key} is of no optimizer of this run; resume with another checkpoint"):
