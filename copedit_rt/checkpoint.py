@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import is_file, read_json, write_atomically
+from copedit_rt.images.names import MODALITIES
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +26,21 @@ if TYPE_CHECKING:
     from copedit_rt.prior import Prior
     from copedit_rt.prior_heart import SlicePrior
 
+# How files of torch.save and of pickle's protocols begin.
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 BUILT_IN = Path(__file__).parent / "weights"
 CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of those of a model folder's files that are there, under their names without an ending."""
+    return {Path(name).stem: digest(folder / name) for name in names if (folder / name).is_file()}
 
 
 def list_models() -> list[str]:
@@ -37,7 +52,7 @@ def list_models() -> list[str]:
 def locate(model: str | Path) -> Path:
     """Folder of a built-in name or a path. Raises CopeditError if it is neither."""
     for folder in (BUILT_IN / str(model), Path(model)):
-        if (folder / CONFIG).is_file():
+        if is_file(folder / CONFIG):
             return folder
     raise CopeditError(
         f"model {str(model)!r}: no folder with a {CONFIG} and no built-in name; built in are {', '.join(list_models())}"
@@ -48,12 +63,15 @@ def read_config(folder: Path) -> ModelConfig:
     """Raises CopeditError for a file that is missing, not JSON, or not a model's configuration."""
     path = folder / CONFIG
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise CopeditError(f"{path}: cannot be read ({error.strerror}); a model folder holds {CONFIG}") from error
     except ValueError as error:
         raise CopeditError(f"{path}: not valid JSON ({error}); copy the model again") from error
-    return ModelConfig.from_dict(data)
+    config = ModelConfig.from_dict(data)
+    if config.task == "brain" and (unknown := [name for name in config.elements if name not in MODALITIES]):
+        raise CopeditError(f"{path}: unknown element {unknown[0]!r}; known modalities are {', '.join(MODALITIES)}")
+    return config
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:
@@ -69,12 +87,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         data = path.read_bytes()
     except OSError as error:
         raise CopeditError(f"{path}: cannot be read ({error.strerror}); the model folder is incomplete") from error
-    if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise CopeditError(f"{path}: this is a pickle, which can run code; convert the weights to safetensors")
     try:
-        return load_tensors(data), hashlib.sha256(data).hexdigest()
+        tensors = load_tensors(data)
     except SafetensorError as error:
+        if data[:2] in _PICKLES:  # only now: the length that a sound file begins with may read like one
+            text = f"{path}: this is a pickle, which can run code; convert the weights to safetensors"
+            raise CopeditError(text) from error
         raise CopeditError(f"{path}: not a safetensors file ({error}); copy the model again") from error
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise CopeditError(f"{path}: holds tensors that torch does not know ({error}); copy the model again") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _finite(tensor):
+            raise CopeditError(f"{path}: tensor {name} holds NaN or infinity; copy the model again, or train it again")
+    return tensors, hashlib.sha256(data).hexdigest()
+
+
+def _finite(tensor: Tensor) -> bool:
+    """In one pass that takes no memory: NaN is both the least and the greatest."""
+    low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -94,6 +125,20 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) ->
     Raises CopeditError naming the first tensor that is missing, unknown or of a wrong shape.
     """
     expected = module.state_dict()
+    _check(expected, tensors, where)
+    module.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
+
+
+def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raises CopeditError as `fill` does for a module that is not built yet: a configuration that asks for another
+    than the weights are of allocates nothing."""
+    import torch
+
+    with torch.device("meta"):
+        _check(build().state_dict(), tensors, where)
+
+
+def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
     if missing := sorted(set(expected) - set(tensors)):
         raise CopeditError(f"{where}: tensor {missing[0]} is missing; the weights do not belong to this {CONFIG}")
     if unknown := sorted(set(tensors) - set(expected)):
@@ -104,7 +149,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) ->
                 f"{where}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; "
                 f"the weights do not belong to this {CONFIG}"
             )
-    module.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
 
 
 def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
@@ -113,6 +157,7 @@ def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / TOKENIZER)
+    check_fit(lambda: CoPeVAE(config.tokenizer, len(config.elements)), tensors, folder / TOKENIZER)
     tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
     fill(tokenizer, tensors, folder / TOKENIZER)
     return config, tokenizer.eval(), digest
@@ -124,6 +169,7 @@ def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / DENOISER)
+    check_fit(lambda: build_denoiser(config), tensors, folder / DENOISER)
     denoiser = build_denoiser(config)
     fill(denoiser, tensors, folder / DENOISER)
     return config, denoiser.eval(), digest

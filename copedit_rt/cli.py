@@ -7,6 +7,7 @@ document. Other packages add their commands through the entry points `copedit.co
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ COMMANDS = "copedit.commands"  # the group of entry points that add commands
 
 
 class _Root(TyperGroup):
-    """Commands whose CopeditError becomes one sentence and exit code 1."""
+    """Commands whose CopeditError, or a path that cannot be, becomes one sentence and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -37,6 +38,13 @@ class _Root(TyperGroup):
         except CopeditError as error:
             terminal.tell_error(error, ctx.params["debug"])
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:  # a path that is too long, for one
+            if error.errno == errno.EPIPE or error.filename is None:
+                raise
+            reason = CopeditError(f"{error.filename}: {error.strerror}; give another path")
+            reason.__cause__ = error
+            terminal.tell_error(reason, ctx.params["debug"])
+            raise typer.Exit(reason.exit_code) from None
         except KeyboardInterrupt:
             terminal.tell("copedit: interrupted; what is complete stays, repeat the command to go on")
             raise typer.Exit(130) from None
@@ -146,14 +154,15 @@ def synth(
     steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     samples: Annotated[
-        int, typer.Option(min=1, help="Draw N, write their mean and a map of their standard deviation.")
+        int, typer.Option(min=1, max=10_000, help="Draw N, write their mean and a map of their standard deviation.")
     ] = 1,
     solver: Solver = None,
     detail: Annotated[
         str | None,
         typer.Option(
             metavar="guided|none",
-            help="Whether detail finer than the model's grid comes from the given images; by default the model's.",
+            help="Whether a brain's detail finer than the model's grid comes from the given images; by default the "
+            "model's.",
         ),
     ] = None,
     device: Device = "auto",

@@ -12,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from copedit_rt.changes import changes, request
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, failure
 from copedit_rt.files import check_writable, sweep
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import modality
-from copedit_rt.images.study import Study, is_complete
+from copedit_rt.images.study import Study, complete_sidecar
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models, UnusableModel
 from copedit_rt.task import Task
@@ -54,7 +55,8 @@ def synthesise(
     inputs, explicit, task and select are those of `find_studies`; model, device, engine, dtype and max_memory those of
     `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and resample
     those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that are there
-    and complete (`is_complete`), which are kept otherwise. preview: also write a PNG per study.
+    and complete (`is_complete`), which are kept otherwise, with a note on what has changed since (`changes`). preview:
+    also write a PNG per study.
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
@@ -159,14 +161,33 @@ class _Job:
         entry["outputs"] = {element: str(path) for element, path in outputs.items()}
         sidecars = {element: files.naming.path(self.output, element, ending=".json") for element in outputs}
         entry["sidecars"] = {element: str(path) for element, path in sidecars.items()}
-        done = [] if self.overwrite else [element for element, path in outputs.items() if is_complete(path)]
+        done = {} if self.overwrite else {e: there for e, p in outputs.items() if (there := complete_sidecar(p))}
+        entry["notes"] = self.outdated(name, config, files, done)
         if outputs and len(done) == len(outputs):
             entry["status"] = "kept"
+            if self.preview and not self.picture(files).is_file():
+                entry["notes"].append("nothing was made, so no picture was drawn; --overwrite makes both")
             return False
-        entry["kept"] = done
+        entry["kept"] = list(done)
         # What is done stays as it is, though it is sampled again beside the others: elements depend on each other.
         opened.todo = None if files.task.joint else [element for element in outputs if element not in done]
         return True
+
+    def picture(self, files: StudyFiles) -> Path:
+        """Where a study's preview goes."""
+        return self.output / files.naming.subfolder / f"{files.name}_preview.png"
+
+    def outdated(self, model: str, config: ModelConfig, files: StudyFiles, done: Mapping[str, Any]) -> list[str]:
+        """A note on each difference between runs that wrote outputs that are kept (their sidecars) and this one."""
+        asked = request(config, self.sampler, self.reading)
+        notes: dict[str, list[str]] = {}
+        for element, sidecar in done.items():
+            if found := changes(sidecar, config.name, self.models.weights(model), asked, files.files):
+                notes.setdefault("; ".join(found), []).append(element)
+        return [
+            f"kept though made otherwise: {', '.join(elements)} ({what}); --overwrite makes it again"
+            for what, elements in notes.items()
+        ]
 
     def finish(self, opened: _Opened) -> tuple[dict[str, Any], CopeditError | None]:
         """The study's entry after its outputs were written, and why it failed if it did."""
@@ -188,13 +209,14 @@ class _Job:
         files, entry = opened.files, opened.entry
         model = self.models.load(entry["model"])
         result = model.synthesize(study, target=opened.todo or None, **self.sampler)
-        entry["notes"] = list(result.study.notes)
+        entry["notes"] += result.study.notes
         entry["perception"] = result.perception.to_dict()
+        result.record["reading"] = request(model.config, self.sampler, self.reading)["reading"]
         entry["record"] = result.record
         if self.preview:
             from copedit_rt.images import preview
 
-            entry["preview"] = str(self.output / files.naming.subfolder / f"{files.name}_preview.png")
+            entry["preview"] = str(self.picture(files))
             record = result.record
             picture = preview.draw(result.study, model=record["model"], trained=record["trained_on"])
             preview.save(picture, Path(entry["preview"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,41 @@ Prompts = Literal["full", "none", "mask", "no-count", "no-position", "no-contras
 Injection = Literal["across", "within", "both"]
 Backbone = Literal["mdit3d", "dit3d", "dit", "unet"]
 Solver = Literal["ddim", "dpm2m"]
+# What a number may be, and each of several; far beyond all that is of use, but small enough to be computed with.
+_RANGES: dict[str, tuple[float, float]] = {
+    "version": (1, 1),
+    "field_of_view": (10, 1000),
+    "percentiles": (0, 100),
+    "strides": (1, 2),
+    "residual_units": (0, 16),
+    "latent_channels": (1, 64),
+    "codes": (1, 2**20),
+    "prompt_stride": (1, 4),
+    **dict.fromkeys(("channels", "residual_channels", "prompt_channels"), (1, 4096)),
+    **dict.fromkeys(("prompt_dim", "contrast_dim", "width"), (1, 8192)),
+    "heads": (1, 128),
+    "blocks": (1, 256),
+    "patch": (1, 16),
+    "train_steps": (1, 100_000),
+    **dict.fromkeys(("beta_start", "beta_end"), (1e-8, 0.999)),
+    "image": (1, 1024),
+}
+VOXELS, TOKENS = 2**26, 2**17  # of all elements of a study together; the paper's have 9.4 million and 2304
+
+
+def _check_ranges(config: Any, where: str) -> None:
+    """Raises CopeditError for a number of a configuration that is out of its range."""
+    for name, (low, high) in _RANGES.items():
+        for value in _numbers(getattr(config, name, None)):
+            if not low <= value <= high:  # so is NaN
+                raise CopeditError(f"{where}.{name}: {value} is out of range; it must be from {low:g} to {high:g}")
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a value."""
+    if isinstance(value, tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [] if value is None else [value]
 
 
 @dataclass(frozen=True)
@@ -39,6 +75,12 @@ class Preprocessing:
     percentiles: tuple[float, float] = (0.5, 99.5)
     detail: bool = False
     whole_range: bool = False
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "preprocessing")
+        low, high = self.percentiles
+        if not low < high:
+            raise CopeditError(f"preprocessing.percentiles: {low:g} is not below {high:g}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +106,9 @@ class TokenizerConfig:
     quantise: bool = True
 
     def __post_init__(self) -> None:
+        _check_ranges(self, "tokenizer")
+        if not 1 <= len(self.channels) <= 8:
+            raise CopeditError(f"tokenizer.channels: {len(self.channels)} levels; 1 to 8 are supported")
         if len(self.channels) != len(self.strides):
             raise CopeditError(
                 f"tokenizer: {len(self.channels)} channels but {len(self.strides)} strides; give one each"
@@ -95,6 +140,7 @@ class DenoiserConfig:
     prior: bool = False
 
     def __post_init__(self) -> None:
+        _check_ranges(self, "denoiser")
         if self.width % self.heads or (self.width // self.heads) % 8:
             raise CopeditError(
                 f"denoiser: width {self.width} over {self.heads} heads must give a head dimension divisible by 8"
@@ -124,6 +170,13 @@ class DiffusionConfig:
     steps: int = 200
     solver: Solver = "ddim"
 
+    def __post_init__(self) -> None:
+        _check_ranges(self, "diffusion")
+        if self.beta_start > self.beta_end:
+            raise CopeditError(f"diffusion.beta_start: {self.beta_start:g} is above beta_end, {self.beta_end:g}")
+        if not 1 <= self.steps <= self.train_steps:
+            raise CopeditError(f"diffusion.steps: {self.steps} must be from 1 to train_steps, {self.train_steps}")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -145,12 +198,24 @@ class ModelConfig:
         object.__setattr__(self, "task", Task(self.task))
         if not 2 <= len(self.elements) <= 8:
             raise CopeditError(f"model {self.name}: {len(self.elements)} elements; 2 to 8 are supported")
+        if not re.fullmatch(r"[\w. +-]{1,64}", self.name):
+            raise CopeditError(f"model {self.name[:64]!r}: its name must be of 1 to 64 letters, digits, and ._+-")
+        if odd := [name for name in self.elements if not re.fullmatch(r"[a-z0-9]{1,16}", name)]:
+            raise CopeditError(f"model {self.name}: element {odd[0][:64]!r} is no name of 1 to 16 letters and digits")
+        if len(set(self.elements)) < len(self.elements):
+            raise CopeditError(f"model {self.name}: an element is named twice: {', '.join(self.elements)}")
+        _check_ranges(self, f"model {self.name}")
         if any(n % c for n, c in zip(self.image, self.tokenizer.compression, strict=True)):
             raise CopeditError(f"model {self.name}: image {self.image} does not divide by {self.tokenizer.compression}")
         if any(n % p for n, p in zip(self.latent, self.denoiser.patch, strict=True)):
             raise CopeditError(
                 f"model {self.name}: latent {self.latent} does not divide by patch {self.denoiser.patch}"
             )
+        m = len(self.elements)
+        tokens = m * math.prod(n // p for n, p in zip(self.latent, self.denoiser.patch, strict=True))
+        for what, count, most in (("voxels", m * math.prod(self.image), VOXELS), ("tokens", tokens, TOKENS)):
+            if count > most:
+                raise CopeditError(f"model {self.name}: {count} {what} a study; at most {most} are supported")
 
     @property
     def latent(self) -> Triple:
@@ -174,10 +239,10 @@ class ModelConfig:
 
 def _build(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise CopeditError(f"{where}: expected an object, found {data!r}")
+        raise CopeditError(f"{where}: expected an object, found {_short(data)}")
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(data) - set(hints)):
-        raise CopeditError(f"{where}: unknown field {unknown[0]!r}; it was written by another version or by hand")
+        raise CopeditError(f"{where}: unknown field {_short(unknown[0])}; another version or a hand wrote it")
     try:
         return cls(**{k: _value(hints[k], v, f"{where}.{k}") for k, v in data.items()})
     except TypeError as error:
@@ -201,7 +266,13 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:  # True is an int, too
         return value
-    raise CopeditError(f"{where}: {value!r} is not a valid {getattr(kind, '__name__', kind)}")
+    raise CopeditError(f"{where}: {_short(value)} is not a valid {getattr(kind, '__name__', kind)}")
+
+
+def _short(value: Any) -> str:
+    """A value as text of a sentence, however large it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _BRATS = ("t1", "t1ce", "t2", "flair")

@@ -7,6 +7,7 @@ process lives: what can be locked by another is a leftover, and goes.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from copedit_rt.errors import CopeditError
 
@@ -24,6 +26,7 @@ except ImportError:  # Windows: leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 _PART = re.compile(r"\.[0-9a-f]{16}\.part$")
+MOST_JSON = 64 << 20  # bytes; the largest that is written here, the index of a data set, takes some 200 a study
 _SWEPT: set[Path] = set()
 _OPEN: set[Path] = set()  # folders that this process is filling
 
@@ -140,6 +143,28 @@ def _sweep(folder: Path, names: Iterable[str]) -> None:
                     _remove(part)
             finally:
                 os.close(handle)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; not where there cannot be one, as its name is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OSError, or ValueError for whatever is not JSON: of too deep a nesting, too."""
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"it is larger than {MOST_JSON >> 20} MiB")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def check_writable(folder: Path) -> None:

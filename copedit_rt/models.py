@@ -11,6 +11,7 @@ from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.listener import Listener
+from copedit_rt.prior import PRIOR
 from copedit_rt.synthesizer import Synthesizer
 from copedit_rt.task import Task
 
@@ -40,6 +41,7 @@ class Models:
         self._options: dict[str, Any] = {"max_memory": max_memory, "engine": engine, "dtype": dtype}
         self._listener = listener or Listener()
         self._loaded: dict[str, Synthesizer] = {}
+        self._weights: dict[str, dict[str, str]] = {}
 
     def choose(self, task: Task, elements: Iterable[str]) -> tuple[str, ModelConfig]:
         """Name and configuration of the model asked for, or of the first built in that knows all the elements.
@@ -59,6 +61,13 @@ class Models:
             if set(elements) <= set(config.task.volumes(config.elements)):
                 return name, config
         return next(iter(configs.items()))
+
+    def weights(self, name: str) -> dict[str, str]:
+        """SHA-256 of the files that a record names, of the model of a name that `choose` gave; nothing is loaded."""
+        if name not in self._weights:
+            files = (checkpoint.TOKENIZER, checkpoint.DENOISER, PRIOR)
+            self._weights[name] = checkpoint.digests(checkpoint.locate(name), files)
+        return self._weights[name]
 
     def load(self, name: str) -> Synthesizer:
         """The model of a name that `choose` gave. Raises UnusableModel where it cannot be loaded."""

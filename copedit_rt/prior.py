@@ -49,8 +49,11 @@ def read(folder: Path, shapes: Mapping[str, tuple[int | None, ...]], config: Mod
     path = folder / PRIOR
     try:
         tensors: dict[str, Array] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise CopeditError(f"{path}: cannot be read ({error}); copy the model again") from error
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise CopeditError(f"{path}: tensor {name} holds NaN or infinity; copy the model again")
     for name, shape in shapes.items():
         there = tensors[name].shape if name in tensors else ()
         if len(there) != len(shape) or any(n not in (None, size) for n, size in zip(shape, there, strict=True)):
@@ -116,9 +119,12 @@ class Prior:
     def load(cls, folder: Path, config: ModelConfig) -> Prior:
         """Of a model folder. Raises CopeditError for a file that is missing, damaged or of another model."""
         m = len(config.elements)
-        tensors = read(folder, {"mean": (m * (2 + len(WINDOWS) + len(QUANTILES)),), "scale": (None,)}, config)
-        last = max((name for name in tensors if name.startswith("w")), default="w0")
-        return cls(read(folder, {last: (None, m), last.replace("w", "b"): (m,)}, config))
+        rows = m * (2 + len(WINDOWS) + len(QUANTILES))
+        tensors = read(folder, {"mean": (rows,), "scale": (rows,)}, config)
+        count = max(1, sum(name.startswith("w") for name in tensors))
+        widths = [rows, *(tensors.get(f"b{i}", np.empty(0)).size for i in range(count - 1)), m]
+        layers = {f"w{i}": (widths[i], widths[i + 1]) for i in range(count)}
+        return cls(read(folder, layers | {f"b{i}": (widths[i + 1],) for i in range(count)}, config))
 
     def save(self, folder: Path) -> None:
         """Into a model folder."""

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import Prepared
-from copedit_rt.prior import Fill, read, write
+from copedit_rt.prior import PRIOR, Fill, read, write
 
 SIGMAS = (1, 2, 4, 8)  # voxels in the plane
 FURTHEST, WIDEST = 7, 9  # slices: what is further away, or a wider gap, counts as this
@@ -89,6 +90,8 @@ class SlicePrior:
     def load(cls, folder: Path, config: ModelConfig) -> SlicePrior:
         """Of a model folder. Raises CopeditError for a file that is missing, damaged or of another kind of model."""
         tensors = read(folder, {"classes": (None, 3), "weights": (None, FEATURES)}, config)
+        if not 0 < len(tensors["classes"]) == len(tensors["weights"]):
+            raise CopeditError(f"{folder / PRIOR}: its classes and weights are not as many; copy the model again")
         return cls(tensors["classes"].astype(np.int32), tensors["weights"])
 
     def save(self, folder: Path) -> None:

@@ -22,7 +22,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
-from copedit_rt.prior import Fill, Prior
+from copedit_rt.prior import PRIOR, Fill, Prior
 from copedit_rt.prior_heart import SlicePrior
 from copedit_rt.task import STACK
 from copedit_rt.trained import TrainedOn
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from copedit_rt.networks.tokenizer import CoPeVAE
 
 
+SAMPLES = 10_000  # at most
 # A turn of each device: see `Synthesizer`.
 _TURNS: dict[str, threading.RLock] = {}
 TOGETHER = 8  # samples of a study in the sampler at once
@@ -157,12 +158,15 @@ class Synthesizer:
                 if dtype not in ("auto", built.precision):
                     raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
                 self = cls.__new__(cls)
-                self._use(built.config, built, built.weights, checkpoint.load_prior(folder, built.config))
+                prior = checkpoint.load_prior(folder, built.config)
+                more = checkpoint.digests(folder, [PRIOR]) if prior else {}
+                self._use(built.config, built, built.weights | more, prior)
                 self.trained = TrainedOn.load(folder)
                 return self
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
         prior, digests = checkpoint.load_prior(folder, config), {"tokenizer": first, "denoiser": second}
+        digests |= checkpoint.digests(folder, [PRIOR]) if prior else {}
         self = cls(config, tokenizer, denoiser, device, digests, max_memory, dtype, prior)
         self.trained = TrainedOn.load(folder)
         return self
@@ -194,7 +198,8 @@ class Synthesizer:
         seed: with the study's name and the element it determines the noise. samples: with more than one, the returned
         volume is their mean, and `std` their standard deviation (n - 1 in the denominator). progress: called with
         the denoising steps done (on a GPU: queued) and in all. solver: "ddim" or "dpm2m" (None: the model's default).
-        detail: whether to carry over what the model's grid cannot hold from the observed images (None: the model's).
+        detail: brain; whether to carry over what the model's grid cannot hold from the observed images (None: the
+        model's).
 
         Raises CopeditError for a study that the model cannot take, an unknown target or solver, steps or samples out of
         range, and a max_memory that is too small.
@@ -203,9 +208,11 @@ class Synthesizer:
         steps = config.diffusion.steps if steps is None else steps
         solver = config.diffusion.solver if solver is None else solver
         schedule.solver_tables(config.diffusion, steps, solver)
+        if detail is not None and config.task == "cardiac":
+            raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
         detail = config.preprocessing.detail if detail is None else detail
-        if samples < 1:
-            raise CopeditError(f"samples {samples}: must be at least 1")
+        if not 1 <= samples <= SAMPLES:
+            raise CopeditError(f"samples {samples}: must be between 1 and {SAMPLES}")
         prepared = prepare(study, config)
         wanted = self._targets(prepared, target)
         mean: dict[str, np.ndarray] = {}
@@ -213,7 +220,7 @@ class Synthesizer:
         with self._turn:
             fill = self.prior.fill_study(prepared) if self.prior else None
             encoded = self._encode(prepared, fill)
-            begun = self._begun(prepared.observed, encoded, fill)
+            begun = self._begun(prepared.observed, encoded, fill, study.name)
             for sample, z in enumerate(self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)):
                 decoded = self.decode(z, prepared.observed) + begun.beyond
                 images = prepared.restore(decoded, detail, config.preprocessing.whole_range, begun.stack)
@@ -259,7 +266,7 @@ class Synthesizer:
             start = np.stack([self.start(encoded.latents[0], there, name, seed, sample) for sample in some])
             prompts, observed = encoded.prompts.repeat(len(some), 0), there[None].repeat(len(some), 0)
             prior = None if begun.latents is None else begun.latents[None].repeat(len(some), 0)
-            yield from self.engine.sample(start, prompts, observed, steps, solver, report, prior)
+            yield from self.sample(start, prompts, observed, steps, solver, report, prior, about=name)
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
@@ -280,15 +287,15 @@ class Synthesizer:
 
     def _encode(self, prepared: Prepared, fill: Fill | None = None) -> Encoded:
         # A slab that counts as observed and lacks a slice all the same is taken with that slice filled.
-        return self.engine.encode((fill or prepared).images[None, prepared.observed])
+        return self.encode((fill or prepared).images[prepared.observed], prepared.study.name)
 
-    def _begun(self, there: np.ndarray, encoded: Encoded, fill: Fill | None) -> Begun:
+    def _begun(self, there: np.ndarray, encoded: Encoded, fill: Fill | None, about: str) -> Begun:
         """What the prior knows of a study in which these elements are observed."""
         if fill is None:
             return Begun()
         z = np.empty((len(there), *encoded.latents.shape[2:]), np.float32)
         z[there] = encoded.latents[0]
-        z[~there] = self.engine.encode(fill.images[None, ~there]).latents[0]
+        z[~there] = self.encode(fill.images[~there], about).latents[0]
         return Begun(z, fill.images - self.decode(z, there), fill.stack)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
@@ -299,6 +306,29 @@ class Synthesizer:
         if self.trained is None:
             return perceived
         return replace(perceived, unlike=self.trained.remarks(elements, prepared.images, prepared.observed))
+
+    def encode(self, images: np.ndarray, about: str = "images") -> Encoded:
+        """`Engine.encode` of observed images [k, 1, H, W, D] as a batch of one; about: whose they are.
+
+        Raises CopeditError for latents that are not finite: a tokenizer that quantises would make a plausible image of
+        them.
+        """
+        encoded = self.engine.encode(images[None])
+        self._check_finite(f"{about}: the encoder", encoded.latents)
+        return encoded
+
+    def sample(self, z: np.ndarray, *arguments: Any, about: str = "images") -> np.ndarray:
+        """`Engine.sample`; about: whose latents they are. Raises CopeditError for latents that are not finite."""
+        made = self.engine.sample(z, *arguments)
+        self._check_finite(f"{about}: the denoiser", made)
+        return made
+
+    def _check_finite(self, what: str, latents: np.ndarray) -> None:
+        if not np.isfinite(latents).all():
+            raise CopeditError(
+                f"{what} of {self.config.name} returned NaN or infinity ({self.engine.name}, {self.engine.precision}), "
+                f"so nothing is written; compute in float32 (--dtype), or choose another model with --model"
+            )
 
     def start(
         self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int = 0, sample: int = 0
@@ -325,7 +355,11 @@ class Synthesizer:
             "trained_on": self.trained.words if self.trained else None,
             "study": study.name,
             "inputs": {
-                name: {"file": volume.path.name if volume.path else None, "sha256": volume.sha256}
+                name: {
+                    "file": volume.path.name if volume.path else None,
+                    "sha256": volume.sha256,
+                    "size_mtime_ns": list(volume.stamp) if volume.stamp else None,
+                }
                 for name, volume in study.volumes.items()
             },
             "missing": list(prepared.missing),

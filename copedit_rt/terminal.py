@@ -140,14 +140,15 @@ def tell_error(error: BaseException, debug: bool = False, to: Console | None = N
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout; numbers that JSON does not have (NaN, infinities) are null."""
-    typer.echo(json.dumps(_finite(data), indent=2, default=str, allow_nan=False))
+    typer.echo(json.dumps(finite(data), indent=2, default=str, allow_nan=False))
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """The same with None for what JSON does not have: NaN and infinities."""
     if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 

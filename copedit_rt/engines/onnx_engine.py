@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from copedit_rt import checkpoint, schedule
+from copedit_rt.checkpoint import digest
 from copedit_rt.engines.engine import Encoded
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import read_json
 from copedit_rt.prior import PRIOR
 
 MANIFEST, ENCODER, STEP, DECODER = "onnx.json", "encoder.onnx", "step.onnx", "decoder.onnx"
@@ -23,12 +23,6 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 class Refused(CopeditError):
     """ONNX files that must not be used, in a folder whose weights may be sound."""
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -46,7 +40,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds no ONNX files; write them with copedit export onnx --model {folder.name} -o FOLDER"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version, digests = manifest["format"], dict(manifest["sha256"])
         precision = manifest["precision"]
     except (OSError, ValueError, TypeError, KeyError) as error:

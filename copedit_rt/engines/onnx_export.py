@@ -25,8 +25,9 @@ from torch import Tensor, nn
 import copedit_kernels
 import copedit_rt
 from copedit_rt import checkpoint
+from copedit_rt.checkpoint import digest
 from copedit_rt.config import ModelConfig
-from copedit_rt.engines.onnx_engine import DECODER, ENCODER, FORMAT, MANIFEST, PRECISIONS, STEP, digest
+from copedit_rt.engines.onnx_engine import DECODER, ENCODER, FORMAT, MANIFEST, PRECISIONS, STEP
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import new_folder, write_atomically
 from copedit_rt.networks.denoiser import MDiT3D

@@ -56,6 +56,8 @@ def export_triton(
         raise CopeditError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if max_batch < 1:
         raise CopeditError(f"max_batch {max_batch}: must be at least 1")
+    if backend == "onnxruntime" and device != "auto":
+        raise CopeditError(f"device {device!r}: is that of tensorrt's plans, onnxruntime has none; leave it out")
     if backend == "tensorrt":
         from copedit_rt.engines import tensorrt_engine
 

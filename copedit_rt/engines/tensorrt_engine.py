@@ -30,7 +30,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.engines.engine import Encoded
 from copedit_rt.engines.onnx_engine import DECODER, ENCODER, STEP, Refused, read_manifest
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -373,8 +373,8 @@ class PlanFile:
         if not self.approval.exists():
             return None  # a plan alone is what an interrupted run left
         try:
-            said = json.loads(self.approval.read_text(encoding="utf-8"))
-            key, sha256, agreed = said["key"], said["sha256"], Parity(**said["parity"])
+            said = read_json(self.approval)
+            key, sha256, agreed = dict(said["key"]), said["sha256"], Parity(**said["parity"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise Refused(f"{self.approval}: damaged, it is not what copedit wrote") from error
         if key != self.key:

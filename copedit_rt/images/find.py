@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import is_file
 from copedit_rt.images.names import (
     FOREIGN,
     FRAME,
@@ -399,7 +400,7 @@ def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
     files: dict[str, Path] = {}
     for key, value in explicit.items():
         element, path = (STACK if key == STACK else modality(key)), Path(value)
-        if not path.is_file():
+        if not is_file(path):
             raise CopeditError(f"{path} does not exist or is no file; give the NIfTI file of {key}")
         if element in files:
             raise CopeditError(f"two files for {element}: {files[element]} and {path}; give one")

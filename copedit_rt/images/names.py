@@ -6,13 +6,13 @@ T2_star are never taken for what they begin with: what is not understood is said
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import read_json
 
 # Whose spelling each column of `written` below is; outputs follow the column that agrees best with the inputs.
 DATA_SETS = ("BraTS to 2021", "BraTS from 2023", "IXI", "UPENN-GBM", "UCSF-PDGM", "BIDS words in other names")
@@ -281,10 +281,10 @@ def channel(path: Path) -> Name | None:
 def _channels(folder: Path) -> dict[str, str]:
     """{"0000": modality} of a folder's dataset.json; nothing where it is not there or knows no modality."""
     try:
-        read = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        read = read_json(folder / "dataset.json")
         names = read.get("channel_names") or read.get("modality") or {}
         found = {f"{int(key):04d}": _read(str(name)) for key, name in names.items()}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return {}
     return {number: name.element for number, name in found.items() if name and not name.head}
 

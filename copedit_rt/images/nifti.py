@@ -48,7 +48,8 @@ class Volume:
     """One image as its file has it.
 
     data float32 [X, Y, Z] in the file's voxel order; affine float64 4x4, voxel -> RAS mm; header: the file's,
-    never changed; raw: the numbers on disk before scaling, kept where an output has to repeat them (cardiac).
+    never changed; raw: the numbers on disk before scaling, kept where an output has to repeat them (cardiac). stamp:
+    the file's size in bytes and its time of change in ns, when it was read.
     """
 
     data: NDArray[np.float32]
@@ -57,6 +58,7 @@ class Volume:
     path: Path | None = None
     sha256: str | None = None
     raw: NDArray | None = None
+    stamp: tuple[int, int] | None = None
 
     @classmethod
     def from_array(cls, data: NDArray, affine: NDArray) -> Volume:
@@ -118,6 +120,7 @@ def read_volumes(paths: Mapping[str, Path], *, keep_raw: bool = False) -> dict[s
 
 def _read(promise: Promise, keep_raw: bool) -> Volume:
     header, shape = promise.header, promise.shape
+    state = promise.path.stat()
     content, digest = _read_content(promise.path, promise.end)
     raw = np.frombuffer(content, header.get_data_dtype(), promise.voxels, promise.offset).reshape(shape, order="F")
     slope, inter = header.get_slope_inter()
@@ -128,7 +131,8 @@ def _read(promise: Promise, keep_raw: bool) -> Volume:
                 data[..., k] = raw[..., k]
             else:
                 data[..., k] = raw[..., k].astype(np.float64) * slope + inter
-    return Volume(data, promise.affine, header, promise.path, digest, raw if keep_raw else None)
+    stamp = state.st_size, state.st_mtime_ns
+    return Volume(data, promise.affine, header, promise.path, digest, raw if keep_raw else None, stamp)
 
 
 def read_outline(path: Path) -> Volume:

@@ -116,6 +116,7 @@ class Study:
                 path=old.path if old else None,
                 sha256=old.sha256 if old else None,
                 raw=old.raw if old else None,
+                stamp=old.stamp if old else None,
             )
         return replace(self, volumes=volumes, synthetic=self.synthetic | set(images))
 
@@ -197,14 +198,20 @@ class Study:
 
 def is_complete(path: Path) -> bool:
     """Whether an output is there with the sidecar of the same run: its sha256, and that of the SD map if it has one."""
+    return complete_sidecar(path) is not None
+
+
+def complete_sidecar(path: Path) -> dict[str, Any] | None:
+    """The sidecar of a complete output; None where the output `is_complete` not."""
     try:
-        sidecar = json.loads(path.with_name(f"{stem_of(path)}.json").read_text(encoding="utf-8"))
+        sidecar: dict[str, Any] = json.loads(path.with_name(f"{stem_of(path)}.json").read_text(encoding="utf-8"))
         images = [(path, sidecar["sha256"])]
         if "sd" in sidecar:
             images.append((path.with_name(sidecar["sd"]["file"]), sidecar["sd"]["sha256"]))
-        return all(hashlib.sha256(image.read_bytes()).hexdigest() == digest for image, digest in images)
+        same = all(hashlib.sha256(image.read_bytes()).hexdigest() == digest for image, digest in images)
+        return sidecar if same else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return None
 
 
 def _only_study(files: Mapping[str, Path | str] | Sequence[Path | str] | Path | str) -> StudyFiles:

@@ -2,13 +2,15 @@
 
 import json
 import pickle
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from copedit_rt import checkpoint, files
-from copedit_rt.config import PRESETS, DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.config import PRESETS, DenoiserConfig, ModelConfig, Preprocessing, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
@@ -113,9 +115,9 @@ def test_absent_weights(folder):
         checkpoint.load_denoiser(folder)
 
 
-def change_config(folder, **changes):
-    data = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(data))
+NESTED: dict = {}
+for _ in range(60):
+    NESTED = {"x": NESTED}
 
 
 @pytest.mark.parametrize(
@@ -125,16 +127,106 @@ def change_config(folder, **changes):
         ({"task": "knee"}, r"config.task: 'knee' is not a valid"),
         ({"image": [8, 8]}, r"config.image: \[8, 8\] is not a valid"),
         ({"image": [8, 8, 7]}, "does not divide by"),
+        ({"image": [8, 8, 0]}, r"model tiny.image: 0 is out of range; it must be from 1 to 1024"),
+        ({"image": [8, 8, -8]}, "model tiny.image: -8 is out of range"),
+        ({"image": [8, 8, 10**12]}, "model tiny.image: 1000000000000 is out of range"),
+        ({"image": [1024, 1024, 64]}, "134217728 voxels a study; at most 67108864"),
+        ({"image": [512, 512, 64], "denoiser": {"patch": [1, 1, 1]}}, "tokens a study; at most 131072"),
         ({"elements": ["t1"]}, "1 elements; 2 to 8 are supported"),
+        ({"elements": ["t1"] * 9}, "9 elements; 2 to 8 are supported"),
+        ({"elements": ["t1", "t1"]}, "an element is named twice: t1, t1"),
+        ({"elements": ["t1", "../t2"]}, r"element '../t2' is no name"),
+        ({"elements": ["t1", "swi"]}, r"config.json: unknown element 'swi'; known modalities are t1, t1ce"),
+        ({"name": "x\x1b[31m"}, r"model 'x\\x1b\[31m': its name must be"),
+        ({"name": NESTED}, r"config.name: \{'x': \{'x': .{60,70}\.\.\. is not a valid str"),
         ({"denoiser": {"width": 10, "heads": 2}}, "head dimension divisible by 8"),
         ({"denoiser": {"width": "wide"}}, r"config.denoiser.width: 'wide' is not a valid int"),
+        ({"denoiser": {"width": True}}, r"config.denoiser.width: True is not a valid int"),
+        ({"denoiser": {"heads": 0}}, "denoiser.heads: 0 is out of range; it must be from 1 to 128"),
+        ({"denoiser": {"blocks": 10**9}}, "denoiser.blocks: 1000000000 is out of range"),
+        ({"denoiser": {"patch": [2, 2, 0]}}, "denoiser.patch: 0 is out of range"),
         ({"tokenizer": {"channels": [4, 4], "strides": [[2, 2, 2]]}}, "2 channels but 1 strides"),
+        ({"tokenizer": {"channels": [], "strides": []}}, "tokenizer.channels: 0 levels; 1 to 8"),
+        ({"tokenizer": {"strides": [[2, 2, 3]]}}, "tokenizer.strides: 3 is out of range"),
+        ({"tokenizer": {"channels": [-4]}}, "tokenizer.channels: -4 is out of range"),
+        ({"tokenizer": {"codes": 2**40}}, "tokenizer.codes: 1099511627776 is out of range"),
+        ({"tokenizer": {"latent_channels": 0}}, "tokenizer.latent_channels: 0 is out of range"),
+        ({"diffusion": {"train_steps": 10**12}}, "diffusion.train_steps: 1000000000000 is out of range"),
+        ({"diffusion": {"steps": 501}}, "diffusion.steps: 501 must be from 1 to train_steps, 500"),
+        ({"diffusion": {"beta_start": 0}}, "diffusion.beta_start: 0.0 is out of range"),
+        ({"diffusion": {"beta_start": 0.1}}, "diffusion.beta_start: 0.1 is above beta_end, 0.0195"),
+        ({"preprocessing": {"version": 2}}, "preprocessing.version: 2 is out of range"),
+        ({"preprocessing": {"percentiles": [-1, 99]}}, "preprocessing.percentiles: -1.0 is out of range"),
+        ({"preprocessing": {"percentiles": [1, 100.5]}}, "preprocessing.percentiles: 100.5 is out of range"),
+        ({"preprocessing": {"percentiles": [99, 99]}}, "preprocessing.percentiles: 99 is not below 99"),
+        ({"preprocessing": {"field_of_view": [192, 192, 1e9]}}, "preprocessing.field_of_view: 1000000000.0 is out of"),
+        ({"preprocessing": {"field_of_view": [192, 192, float("nan")]}}, r"not valid JSON \(NaN is no number"),
+        ({"preprocessing": {"field_of_view": [192, 1e999, 90]}}, "not valid JSON .Infinity is no number"),
     ],
 )
 def test_broken_configuration(folder, changes, message):
-    change_config(folder, **changes)
+    data = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        data[name] = data[name] | value if isinstance(value, dict) and name != "name" else value
+    (folder / "config.json").write_text(json.dumps(data))
     with pytest.raises(CopeditError, match=message):
         checkpoint.read_config(folder)
+
+
+def test_numbers_that_python_alone_can_say_are_out_of_range():
+    for value in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(CopeditError, match=rf"preprocessing.field_of_view: {value} is out of range"):
+            Preprocessing(field_of_view=(192.0, value, None))
+
+
+LONG = {"lists": "[" * 100_000, "objects": '{"a":' * 100_000, "digits": "1" * 100_000, "no text": "\xff"}
+
+
+@pytest.mark.parametrize("text", [*LONG.values(), '{"name": "' + "x" * (64 << 20)], ids=[*LONG, "64 MiB"])
+def test_a_configuration_that_would_be_much_to_read(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CopeditError, match=r"config\.json: not valid JSON") as refused:
+        checkpoint.read_config(folder)
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(("part", "load"), [("tokenizer", "load_tokenizer"), ("denoiser", "load_denoiser")])
+def test_a_configuration_of_other_weights_allocates_nothing(folder, part, load):
+    """As large as the ranges allow: gigabytes, were it built before it is compared with the weights."""
+    data = json.loads((folder / "config.json").read_text())
+    large = {"channels": [4096], "residual_channels": 4096, "codes": 2**20, "residual_units": 16}
+    data[part] |= large if part == "tokenizer" else {"width": 8192, "heads": 64, "blocks": 64}
+    (folder / "config.json").write_text(json.dumps(data))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        with pytest.raises(CopeditError, match=f"{part}.safetensors: tensor .*; the weights do not belong to this"):
+            getattr(checkpoint, load)(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("low", [640, 896, 1152, 1408, 19280])
+def test_sound_weights_whose_length_begins_like_a_pickle(folder, low):
+    """A safetensors file begins with the length of its header; padded with blanks, as the format allows."""
+    path = folder / "tokenizer.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    padded = low + 65536 * (size > low) + 65536 * (size > low + 65536)
+    path.write_bytes(padded.to_bytes(8, "little") + content[8 : 8 + size].ljust(padded) + content[8 + size :])
+    assert path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    assert checkpoint.load_tokenizer(folder)[0] == CONFIG
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(folder, value, dtype):
+    edit(folder, lambda t: t.update(codebook=t["codebook"].to(dtype)))
+    checkpoint.load_tokenizer(folder)
+    edit(folder, lambda t: t["codebook"].view(-1).__setitem__(17, value))
+    with pytest.raises(CopeditError, match=r"tokenizer\.safetensors: tensor codebook holds NaN or infinity"):
+        checkpoint.load_tokenizer(folder)
 
 
 def test_missing_field_and_bad_json(folder):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -73,6 +74,53 @@ def test_only_outputs_with_their_own_sidecar_are_kept(tmp_path, brain_model):
     assert again()["status"] == "kept" and not dead.exists()
 
 
+def test_what_is_kept_says_what_has_changed_since(tmp_path, brain_model, monkeypatch):
+    model = Path(shutil.copytree(brain_model, tmp_path / "model"))
+    study(tmp_path / "in", elements=("t1", "t2", "flair"))
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model]
+    assert run(*command, "--seed", 1).exit_code == 0
+    made = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(Synthesizer, "load", lambda *a, **k: pytest.fail("loaded"))
+
+    def note(*options: object) -> str:
+        result = run(*command, *options)
+        assert result.exit_code == 0 and " kept (--overwrite replaces it)" in result.stdout
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == made
+        return result.stderr
+
+    t2 = tmp_path / "in" / "case_t2.nii.gz"
+    assert note("--seed", 1) == ""
+    os.utime(t2)  # only touched: the content decides
+    assert note("--seed", 1) == ""
+    told = note("--seed", 2, "--steps", 3, "--samples", 2, "--detail", "guided", "--solver", "dpm2m", "--resample")
+    assert "case: kept though made otherwise: t1ce (" in told and "; --overwrite makes it again" in told
+    assert "(method ddim, now dpm2m; steps 2, now 3; seed 1, now 2; samples 1, now 2; detail False, now True; " in told
+    assert "resample False, now True)" in told
+    for path in (model / "tokenizer.safetensors", model / "denoiser.safetensors"):
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        assert "(other weights of tiny-brain)" in note("--seed", 1)
+        path.write_bytes(before)
+    checkpoint.write_config(model, replace(checkpoint.read_config(model), name="another"))
+    assert "(model tiny-brain, now another)" in note("--seed", 1)
+    checkpoint.write_config(model, checkpoint.read_config(brain_model))
+    save(t2, image(8))
+    assert "(t2 is another image)" in note("--seed", 1)
+    t2.unlink()
+    told = note("--seed", 1, "--target", "t1ce")
+    assert "(t2 was among the inputs)" in told
+    summary = json.loads(run(*command, "--target", "t1ce", "--seed", 1, "--json").stdout)
+    assert "t2 was among the inputs" in summary["studies"][0]["notes"][0]
+
+
+def test_slices_named_otherwise_are_told_of_a_stack_that_is_kept(tmp_path, heart_model):
+    path = save(tmp_path / "sax_stack.nii.gz", slices(16, 8), SHORT_AXIS)
+    command = ["synth", "-i", path, "-o", tmp_path / "out", "--model", heart_model]
+    assert run(*command, "--missing-slices", "3").exit_code == 0
+    assert run(*command, "--missing-slices", "3").stderr == ""
+    assert "(missing_slices [3], now [3, 4])" in run(*command, "--missing-slices", "3,4").stderr
+
+
 def test_kept_outputs_need_no_weights(tmp_path, brain_model, monkeypatch):
     study(tmp_path / "in")
     command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
@@ -141,6 +189,22 @@ def test_whatever_goes_wrong_with_a_study_is_its_own_failure(tmp_path, brain_mod
     traceback = run("--debug", *command).stderr
     assert "Traceback" in traceback and "in raises" in traceback and told in traceback
     refused(run("synth", "-i", tmp_path / "in/b", "-o", tmp_path / "one", "--model", brain_model), "b: ")
+
+
+@pytest.mark.parametrize(("part", "what"), [("tokenizer", "encoder"), ("denoiser", "denoiser")])
+def test_a_network_that_overflows_writes_nothing(tmp_path, brain_model, part, what):
+    """Its latents are not finite, but the codes that are nearest to them are."""
+    model = Path(shutil.copytree(brain_model, tmp_path / "model"))
+    path = model / f"{part}.safetensors"
+    weights = checkpoint.read_tensors(path)[0]
+    grown = {k: v * 1e25 if v.ndim > 1 and not k.startswith("decoder") else v for k, v in weights.items()}
+    checkpoint.write_tensors(path, grown)
+    for name in "ab":
+        study(tmp_path / "in" / name, name)
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model)
+    told = [line for line in result.stderr.splitlines() if f"the {what} of tiny-brain returned NaN or infinity" in line]
+    assert result.exit_code == 1 and [line[:12] for line in told] == ["copedit: a: ", "copedit: b: "]
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_are_no_text(tmp_path, brain_model):

@@ -94,6 +94,16 @@ def test_a_prior_of_another_model_or_none_is_refused(tmp_path):
     assert np.array_equal(Prior.load(tmp_path, MODEL).fill(images(), OBSERVED), perceptron().fill(images(), OBSERVED))
     with pytest.raises(CopeditError, match="is not of a brain model with 3 elements"):
         Prior.load(tmp_path, replace(MODEL, elements=MODEL.elements[:3]))
+    weights = perceptron().weights
+    last = max(name for name in weights if name.startswith("w"))
+    for spoilt, words in (
+        ({last: weights[last][:-1]}, "is not of a brain model with 4 elements"),  # no longer fits the layer before it
+        ({"scale": weights["scale"][:-1]}, "is not of a brain model"),
+        ({"b0": np.full_like(weights["b0"], np.nan)}, "tensor b0 holds NaN or infinity"),
+    ):
+        Prior(weights | spoilt).save(tmp_path)
+        with pytest.raises(CopeditError, match=words):
+            Prior.load(tmp_path, MODEL)
     (tmp_path / PRIOR).write_bytes(b"no tensors")
     with pytest.raises(CopeditError, match=r"prior.safetensors: cannot be read"):
         Prior.load(tmp_path, MODEL)
@@ -136,5 +146,7 @@ def test_a_study_is_the_same_on_every_engine(folder, tmp_path):
     for name in ("t1ce", "flair"):
         a, b = (x.study.volumes[name].data for x in (torch_made, other))
         np.testing.assert_allclose(a, b, atol=1e-3 * np.ptp(a))
+    assert torch_made.record["weights_sha256"] == other.record["weights_sha256"]
+    assert set(other.record["weights_sha256"]) == {"tokenizer", "denoiser", "prior"}
     plain = checkpoint.load_denoiser(folder)[1]
     assert plain.config.prior and (tmp_path / "onnx" / PRIOR).exists()

@@ -112,6 +112,10 @@ def test_a_prior_of_a_brain_is_refused(tmp_path):
     assert np.array_equal(SlicePrior.load(tmp_path, MODEL).weights, weights().weights)
     with pytest.raises(CopeditError, match="is not of a brain model with 3 elements; copy the model again"):
         checkpoint.load_prior(tmp_path, replace(MODEL, task="brain"))
+    fewer = weights()
+    SlicePrior(fewer.classes[1:], fewer.weights).save(tmp_path)
+    with pytest.raises(CopeditError, match="its classes and weights are not as many; copy the model again"):
+        SlicePrior.load(tmp_path, MODEL)
 
 
 @pytest.fixture(scope="module")

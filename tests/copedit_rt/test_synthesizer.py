@@ -392,7 +392,7 @@ def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
         ({"target": ["t1"]}, "s1 has a file for it"),
         ({"steps": 0}, "steps 0: must be between 1 and 500"),
         ({"steps": 501}, "steps 501: must be between 1 and 500"),
-        ({"samples": 0}, "samples 0: must be at least 1"),
+        ({"samples": 0}, "samples 0: must be between 1 and 10000"),
         ({"solver": "euler"}, "solver 'euler' is unknown; choose one of ddim, dpm2m"),
     ],
 )

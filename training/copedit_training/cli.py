@@ -97,10 +97,13 @@ def evaluate(
     seed: Seed = 0,
     solver: Solver = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Average so many samples; 2 or more also give the calibration of their spread.")
+        int,
+        typer.Option(
+            min=1, max=10_000, help="Average so many samples; 2 or more also give the calibration of their spread."
+        ),
     ] = 1,
     fid_network: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: TorchScript or torch.export.")
+        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: a TorchScript file.")
     ] = None,
     fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
     lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
@@ -180,6 +183,8 @@ def ablate(
     if kind not in body.VARIANTS:
         raise CopeditError(f"ablation {kind!r} is unknown; choose one of {', '.join(body.VARIANTS)}")
     check_writable(output)
+    if device != "auto" and any(item.startswith("device=") for item in override or ()):
+        raise CopeditError(f"--device {device} beside --set device=...: give one of them")
     settings = [*(override or ()), *([] if device == "auto" else [f"device={device}"])]
     experiment = body.Experiment(output, preset, settings, data=data, full=full, runs=runs, test_subjects=subjects)
     report = body.ablate(kind, experiment)
@@ -353,6 +358,8 @@ def _train(
     from copedit_training.stages import trainer
 
     if estimate:
+        if idle := "--resume" * resume or f"--data {data}" * (data != "phantom"):
+            raise CopeditError(f"{idle}: --estimate starts nothing and reads no data; leave one of them out")
         say(trainer.expected(stage, preset, override or (), quick))
         return
     check_writable(output)

@@ -13,12 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from copedit_bench.models.contestants import Inputs, PlainEngine, decode, encode, random_networks, sample, whole
 from copedit_bench.models.plain import write_plainly
-from copedit_bench.models.side_by_side import BASELINE, TINY, Answer, Contestant, SideBySide
-from copedit_rt.config import PRESETS, ModelConfig
+from copedit_bench.models.side_by_side import BASELINE, Answer, Contestant, SideBySide, chosen
+from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import Engine
 from copedit_rt.engines.torch_engine import TorchEngine
-from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 
 STEPS = {"brain-brats": (10, 20, 50, 200), "cardiac": (10, 20, 50, 200, 250)}
@@ -28,7 +27,7 @@ CHECKED = 20  # steps up to which float32 says what is right; beyond, and in lar
 
 
 def run(
-    presets: Sequence[str] = tuple(STEPS),
+    presets: Sequence[str] | None = None,
     batches: Sequence[int] = BATCHES,
     steps: Sequence[int] | None = None,
     device: str = "auto",
@@ -37,16 +36,14 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """JSON-able, see `SideBySide`. steps: None for those of STEPS. On a CPU a tiny model takes the place of the
-    presets: nothing is to be learnt there but that it works. save: hears the report so far.
+    """JSON-able, see `SideBySide`. presets, steps: None for those of STEPS. On a CPU a tiny model takes the
+    place of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
-    Raises CopeditError for presets, devices and types that do not exist.
+    Raises CopeditError as `side_by_side.chosen` does, and for devices and types that do not exist.
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    if unknown := [name for name in presets if name not in PRESETS]:
-        raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(STEPS)}")
-    models = [PRESETS[name] for name in presets] if where.type == "cuda" else [TINY]
+    models = chosen(presets, tuple(STEPS), where)
     bench = SideBySide("Sampler", where, {kind}, "beside the weights", batches=list(batches))
     for config in models:
         networks = random_networks(config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from copedit_bench import machine
 from copedit_bench.timing import Lap, Stopwatch, Yardsticks, calls_of, interleave, quantile, sentence
-from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, TokenizerConfig
+from copedit_rt.config import PRESETS, DenoiserConfig, DiffusionConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.task import Task
 from copedit_training.evaluation.report import table
@@ -41,6 +41,18 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 Answer = Mapping[str, Tensor]
+
+
+def chosen(presets: Sequence[str] | None, usual: Sequence[str], device: torch.device) -> list[ModelConfig]:
+    """The models to measure: of these presets, of the usual ones, or on a CPU the tiny one.
+
+    Raises CopeditError for a preset that does not exist, and for any on a CPU.
+    """
+    if unknown := [name for name in presets or () if name not in PRESETS]:
+        raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(PRESETS)}")
+    if presets and device.type != "cuda":
+        raise CopeditError(f"preset {presets[0]!r}: on a CPU a tiny model takes the place of presets; leave it out")
+    return [PRESETS[name] for name in presets or usual] if device.type == "cuda" else [TINY]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, write_plainly
 from copedit_bench.models.sampler import no_tf32
-from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, SideBySide, perturb
-from copedit_rt.config import PRESETS, ModelConfig
+from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, SideBySide, chosen, perturb
+from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
@@ -53,7 +53,7 @@ class _Denoising(DenoiserTask):
 
 
 def run(
-    presets: Sequence[str] = ("brain-brats", "cardiac"),
+    presets: Sequence[str] | None = None,
     stages: Sequence[Stage] = STAGES,
     batch: int | None = None,
     device: str = "auto",
@@ -65,15 +65,14 @@ def run(
     what is right is the plain model in float32. batch: subjects a step, None for BATCHES. On a CPU a tiny model takes
     the place of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
-    Raises CopeditError for presets and devices that do not exist.
+    Raises CopeditError as `side_by_side.chosen` does, for presets with a prior and devices that do not exist.
     """
     where = choose_device(device)
-    if unknown := [name for name in presets if name not in PRESETS]:
-        raise CopeditError(f"preset {unknown[0]!r} is unknown; choose among {', '.join(sorted(PRESETS))}")
-    if own := [name for name in presets if PRESETS[name].denoiser.prior]:
+    models = chosen(presets, ("brain-brats", "cardiac"), where)
+    if own := [config.name for config in models if config.denoiser.prior]:
         raise CopeditError(f"preset {own[0]!r} starts from a prior, which plain PyTorch does not; leave it out")
     bench = SideBySide("Training step", where, {torch.bfloat16}, "with weights, gradients and optimizer")
-    for config in [PRESETS[name] for name in presets] if where.type == "cuda" else [TINY]:
+    for config in models:
         for stage in stages:
             size = batch or BATCHES.get((config.name, stage), CHECKED)
             settings = _settings(stage, config, size, str(where))

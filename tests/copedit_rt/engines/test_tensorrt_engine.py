@@ -211,6 +211,25 @@ def test_a_study_comes_out_as_on_torch(which, request, tmp_path, tensorrt):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_batch_is_its_studies(fresh, tensorrt, batch):
     check_batch(TensorRTEngine(fresh, batch=batch), BRAIN)
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime", "tensorrt"])
+def test_latents_that_are_not_finite_never_become_an_image(ready, tensorrt, monkeypatch, engine):
+    """The tokenizer quantises, as the paper's do: NaN would decode to some code, and look plausible."""
+    model = Synthesizer.load(ready, "auto" if engine == "tensorrt" else "cpu", engine=engine)
+    nothing = np.full((1, 1, BRAIN.tokenizer.latent_channels, *BRAIN.latent), np.nan, np.float32)
+    assert np.isfinite(model.engine.decode(nothing)).all(), "otherwise the check after decoding would do"
+    for part, what in (("encode", "encoder"), ("sample", "denoiser")):
+        for value in (np.nan, np.inf):
+
+            def spoilt(*given, part=part, value=value, real=getattr(model.engine, part)):
+                made = real(*given)
+                (made if part == "sample" else made.latents)[0, -1, 0, 0, 0, 0] = value
+                return made
+
+            with monkeypatch.context() as patched, pytest.raises(CopeditError) as refused:
+                patched.setattr(model.engine, part, spoilt)
+                model.synthesize(study(BRAIN, "t1", "t2"))
+            told = f"s1: the {what} of tiny-brain returned NaN or infinity ({engine}, float32), so nothing is written"
+            assert told in str(refused.value)
 
 
 def test_the_second_start_builds_nothing_and_loads_no_weights(ready, tensorrt, monkeypatch):

@@ -502,6 +502,11 @@ def test_the_element_embedding_is_added_once() -> None:
     assert same(four(*inputs), two(*inputs))
     four.element.zero_()
     assert differs(four(*inputs), two(*inputs))
+    two.element.copy_(two.element[0].clone().expand_as(two.element))  # the same of all: a bias
+    once = two(*inputs)
+    two.embed.bias.data += two.element[0]
+    two.element.zero_()
+    assert same(two(*inputs), once), "added, not subtracted"
 
 
 def test_only_attention_within_an_element_knows_positions() -> None:

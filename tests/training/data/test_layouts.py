@@ -360,6 +360,46 @@ def test_images_are_the_runtimes_and_frames_of_a_patient_stay_together(tmp_path)
         np.testing.assert_array_equal(images[row], expected.astype(np.float16))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("images.json", b'{"about": {"fol', "images.json: does not list images"),
+        ("images.json", b"", "images.json: does not list images"),
+        ("images.json", b"[1, 2]", "images.json: does not list images"),
+        ("images.json", b"[" * 100_000, "images.json: does not list images"),
+        ("images.json", b'{"studies": [{}], "about": 1}', "images.json: does not list images"),
+        ("images.npy", b"half", "images.npy: not what a run keeps there"),
+        ("images.npy", None, "images.npy: not the images that images.json lists"),
+        ("split.json", b'{"train": [', "split.json is not a split"),
+        ("split.json", b'[{"train": 1}]', "split.json is not a split"),
+    ],
+)
+def test_what_a_run_keeps_halved_or_foreign(tmp_path, name, content, words):
+    frames = [(i, f) for i in range(1, 5) for f in (1, 9)]
+    root = fill(tmp_path / "in", [f"patient{i:03d}/patient{i:03d}_frame{f:02d}.nii.gz" for i, f in frames])
+    prepared.folder_images(HEART, layouts.find(root, HEART), tmp_path / "run", say=lambda text: None)
+    if content is None:
+        np.save(tmp_path / "run" / name, np.zeros((2, 3), np.float16))
+    else:
+        (tmp_path / "run" / name).write_bytes(content)
+    if name == "split.json":  # read again where images have to be prepared again
+        (tmp_path / "run" / "images.json").unlink()
+    with pytest.raises(CopeditError, match=words):
+        prepared.folder_images(HEART, layouts.find(root, HEART), tmp_path / "run", say=lambda text: None)
+    if name == "images.json":
+        for read in (prepared.study_names, prepared.heart_centres):
+            with pytest.raises(CopeditError, match=words):
+                read(tmp_path / "run")
+
+
+def test_a_quick_run_prepares_few_studies(tmp_path):
+    frames = [(i, f) for i in range(1, 9) for f in (1, 9)]
+    root = fill(tmp_path / "in", [f"patient{i:03d}/patient{i:03d}_frame{f:02d}.nii.gz" for i, f in frames])
+    found = layouts.find(root, HEART)
+    assert len(prepared.folder_images(HEART, found, tmp_path / "run", say=lambda text: None, most=3)) == 3
+    assert len(prepared.folder_images(HEART, found, tmp_path / "run", say=lambda text: None)) > 3
+
+
 def test_files_on_different_grids_are_resampled_as_the_runtime_does(tmp_path):
     for number in (2, 12):
         for m, spacing in (("T1", (1, 1, 2)), ("T2", (1, 1.2, 2)), ("PD", (1, 1.2, 2))):

@@ -1,6 +1,10 @@
 """Frechet distances against published implementations, and what the networks are shown."""
 
+import ast
 import json
+import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,17 +160,74 @@ def test_a_heart_shows_its_missing_slices(files):
     assert row["slices"] == 3 and "fvd" not in row and networks.distances(pair) == {}
 
 
-def test_an_exported_network_is_the_scripted_one(files, tmp_path):
-    n, h, w = (torch.export.Dim(name, min=2) for name in "nhw")
-    example = torch.rand(4, 3, 6, 5)
-    program = torch.export.export(Moments(), (example,), dynamic_shapes={"x": {0: n, 2: h, 3: w}})
-    torch.export.save(program, tmp_path / "fid.pt2")
-    found = []
-    for path in (files["fid"], tmp_path / "fid.pt2"):
-        networks = Networks(path)
-        networks.add("1", brain_pair(0), first=True)
-        found.append(networks.summary()["1"]["model"]["planes"])
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+class Dangerous:
+    """What a pickle can do to whoever reads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "executed")
+
+
+def zipped_pickle(path, bomb):
+    """A file of `torch.export.save` whose weights are a pickle, which its reader unpickles."""
+    example = (torch.rand(4, 3, 6, 5),)
+    torch.export.save(torch.export.export(Moments(), example), path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, pickle.dumps(bomb) if name.endswith((".pt", ".pkl", "weights")) else content)
+
+
+def plain_pickle(path, bomb):
+    path.write_bytes(pickle.dumps(bomb))
+
+
+@pytest.mark.parametrize("name", ["fid.pt2", "fid.pt"])
+@pytest.mark.parametrize("write", [zipped_pickle, lambda p, x: torch.save(x, p), plain_pickle])
+def test_no_file_of_a_network_is_unpickled(tmp_path, name, write):
+    write(tmp_path / name, Dangerous(tmp_path / "victim"))
+    with pytest.raises(CopeditError, match=r"--fid-network .*fid.*: not a TorchScript file"):
+        Networks(tmp_path / name)
+    assert not (tmp_path / "victim").exists()
+
+
+class Writes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, "written-by-a-network")
+        return x
+
+
+class Reads(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.from_file("written-by-a-network", True, 1)
+
+
+@pytest.mark.parametrize(("module", "word"), [(Writes, "save"), (Reads, "from_file")])
+def test_a_network_that_works_with_files_is_refused(tmp_path, module, word):
+    path = saved(tmp_path / "fid.pt", module())
+    with pytest.raises(CopeditError, match=f"its code calls {word}, which works with files"):
+        Networks(path)
+
+
+def test_no_code_of_ours_can_unpickle():
+    """Nothing here calls what reads pickles."""
+    root = Path(__file__).parents[3]
+    packages = ["copedit_rt", *(f"{folder}/copedit_{folder}" for folder in ("kernels", "training", "bench"))]
+    sources = [path for package in packages for path in (root / package).rglob("*.py")]
+    assert len(sources) > 100
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called == "np.load":
+                    assert "allow_pickle=False" in ast.unparse(node), path
+                assert called not in ("torch.load", "torch.export.load", "eval", "exec"), path
 
 
 def test_what_is_no_network(files, tmp_path):

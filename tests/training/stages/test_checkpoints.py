@@ -1,5 +1,6 @@
 """The run folder: whose it is, and what survives in it."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import pytest
 import torch
 
+from copedit_rt import files
 from copedit_rt.errors import CopeditError
 from copedit_training.data.prepared import phantom_images
 from copedit_training.stages.checkpoints import claim, cut_log, restore, store
@@ -72,11 +74,14 @@ def test_a_log_is_cut_to_the_checkpoint(tmp_path):
 def test_what_dead_processes_left_is_swept_and_of_the_living_kept(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    names = [".images.npy.{}.tmp.npy", ".images.json.{}.part"]
+    names = [".images.npy.{}.tmp.npy", ".images.npy.0123456789abcdef.{}.tmp.npy", ".images.json.{}.part"]
     for pid in (gone.pid, os.getpid()):
         for name in names:
             (tmp_path / name.format(pid)).write_bytes(b"x")
     (tmp_path / "checkpoint-00000004.tmp").mkdir()
+    for mark in ("1234567890123456", "abcdef0123456789"):  # of writers that are gone; the first looks like a number
+        (tmp_path / f".checkpoint-00000006.{mark}.part").mkdir()
+        (tmp_path / f".log.jsonl.{mark}.part").touch()
     claim(tmp_path, DESCRIBED, resume=False)
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"run.json", *(name.format(os.getpid()) for name in names)}
@@ -85,6 +90,31 @@ def test_what_dead_processes_left_is_swept_and_of_the_living_kept(tmp_path):
 def stored(folder, *steps):
     for step in steps:
         store(folder, step, {"task": {"a": torch.full((2,), float(step))}, "optimizer": {}}, keep=9)
+
+
+def test_a_link_where_a_checkpoint_is_written_is_not_followed(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "checkpoint-00000002.tmp").symlink_to(tmp_path / "victim")
+    stored(tmp_path, 2)
+    assert restore(tmp_path)[0] == 2 and not list((tmp_path / "victim").iterdir())
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Whatever a writer does last."""
+    stored(tmp_path, 2)
+    real = files.os.replace
+    for at in range(1, 5):  # three files and the folder
+        calls = itertools.count(1)
+
+        def dies(*given, at=at, calls=calls):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            real(*given)
+
+        monkeypatch.setattr(files.os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stored(tmp_path, 4)
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000002"] and restore(tmp_path)[0] == 2
 
 
 @pytest.mark.parametrize("name", ["task.safetensors", "optimizer.safetensors", "checksums.json"])
@@ -124,7 +154,11 @@ def test_no_intact_checkpoint_says_to_start_again(tmp_path):
         restore(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["x", "0.0", "5.0.exp_avg", "0.9999.exp_avg", "0.0.colour", "-1.0.step", "0.0.step"])
+KEYS = ["x", "0.0", "scaler.scale", "1.0.exp_avg", "5.0.exp_avg", "0.9999.exp_avg", "0.0.colour", "-1.0.step"]
+KEYS += ["0.0.step"]
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_foreign_optimizer_tensors_are_named(key):
     optimization = Optimization(TokenizerTask(TINY, settings("tokenizer"), smooth(TINY, 2)))
     with pytest.raises(CopeditError, match=f"^o: {key} is of no optimizer of this run; resume with another checkpoint"):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
@@ -303,8 +305,8 @@ def test_a_start_that_cannot_work_is_refused(tmp_path):
 
 
 def slow_images(config, seed):
-    """In place of a phantom: a file that names the worker, and a while. The configuration's name is the folder."""
-    (Path(config.name) / f"worker-{os.getpid()}").touch()
+    """In place of a phantom: a file that names the worker, and a while."""
+    (Path(os.environ["WORKERS"]) / f"worker-{os.getpid()}").touch()
     time.sleep(1)
     return np.zeros((2, 1, 16, 16, 8))
 
@@ -313,8 +315,8 @@ def slow_images(config, seed):
 def test_what_prepares_images_ends_with_the_run_and_leaves_nothing(tmp_path, number, monkeypatch):
     monkeypatch.setattr(trainer, "phantom_images", prepared.phantom_images)
     monkeypatch.setattr(prepared, "model_images", slow_images)
-    config = dataclasses.replace(TINY, name=str(tmp_path))
-    process = forked("tokenizer", tmp_path / "a", "subjects=50", "steps=1", config=config)
+    monkeypatch.setenv("WORKERS", str(tmp_path))
+    process = forked("tokenizer", tmp_path / "a", "subjects=50", "steps=1")
     until(lambda: list(tmp_path.glob("worker-*")) and list((tmp_path / "a").glob(".phantom*")), process)
     os.kill(process.pid, number)
     process.join(30)
@@ -325,7 +327,7 @@ def test_what_prepares_images_ends_with_the_run_and_leaves_nothing(tmp_path, num
         time.sleep(0.05)
     assert not any(map(checkpoints.alive, workers))
     monkeypatch.setattr(trainer, "phantom_images", smooth)
-    train("tokenizer", tmp_path / "a", "subjects=50", "steps=1", config=config, resume=True)
+    train("tokenizer", tmp_path / "a", "subjects=50", "steps=1", resume=True)
     assert not list((tmp_path / "a").glob(".*"))
 
 
@@ -365,6 +367,35 @@ def test_without_a_terminal_lines_say_how_far_it_is(tmp_path, capfd, monkeypatch
     monkeypatch.setattr(progress, "PAUSE", 0.0)
     train("tokenizer", tmp_path / "b", "steps=3")
     assert capfd.readouterr().err.count("tokenizer: step ") == 3
+
+
+def test_a_log_is_json_whatever_the_numbers_are(tmp_path):
+    with trainer._Log(tmp_path, 0, 1, Console(quiet=True)) as log:
+        log.write(0, {"loss": float("nan"), "gradient": float("inf"), "l1": 0.5}, None)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 0, "loss": None, "gradient": None, "l1": 0.5}
+
+
+@pytest.mark.parametrize("damage", ["halved", "foreign", "another shape"])
+def test_what_a_denoiser_keeps_beside_its_run_is_made_again(tmp_path, damage):
+    """Latents and prompts are computed again where they are not this tokenizer's of these images."""
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    run = ("steps=1", f"tokenizer={vae}")
+    train("denoiser", tmp_path / "a", *run)
+    for name in ("run.json", "log.jsonl"):
+        (tmp_path / "a" / name).unlink()
+    shutil.rmtree(tmp_path / "a" / "checkpoint-00000001")
+    path, before = tmp_path / "a" / "prompts.safetensors", (tmp_path / "a" / "prompts.safetensors").read_bytes()
+    if damage == "halved":
+        path.write_bytes(before[: len(before) // 2])
+    elif damage == "foreign":
+        checkpoint.write_tensors(path, {"x": torch.zeros(1)})
+    else:
+        np.save(tmp_path / "a" / "latents.npy", np.zeros((2, 3), np.float16))
+    model = train("denoiser", tmp_path / "a", *run)
+    assert path.read_bytes() == before
+    clean = train("denoiser", tmp_path / "b", *run)
+    assert (model / "denoiser.safetensors").read_bytes() == (clean / "denoiser.safetensors").read_bytes()
 
 
 def test_a_quick_run_of_both_stages_ends(tmp_path):

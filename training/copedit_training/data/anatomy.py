@@ -327,7 +327,7 @@ def save_map(head: HeadMap, path: Path) -> None:
 def load_map(path: Path) -> HeadMap:
     """Reads what `save_map` wrote."""
     plain = ("spots", "spacing", "brain_centre", "head_centre", "to_mni")
-    with np.load(path) as stored:
+    with np.load(path, allow_pickle=False) as stored:
         values: dict[str, Any] = {k: stored[k] if k in plain else torch.from_numpy(stored[k]) for k in stored.files}
     return HeadMap(**values)
 

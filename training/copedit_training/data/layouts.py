@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import read_json, write_atomically
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import NIFTI, without_frame
 from copedit_rt.images.nifti import read_volume, same_grid
@@ -168,7 +168,7 @@ def split(subjects: Iterable[str], path: Path | None = None, write: bool = True)
 
 def _read_split(path: Path) -> Sides:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = read_json(path)
         sides = {name: [str(s) for s in read[name]] for name in ("train", "test")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CopeditError(f"{path} is not a split (train and test, a list each); restore or delete it") from error

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import unwritable, write_atomically
+from copedit_rt.files import read_json, unwritable, write_atomically
 from copedit_rt.images.nifti import Volume
 from copedit_rt.images.prepare import prepare, to_unit_range
 from copedit_rt.images.study import Study
@@ -140,23 +141,27 @@ def folder_images(
     output: Path,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = print,
+    most: int | None = None,
 ) -> np.ndarray:
     """The training side of a data set through the runtime's preprocessing: float16 [studies, m, 1, H, W, D].
 
     Mapped from `images.npy` in the run's folder; `images.json` beside it says which study is where and what was
     skipped, `split.json` which subjects are held out. Once the first two are there they are used as they are, so a
-    resumed run sees the same images whatever became of the folder. A study that cannot be used is told to `say` once.
+    resumed run sees the same images whatever became of the folder. most: no more studies than that. A study that
+    cannot be used is told to `say` once.
     Raises CopeditError if more than three and more than one in twenty are damaged, and if nothing is left.
     """
     cache, index = output / "images.npy", output / "images.json"
     preparation = {"elements": config.elements, "image": config.image, **dataclasses.asdict(config.preprocessing)}
+    preparation |= {"most": most} if most else {}
     about = json.loads(json.dumps({"folder": str(data.folder.resolve()), "preparation": preparation}))
-    if index.exists() and cache.exists():
-        done = json.loads(index.read_text(encoding="utf-8"))
-        if done["about"] == about:
-            return mapped(cache)[: len(done["studies"])]
+    if index.exists() and cache.exists() and (done := _read_index(index))["about"] == about:
+        kept, rows = mapped(cache), done["studies"]
+        if len(kept) < len(rows) or kept.shape[1:] != (len(config.elements), 1, *config.image):
+            raise CopeditError(f"{cache}: not the images that {index.name} lists; delete both, and --resume")
+        return kept[: len(rows)]
     train = set(split(data.subjects, output / "split.json")["train"])
-    studies = [entry for entry in data.studies if entry.subject in train]
+    studies = [entry for entry in data.studies if entry.subject in train][:most]
     say(
         f"{data.folder}: {len(studies)} studies of {len(train)} subjects to train on; held out: "
         f"{len(data.subjects) - len(train)} subjects ({output / 'split.json'})"
@@ -164,7 +169,7 @@ def folder_images(
     for kind, count in Counter(item.kind for item in data.skipped).items():
         first = next(item.reason for item in data.skipped if item.kind == kind)
         say(f"{count} {kind} studies are left out, such as {first}")
-    rows: list[dict[str, Any]] = []
+    rows = []
     skipped: list[Skipped] = []
     damaged: list[Skipped] = []
     shape = (max(1, len(studies)), len(config.elements), 1, *config.image)
@@ -215,10 +220,20 @@ def held_out_images(
     return np.stack(found) if found else np.empty(0, np.float16)
 
 
+def _read_index(index: Path) -> dict[str, Any]:
+    """What `folder_images` noted; CopeditError for anything else."""
+    try:
+        read = read_json(index)
+        rows = [{"study": str(row["study"]), "centre": row.get("centre")} for row in read["studies"]]
+        return {"about": read["about"], "studies": rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CopeditError(f"{index}: does not list images ({error}); delete it, and --resume") from error
+
+
 def study_names(output: Path) -> list[str]:
     """The study of each row of a run's images, as `folder_images` noted them; none for phantoms."""
     index = output / "images.json"
-    return [row["study"] for row in json.loads(index.read_text(encoding="utf-8"))["studies"]] if index.exists() else []
+    return [row["study"] for row in _read_index(index)["studies"]] if index.exists() else []
 
 
 def heart_centres(output: Path) -> list[tuple[float, float] | None] | None:
@@ -226,7 +241,7 @@ def heart_centres(output: Path) -> list[tuple[float, float] | None] | None:
     index = output / "images.json"
     if not index.exists():
         return None
-    return [row.get("centre") for row in json.loads(index.read_text(encoding="utf-8"))["studies"]]
+    return [row["centre"] for row in _read_index(index)["studies"]]
 
 
 def mapped(cache: Path) -> np.ndarray:
@@ -241,7 +256,7 @@ def mapped(cache: Path) -> np.ndarray:
 def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A float16 map to be filled, complete under its name or not there at all."""
     size = 2 * int(np.prod(shape))
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp.npy")
+    temporary = cache.with_name(f".{cache.name}.{secrets.token_hex(8)}.{os.getpid()}.tmp.npy")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache.parent).free

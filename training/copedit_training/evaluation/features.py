@@ -1,7 +1,8 @@
 """How real images look to networks that the user brings: Frechet distances (FID, FVD) and LPIPS.
 
-The networks are files of `torch.jit.save` (TorchScript, as published FID and I3D weights are) or `torch.export.save`
-(.pt2). They run code, so only a file that is trusted may be given. What each is called with, all float32 in 0..1, grey
+The networks are files of `torch.jit.save` (TorchScript, as published FID and I3D weights are). Their code runs in
+torch's own interpreter, which knows no Python; what of it reads or writes files is refused. Files of
+`torch.export.save` are not taken, as reading one may unpickle it. What each is called with, all float32 in 0..1, grey
 repeated in three channels; any resizing and scaling is its own matter:
 
 - fid: slices [N, 3, H, W] -> features [N, F] (or [N, F, 1, 1]);
@@ -12,7 +13,9 @@ repeated in three channels; any resizing and scaling is its own matter:
 from __future__ import annotations
 
 import math
+import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,11 @@ import torch
 from torch import Tensor
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import is_file
 from copedit_training.evaluation.compare import Pair
 
 BATCH = 16  # slices at a time
+_FILES = re.compile(r"\b(save|from_file)\s*\(")  # operators of TorchScript that read or write files
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # of a volume in RAS order: the axis that its slices are taken along
 
 
@@ -68,18 +73,29 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float | None:
 
 
 def load_network(path: Path, option: str, device: torch.device) -> Callable[..., Tensor]:
-    """A TorchScript or torch.export file. Raises CopeditError for a file that is missing or neither."""
-    if not path.is_file():
-        raise CopeditError(f"{option} {path}: no such file; give a TorchScript or torch.export file, or leave it out")
+    """A TorchScript file. Raises CopeditError for a file that is missing, another, or works with files itself."""
+    if not is_file(path):
+        raise CopeditError(f"{option} {path}: no such file; give a TorchScript file (torch.jit.save), or leave it out")
     try:
-        if path.suffix == ".pt2":
-            return torch.export.load(path).module().to(device)
+        if words := _FILES.search(_code(path)):
+            raise CopeditError(f"{option} {path}: its code calls {words[1]}, which works with files; use another")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated in favour of torch.export, but what weights are published as
+            warnings.simplefilter("ignore")  # deprecated, but what weights are published as
             return torch.jit.load(str(path), map_location=device).eval()
+    except CopeditError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CopeditError(f"{option} {path}: not a TorchScript or torch.export file ({reason})") from error
+        raise CopeditError(f"{option} {path}: not a TorchScript file ({reason}); write one with torch.jit") from error
+
+
+def _code(path: Path) -> str:
+    """The text of all code in a TorchScript file."""
+    with zipfile.ZipFile(path) as archive:
+        texts = [archive.read(name) for name in archive.namelist() if "/code/" in name and name.endswith(".py")]
+    if not texts:
+        raise ValueError("it holds no code of TorchScript's")
+    return "\n".join(text.decode("utf-8", "replace") for text in texts)
 
 
 def grey(x: np.ndarray) -> Tensor:

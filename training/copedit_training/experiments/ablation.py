@@ -37,10 +37,11 @@ from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_ima
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import measure
 from copedit_training.evaluation.report import table, write
+from copedit_training.experiments.analysis import check_prior
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.settings import DenoiserSettings, load_settings
-from copedit_training.stages.trainer import fit
+from copedit_training.stages.trainer import check_subjects, fit
 
 Ablation = Literal["prompts", "injection", "backbone"]
 
@@ -60,6 +61,7 @@ REDUCED = (
 )
 NETWORK = {"width": 96, "heads": 3, "blocks": 4}
 NUMBERS = {"width": 1, "heads": 1, "blocks": 1, "patch": 3}  # what of the network can be set, and in how many numbers
+IDLE = ("image_weight", "validate_every", "validate_subjects")  # settings that have no effect here
 REDUCED_RUNS, FULL_RUNS = 2, 3  # seeds per variant
 TEST_SUBJECTS = 16
 
@@ -128,6 +130,10 @@ class Experiment:
     ) -> None:
         """config replaces the preset's model. Raises CopeditError for settings that do not exist, a tokenizer of
         another model and a folder that holds other settings."""
+        for item in overrides:
+            if item.partition("=")[0] in IDLE:
+                raise CopeditError(f"--set {item}: an ablation trains the denoiser alone and measures it at the end")
+        check_subjects(data, overrides)
         own = [x for x in overrides if x.partition("=")[0] in NUMBERS]
         rest = [x for x in overrides if x not in own]
         network: dict[str, Any] = {} if full else dict(NETWORK)
@@ -139,6 +145,7 @@ class Experiment:
             numbers = tuple(map(int, parts))
             network[key] = numbers if wanted > 1 else numbers[0]
         base = config or ModelConfig.preset(preset)
+        check_prior(base)
         self.config = replace(base, denoiser=replace(base.denoiser, **network))
         # The decoder stays the same for all: what differs is the denoiser.
         self.settings = load_settings("denoiser", preset, (*(() if full else REDUCED), *rest, "image_weight=0"))

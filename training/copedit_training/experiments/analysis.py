@@ -87,6 +87,7 @@ class Probe:
         where = checkpoint.locate(model)
         self.device = choose_device(device)
         self.config, self.vae, _ = checkpoint.load_tokenizer(where)
+        check_prior(self.config)
         self.net = checkpoint.load_denoiser(where)[1].to(self.device)
         self.vae.to(self.device)
         self.joint = self.config.task.joint
@@ -158,9 +159,15 @@ def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts:
     """
     sampler = model.config.diffusion
     start = model.start(latents, observed, key)
-    (z,) = model.engine.sample(start[None], prompts[None], observed[None], sampler.steps, sampler.solver)
+    (z,) = model.sample(start[None], prompts[None], observed[None], sampler.steps, sampler.solver)
     made = model.decode(z, observed)
     return made[~observed, 0].clip(0, 1)
+
+
+def check_prior(config: ModelConfig) -> None:
+    """Raises CopeditError for a model with a prior: experiments look at what a network makes of noise and prompts."""
+    if config.denoiser.prior:
+        raise CopeditError(f"{config.name} starts from a prior, which no experiment takes; choose another model")
 
 
 def _name(element: str) -> str:

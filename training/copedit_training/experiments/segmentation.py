@@ -34,7 +34,7 @@ from copedit_training.data import layouts, phantom
 from copedit_training.data.prepared import HELD_OUT, model_images, phantom_subject
 from copedit_training.evaluation.report import table, write
 from copedit_training.experiments.ablation import paired
-from copedit_training.experiments.analysis import fill
+from copedit_training.experiments.analysis import check_prior, fill
 
 Progress = Callable[[int, int], None]
 REGIONS = tuple(phantom.TUMOUR)
@@ -139,6 +139,7 @@ def load_cases(
     are kept in the folder."""
     synthesizer = Synthesizer.load(model, device)
     config, weights = synthesizer.config, synthesizer.weights
+    check_prior(config)
     if config.task.joint:
         raise CopeditError(f"model {config.name}: segmentation is of brain tumours; choose a brain model")
     origin = data if data == "phantom" else str(Path(data).resolve())
@@ -175,7 +176,7 @@ def load_cases(
             a, b, c = (np.stack(x) for x in zip(*rows, strict=True))
             np.savez(content, images=a.astype(np.float16), synthesised=b.astype(np.float16), regions=c)
             write_atomically(path, content.getvalue())
-        with np.load(path) as stored:
+        with np.load(path, allow_pickle=False) as stored:
             cases[side] = Cases(*(stored[name] for name in ("images", "synthesised", "regions")))
     return config, digest, cases
 
@@ -184,7 +185,7 @@ def synthesise(model: Synthesizer, images: np.ndarray, key: str) -> np.ndarray:
     """Every modality of images [m, H, W, D] as the model makes it from all others."""
     made = []
     for row in ~np.eye(len(images), dtype=bool):
-        encoded = model.engine.encode(images[None, row, None])
+        encoded = model.encode(images[row, None])
         made.append(fill(model, encoded.latents[0], row, encoded.prompts[0], key))
     return np.concatenate(made)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from copedit_rt import checkpoint
+from copedit_rt import checkpoint, files
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import new_folder, read_json, write_atomically
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 
 SUMS = "checksums.json"  # of the files beside it
@@ -31,7 +31,7 @@ def check_claim(output: Path, described: Mapping[str, Any], resume: bool) -> Non
     if not resume:
         raise CopeditError(f"{output}: holds a run already; add --resume to go on with it, or choose another folder")
     try:
-        found = _complete(json.loads(path.read_text(encoding="utf-8")))
+        found = _complete(read_json(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, CopeditError) as error:
         raise CopeditError(
             f"{path}: does not describe a run ({error}); choose another output folder, or delete this one"
@@ -54,8 +54,9 @@ def sweep(output: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     for stale in (*output.glob(".*.tmp.npy"), *output.glob(".*.part")):
         pid = stale.name.removesuffix(".npy").split(".")[-2]
-        if pid.isdecimal() and not alive(int(pid)):
+        if re.fullmatch("[0-9]{1,10}", pid) and not alive(int(pid)):  # longer: the files' own mark, not a number
             stale.unlink(missing_ok=True)
+    files.sweep(output)
 
 
 def alive(pid: int) -> bool:
@@ -114,16 +115,13 @@ def checkpoints(output: Path) -> list[Path]:
 def store(output: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
     """A folder with a safetensors file of each part, complete or absent: written under another name, then renamed."""
     folder = output / f"checkpoint-{step:08d}"
-    temporary = output / f"{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    sums = {}
-    for name, tensors in parts.items():
-        path = temporary / f"{name}.safetensors"
-        checkpoint.write_tensors(path, tensors)
-        sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    write_atomically(temporary / SUMS, json.dumps(sums).encode())
     shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder) as part:
+        sums = {}
+        for name, tensors in parts.items():
+            checkpoint.write_tensors(part / f"{name}.safetensors", tensors)
+            sums[f"{name}.safetensors"] = checkpoint.digest(part / f"{name}.safetensors")
+        write_atomically(part / SUMS, json.dumps(sums).encode())
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
 
@@ -168,7 +166,7 @@ def _sums(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise CopeditError(f"{path}: damaged") from error
 

@@ -77,6 +77,8 @@ def check(config: ModelConfig, settings: DenoiserSettings) -> None:
         raise CopeditError("augment: in stage II it goes neither with crop nor with image_weight; set them to 0")
     if settings.image_weight and 0 < crop <= 2 * CROP_RIM:
         raise CopeditError(f"crop = {crop}: image_weight needs more than {2 * CROP_RIM} voxels")
+    if settings.relative and not net.prior:
+        raise CopeditError(f"relative: there is no prior in {config.name} to measure by; leave it false")
     if settings.whiten and net.backbone == "unet":
         raise CopeditError(f"whiten is for transformers; leave it at 0 for {config.name}")
     if crop:
@@ -84,6 +86,16 @@ def check(config: ModelConfig, settings: DenoiserSettings) -> None:
         check_crop(crop, (h * p, w * q, 1), config.image)
         if net.backbone == "unet" and (crop // h % 4 or crop // w % 4):
             raise CopeditError(f"crop = {crop}: a UNet halves latents twice; divide by {4 * h} and {4 * w}")
+
+
+def _kept(path: Path, key: Tensor, rows: int) -> Tensor | None:
+    """The prompts [rows, m, 3, P] that an earlier run left there with the same tokenizer; None for anything else."""
+    try:
+        found = checkpoint.read_tensors(path)[0]
+    except CopeditError:
+        return None
+    own = "prompts" in found and torch.equal(found.get("tokenizer", key[:0]), key)
+    return found["prompts"] if own and len(found["prompts"]) == rows else None
 
 
 class DenoiserTask(Task[DenoiserSettings, Noised]):
@@ -149,13 +161,13 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         """The prompts [subjects, m, 3, P] of each element alone, read from beside `cache` where an earlier run left
         them; a mirrored brain is given those of the brain itself."""
         key, beside = self._key(), cache and cache.with_name("prompts.safetensors")
-        found = checkpoint.read_tensors(beside)[0] if beside and beside.exists() else {}
-        if not found or not torch.equal(found["tokenizer"], key) or len(found["prompts"]) != len(images):
+        kept = _kept(beside, key, len(images)) if beside else None
+        if kept is None:
             each = (self._encoded(torch.from_numpy(x[None]).to(self.device).float())[1].cpu() for x in images)
-            found = {"prompts": torch.cat(list(each)), "tokenizer": key}
+            kept = torch.cat(list(each))
             if beside:
-                checkpoint.write_tensors(beside, found)
-        return found["prompts"]
+                checkpoint.write_tensors(beside, {"prompts": kept, "tokenizer": key})
+        return kept
 
     def _key(self) -> Tensor:
         """The tokenizer's hash, [32] uint8."""
@@ -172,18 +184,19 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             pairs = list(self._views(images))
             return torch.cat([z.half().cpu() for z, _ in pairs]), torch.cat([prompts.cpu() for _, prompts in pairs])
         key, beside = self._key(), cache.with_name("prompts.safetensors")  # written last: with it all is there
-        found = checkpoint.read_tensors(beside)[0] if cache.exists() and beside.exists() else {}
-        if not found or not torch.equal(found["tokenizer"], key):
+        rows, m = self.views * len(images), len(self.config.elements)
+        shape = (rows, m, self.config.tokenizer.latent_channels, *self.config.latent)
+        kept = _kept(beside, key, rows) if cache.exists() else None
+        if kept is None or mapped(cache).shape != shape:
             beside.unlink(missing_ok=True)
             each = []
-            rows, m = self.views * len(images), len(self.config.elements)
-            with new_cache(cache, (rows, m, self.config.tokenizer.latent_channels, *self.config.latent)) as kept:
+            with new_cache(cache, shape) as latents:
                 for i, (z, prompts) in enumerate(self._views(images)):
-                    kept[i] = z[0].half().cpu().numpy()
+                    latents[i] = z[0].half().cpu().numpy()
                     each.append(prompts.cpu())
-            found = {"prompts": torch.cat(each), "tokenizer": key}
-            checkpoint.write_tensors(beside, found)
-        return torch.from_numpy(mapped(cache)), found["prompts"]
+            kept = torch.cat(each)
+            checkpoint.write_tensors(beside, {"prompts": kept, "tokenizer": key})
+        return torch.from_numpy(mapped(cache)), kept
 
     def _views(self, images: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for subject in images:

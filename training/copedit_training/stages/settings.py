@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -42,6 +42,14 @@ _QUICK: dict[Stage, dict[str, Any]] = {
     "denoiser": {"whole_steps": 1, "ema": 0.5, "compile": False},
 }
 _QUICK_BOTH = {"steps": 4, "warmup": 1, "batch_size": 2, "subjects": 4, "checkpoint_every": 2, "validate_every": 0}
+# What has no effect while another setting has a value.
+_IDLE: dict[str, tuple[str, Any]] = {
+    "prompt_lr": ("prompt_steps", 0),
+    "prompt_batch": ("prompt_steps", 0),
+    "validate_subjects": ("validate_every", 0),
+    "whole_steps": ("crop", 0),
+    "muon_lr": ("optimizer", "adam"),
+}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16", "float16"),
     "position_loss": ("bce", "cross-entropy"),
@@ -199,14 +207,24 @@ def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = (), quic
 
     Raises CopeditError for an unknown preset, key or value, and for a key of the other stage.
     """
-    path = _PRESETS / f"{preset}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.toml")))
-        raise CopeditError(f"preset {preset!r} has no training settings; choose one of {known}")
-    values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))[stage]
+    paths = {path.stem: path for path in sorted(_PRESETS.glob("*.toml"))}
+    if preset not in paths:
+        raise CopeditError(f"preset {preset!r} has no training settings; choose one of {', '.join(paths)}")
+    values: dict[str, Any] = tomllib.loads(paths[preset].read_text(encoding="utf-8"))[stage]
     if quick:
         values |= {key: min(values.get(key, most), most) for key, most in {**_QUICK_BOTH, **_QUICK[stage]}.items()}
-    return _KINDS[stage](**values | dict(_parsed(stage, item) for item in overrides))
+    own = dict(_parsed(stage, item) for item in overrides)
+    settings = _KINDS[stage](**values | own)
+    _check_idle(settings, own)
+    return settings
+
+
+def _check_idle(settings: Settings, own: Mapping[str, Any]) -> None:
+    """Raises CopeditError for an override that would change nothing, as another setting is what it is."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for key, (other, without) in _IDLE.items():
+        if key in own and own[key] != defaults[key] and getattr(settings, other) == without:
+            raise CopeditError(f"--set {key}={own[key]}: has no effect with {other} = {without}; set both, or neither")
 
 
 def _parsed(stage: Stage, item: str) -> tuple[str, Any]:

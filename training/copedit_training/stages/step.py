@@ -99,7 +99,7 @@ class Optimization:
         for key, value in tensors.items():
             k, _, rest = key.partition(".")
             index, _, name = rest.partition(".")
-            if k == "scaler":
+            if k == "scaler" and value.numel() == 1:
                 scale[rest] = value.item()
             elif not _belongs(k, index, name, value, shapes):
                 raise CopeditError(f"{where}: {key} is of no optimizer of this run; resume with another checkpoint")

@@ -31,6 +31,7 @@ from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.images.find import find_studies
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.terminal import finite
 from copedit_rt.trained import TrainedOn
 from copedit_training.data import layouts
 from copedit_training.data.prepared import (
@@ -75,8 +76,9 @@ def run(
     """
     settings = load_settings(stage, preset, overrides, quick)
     config = config or ModelConfig.preset(preset)
+    check_subjects(data, overrides)
     with distributed.processes(settings.device):
-        return _run(preset, output, data, settings, resume, config)
+        return _run(preset, output, data, settings, resume, config, settings.subjects if quick else None)
 
 
 def fit_prior_alone(
@@ -112,8 +114,11 @@ def expected(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bo
     return memory.render(memory.estimate(config, settings), settings)
 
 
-def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig) -> Path:
-    """Check everything, then claim the folder, then prepare images and train."""
+def _run(
+    preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig, most: int | None
+) -> Path:
+    """Check everything, then claim the folder, then prepare images (most: of a data set's studies at most so many) and
+    train."""
     found = _source(data, config)
     described: dict[str, Any] = {
         "stage": settings.stage,
@@ -123,12 +128,12 @@ def _run(preset: str, output: Path, data: str, settings: Settings, resume: bool,
     if found:
         described["data"] = f"labels:{found.folder}" if isinstance(found, Labels) else str(Path(data).resolve())
     console = Console(stderr=True, quiet=distributed.rank() > 0)
-    console.print_json(data=described["settings"])
     make = _checked(preset, settings, config, output)
+    console.print_json(data=described["settings"])
     with distributed.first():
         if not distributed.rank():
             claim(output, described, resume)
-        images = _images(config, settings, found, output, console)
+        images = _images(config, settings, found, output, console, most)
     with distributed.first():
         task = make(images)
     held_out = None
@@ -155,13 +160,20 @@ def trained_on(found: Source, settings: Settings, config: ModelConfig, images: n
     elif found is not None:
         words = f"{len(images)} studies of a data set"
     if isinstance(settings, TokenizerSettings) and settings.patients:
-        count = len(find_studies(settings.patients, task="brain"))
+        count = len(find_studies(settings.patients, task=config.task))
         words += f" and {count} patients"
     if isinstance(settings, DenoiserSettings):
         first = TrainedOn.load(checkpoint.locate(settings.tokenizer))
         if first and first.words != words:
             words = first.words if first.words.startswith(words) else f"{words}, its tokenizer on {first.words}"
     return TrainedOn.of(words, config.elements, (x.astype(np.float32) for x in images[:KNOWN]))
+
+
+def check_subjects(data: str, overrides: Sequence[str]) -> None:
+    """Raises CopeditError where a number of simulated subjects is set beside a data set."""
+    given = [item for item in overrides if item.partition("=")[0] == "subjects"]
+    if given and data != "phantom" and not data.startswith("labels:"):
+        raise CopeditError(f"--set {given[0]}: is of simulated subjects, not of --data {data}; leave it out")
 
 
 def _source(data: str, config: ModelConfig) -> Source:
@@ -200,9 +212,9 @@ def _checked(
 
 
 def _images(
-    config: ModelConfig, settings: Settings, found: Source, output: Path, console: Console
+    config: ModelConfig, settings: Settings, found: Source, output: Path, console: Console, most: int | None = None
 ) -> np.ndarray:
-    """The training images, prepared or from an earlier start."""
+    """The training images, prepared or from an earlier start; of a data set at most so many."""
     with _ended_by_sigterm(), shown(console, "preparing images", "subject") as advance:
 
         def progress(done: int, total: int) -> None:
@@ -213,7 +225,7 @@ def _images(
         if found is None:
             return phantom_images(config, settings.subjects, output / "phantom.npy", progress)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        return folder_images(config, found, output, progress, say)
+        return folder_images(config, found, output, progress, say, most)
 
 
 def fit(
@@ -315,7 +327,8 @@ class _Log:
             self.board.close()
 
     def write(self, step: int, terms: Terms, picture: np.ndarray | None) -> None:
-        self.file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()}) + "\n")
+        rounded = {name: float(f"{value:.6g}") for name, value in terms.items()}
+        self.file.write(json.dumps(finite({"step": step} | rounded), allow_nan=False) + "\n")
         if not self.board:
             return
         if picture is not None:

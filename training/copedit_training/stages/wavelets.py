@@ -7,7 +7,7 @@ What was trained goes on from there.
 from __future__ import annotations
 
 import itertools
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def start_as_wavelets(tokenizer: CoPeVAE) -> None:
     for weight in (tokenizer.encoder.out.weight, last.weight):
         weight.zero_()
     signed = (sign[None, :, None, None, None] * waves[:, None]).flatten(0, 1)  # [2 latent, *strides]
-    first.weight[(slice(2 * latent), 0, *taps)] = signed
-    last.weight[(slice(2 * latent), 0, *taps)] = signed
+    where: tuple[Any, ...] = (slice(2 * latent), 0, *taps)
+    first.weight[where] = last.weight[where] = signed
     tokenizer.decoder.inp.weight[: 2 * latent, :, 1, 1, 1] = both
     tokenizer.encoder.out.weight[:, : 2 * latent, 1, 1, 1] = both.T

@@ -1,0 +1,81 @@
+"""What has changed since an output was made: its sidecar against what would be asked for now."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from copedit_rt.config import ModelConfig
+
+
+def request(config: ModelConfig, sampler: Mapping[str, Any], reading: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run asks of a model, as a sidecar has it: "sampler", "output" and "reading".
+
+    sampler: options of `Synthesizer.synthesize`, None for the model's own; reading: those of `Study.read`.
+    """
+    own = {"steps": config.diffusion.steps, "solver": config.diffusion.solver, "detail": config.preprocessing.detail}
+    asked = {name: own.get(name) if value is None else value for name, value in sampler.items()}
+    drawn = {name: asked[name] for name in ("steps", "seed", "samples")}
+    return {
+        "sampler": {"method": asked["solver"], **drawn},
+        "output": {"detail": asked["detail"]},
+        "reading": {
+            "missing_slices": sorted(set(reading["missing_slices"] or ())),
+            "resample": bool(reading["resample"]),
+        },
+    }
+
+
+def changes(
+    sidecar: Mapping[str, Any],
+    model: str,
+    weights: Mapping[str, str],
+    asked: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Path],
+) -> list[str]:
+    """What differs from the run that wrote a sidecar, each in a few words. Of what the sidecar does not hold, no notice
+    is taken.
+
+    model: name in the configuration; weights: SHA-256 of its files; asked: a `request`; files: of what is observed.
+    """
+    found = []
+    if (before := sidecar.get("model", model)) != model:
+        found.append(f"model {before}, now {model}")
+    elif any(digest != weights.get(part) for part, digest in _part(sidecar, "weights_sha256").items()):
+        found.append(f"other weights of {model}")
+    for part, options in asked.items():
+        there = _part(sidecar, part)
+        found += [f"{k} {there[k]}, now {v}" for k, v in options.items() if k in there and there[k] != v]
+    if inputs := _part(sidecar, "inputs"):
+        found += _changed_inputs(inputs, files)
+    return found
+
+
+def _changed_inputs(inputs: Mapping[str, Any], files: Mapping[str, Path]) -> Iterator[str]:
+    """Of a sidecar's inputs."""
+    for name, path in files.items():
+        if name not in inputs:
+            yield f"{name} was not among the inputs"
+        elif not _same_file(path, _part(inputs, name)):
+            yield f"{name} is another image"
+    yield from (f"{name} was among the inputs" for name in inputs if name not in files)
+
+
+def _same_file(path: Path, noted: Mapping[str, Any]) -> bool:
+    """Whether a file is the one that was read: by size and time of change, or else by content."""
+    try:
+        state = path.stat()
+        if [state.st_size, state.st_mtime_ns] == noted.get("size_mtime_ns"):
+            return True
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == noted.get("sha256")
+    except OSError:
+        return False
+
+
+def _part(of: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object within one; an empty one where there is none."""
+    there = of.get(name)
+    return there if isinstance(there, Mapping) else {}
