@@ -275,7 +275,9 @@ def test_only_voxels_show_that_an_image_is_blank(tmp_path):
     save(tmp_path / "constant.nii.gz", data=np.ones((12, 24, 9)))
     found = layouts.find(tmp_path, HEART)
     assert layouts.check(found, HEART)["studies"] == 3
-    report = layouts.check(found, HEART, deep=True)
+    told = []
+    report = layouts.check(found, HEART, deep=True, progress=lambda *step: told.append(step))
+    assert told == [(done, 6) for done in range(1, 7)], "headers, then voxels"
     assert report["studies"] == 1
     assert {item["study"]: item["kind"] for item in report["skipped"]} == {"gap": "incomplete", "constant": "damaged"}
     assert "blank slices 4" in next(item["reason"] for item in report["skipped"] if item["study"] == "gap")
