@@ -88,8 +88,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     write_atomically(path, save_tensors(plain))
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Load tensors into a module, whatever floating-point type they were stored in.
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, assign: bool = False) -> None:
+    """Load tensors into a module, whatever floating-point type they were stored in; assign: as its own, uncopied.
 
     Raises CopeditError naming the first tensor that is missing, unknown or of a wrong shape.
     """
@@ -104,28 +104,33 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) ->
                 f"{where}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; "
                 f"the weights do not belong to this {CONFIG}"
             )
-    module.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
+    converted = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    module.load_state_dict(converted, assign=assign)
 
 
 def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
     """Configuration, tokenizer (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
     from copedit_rt.networks.tokenizer import CoPeVAE
+    from copedit_rt.networks.undrawn import Undrawn
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / TOKENIZER)
-    tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
-    fill(tokenizer, tensors, folder / TOKENIZER)
+    with Undrawn():
+        tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
+    fill(tokenizer, tensors, folder / TOKENIZER, assign=True)
     return config, tokenizer.eval(), digest
 
 
 def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
     """Configuration, denoiser (float32, CPU, evaluation mode) and the SHA-256 of its weights."""
     from copedit_rt.networks.denoiser import build_denoiser
+    from copedit_rt.networks.undrawn import Undrawn
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / DENOISER)
-    denoiser = build_denoiser(config)
-    fill(denoiser, tensors, folder / DENOISER)
+    with Undrawn():
+        denoiser = build_denoiser(config)
+    fill(denoiser, tensors, folder / DENOISER, assign=True)
     return config, denoiser.eval(), digest
 
 
