@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -173,12 +172,10 @@ class Ours:
 
 
 class Onnx:
-    """The engine on ONNX Runtime, one study after the other. Raises CopeditError as `OnnxEngine` does."""
+    """An engine on exported files, ONNX Runtime's or OpenVINO's, one study after the other."""
 
-    dtype = torch.float32
-
-    def __init__(self, folder: Path):
-        self.engine = OnnxEngine(folder, "cpu")
+    def __init__(self, engine: OnnxEngine, dtype: torch.dtype = torch.float32):
+        self.engine, self.dtype = engine, dtype
 
     def encode(self, images: Tensor) -> Answer:
         found = [self.engine.encode(x.numpy()) for x in images]

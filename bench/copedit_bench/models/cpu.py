@@ -22,6 +22,9 @@ from copedit_bench.timing import quantile
 from copedit_rt import checkpoint
 from copedit_rt.config import PRESETS
 from copedit_rt.engines import cpu_blocks
+from copedit_rt.engines.engine import TORCHLESS
+from copedit_rt.engines.onnx_engine import OnnxEngine
+from copedit_rt.engines.openvino_engine import OpenVinoEngine
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.names import STACK
 from copedit_rt.images.nifti import Volume
@@ -44,22 +47,22 @@ def run(
 ) -> dict[str, Any]:
     """JSON-able, see `side_by_side.Race`. large: one step of brain-brats as well, with random weights: 6 GB of memory.
 
-    ONNX Runtime takes part where it and the exporter's packages are installed. Threads are those of OMP_NUM_THREADS for
-    all. bfloat16 is measured where the processor multiplies it. save: hears the report so far.
+    ONNX Runtime and OpenVINO take part where they and the exporter's packages are installed. Threads are those of
+    OMP_NUM_THREADS for all. bfloat16 is measured where the processor multiplies it. save: hears the report so far.
     """
     types = [torch.float32] + [torch.bfloat16] * cpu_blocks.packable(torch.bfloat16)
     race = Race("CPU", CPU, set(types), "beside the weights")
     with tempfile.TemporaryDirectory() as temporary:
         for name in models:
             folder = Path(temporary) / name
-            onnx = _export(name, folder)
-            if isinstance(onnx, str):
-                race.absent({"model": name}, "onnxruntime", onnx)
-            for piece in _stages(race, name, onnx, types):
+            exported, missing = _exported(name, folder, types)
+            for engine, reason in missing.items():
+                race.absent({"model": name}, engine, reason)
+            for piece in _stages(race, name, exported, types):
                 progress(piece)
                 save(race.report())
             progress(f"{name}, commands")
-            _commands(race, name, folder if not isinstance(onnx, str) else None, Path(temporary))
+            _commands(race, name, folder, {engine for group in exported.values() for engine in group}, Path(temporary))
             save(race.report())
     if large:
         _large(race, types, progress)
@@ -68,18 +71,34 @@ def run(
     return race.report()
 
 
-def _export(name: str, folder: Path) -> Onnx | str:
-    """The engine on freshly exported files, or why there is none."""
+def _exported(
+    name: str, folder: Path, types: list[torch.dtype]
+) -> tuple[dict[torch.dtype, dict[str, Onnx]], dict[str, str]]:
+    """The engines on freshly exported files by type and name, and why others are not there."""
+    exported: dict[torch.dtype, dict[str, Onnx]] = {dtype: {} for dtype in types}
+    missing: dict[str, str] = {}
     try:
         from copedit_rt.engines import onnx_export
 
         onnx_export.export_onnx(name, folder)
-        return Onnx(folder)
     except (CopeditError, ImportError) as error:
-        return str(error)
+        return exported, dict.fromkeys(TORCHLESS, str(error))
+    for engine, dtype, make in (
+        ("onnxruntime", torch.float32, lambda: OnnxEngine(folder, "cpu")),
+        ("openvino", torch.float32, lambda: OpenVinoEngine(folder, "cpu")),
+        ("openvino", torch.bfloat16, lambda: OpenVinoEngine(folder, "cpu", dtype="bfloat16")),
+    ):
+        if dtype in exported:
+            try:
+                exported[dtype][engine] = Onnx(make(), dtype)
+            except CopeditError as error:
+                missing[engine] = str(error)
+    return exported, missing
 
 
-def _stages(race: Race, name: str, onnx: Onnx | str, types: list[torch.dtype]) -> Iterator[str]:
+def _stages(
+    race: Race, name: str, exported: dict[torch.dtype, dict[str, Onnx]], types: list[torch.dtype]
+) -> Iterator[str]:
     """Says what comes next before each piece of work."""
     folder = checkpoint.locate(name)
     config, vae, _ = checkpoint.load_tokenizer(folder)
@@ -89,10 +108,9 @@ def _stages(race: Race, name: str, onnx: Onnx | str, types: list[torch.dtype]) -
     inputs.images = torch.from_numpy(prepared.model_images(config, SUBJECT))[None][:, inputs.observed[0]]
     runners: dict[torch.dtype, dict[str, Any]] = {
         dtype: {BASELINE: Eager(config, networks, CPU, dtype), "ours": Ours(config, networks, CPU, dtype)}
+        | exported[dtype]
         for dtype in types
     }
-    if not isinstance(onnx, str):
-        runners[torch.float32]["onnxruntime"] = onnx
     for work, call, count in pieces(config, inputs, STEPS, config.diffusion.steps):
         yield ", ".join(map(str, (name, *work.values())))
         truth = call(exact)
@@ -117,8 +135,9 @@ def _large(race: Race, types: list[torch.dtype], progress: Callable[[str], None]
         race.run(what, makers, truth, operations(config))
 
 
-def _commands(race: Race, model: str, onnx: Path | None, temporary: Path) -> None:
-    """`copedit synth` on a simulated study: start of Python, files and pictures of progress included."""
+def _commands(race: Race, model: str, onnx: Path, engines: set[str], temporary: Path) -> None:
+    """`copedit synth` on a simulated study: start of Python, files and pictures of progress included. engines: those
+    that take the folder `onnx`."""
     config = checkpoint.read_config(checkpoint.locate(model))
     phantom, brain = prepared.phantom_subject(config, SUBJECT), config.task == "brain"
     study = temporary / f"{model}-study"
@@ -131,9 +150,8 @@ def _commands(race: Race, model: str, onnx: Path | None, temporary: Path) -> Non
         volume.data = volume.data.copy()
         volume.data[..., compare.missing_slices(config, phantom, [config.elements[1]])] = 0
         volume.save(study / "subject.nii.gz")
-    for engine, which in (("torch", model), ("onnxruntime", onnx)):
-        if which is None:
-            continue
+    for engine in ("torch", *sorted(engines)):
+        which = model if engine == "torch" else onnx
         words = ("synth", "-i", str(study), "-o", str(temporary / "made"), "--model", str(which), "--overwrite")
         command = (sys.executable, "-m", "copedit_rt", *words, "--engine", engine, "--device", "cpu")
         wall, processor = _repeat(command)
