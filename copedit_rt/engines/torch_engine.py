@@ -16,6 +16,7 @@ from copedit_rt.engines.cpu_blocks import pack
 from copedit_rt.engines.engine import Encoded
 from copedit_rt.networks import sampler
 from copedit_rt.networks.denoiser import MDiT3D, UNet
+from copedit_rt.networks.precision import exact_float32
 from copedit_rt.networks.sampler import Plan
 from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder, fold_norms
 
@@ -57,6 +58,7 @@ class TorchEngine:
             pack(self.denoiser)
         self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns
 
+    @exact_float32()
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> Encoded:
         vae = self.tokenizer
@@ -68,6 +70,7 @@ class TorchEngine:
         first = (vae.normalise(z)[0], prompts[0], count[0], missing[0], alone)
         return Encoded(*(_here(x) for x in first))
 
+    @exact_float32()
     @torch.no_grad()
     def sample(
         self,
@@ -94,6 +97,7 @@ class TorchEngine:
         assert isinstance(self.denoiser, MDiT3D)
         return Plan(self.denoiser, self.config, steps, torch.tensor([observed]), solver)
 
+    @exact_float32()
     @torch.no_grad()
     def decode(self, z: np.ndarray) -> np.ndarray:
         return _here(self.tokenizer.images(self._there(z)[None], self.config.task == "cardiac", self.max_memory)[0])

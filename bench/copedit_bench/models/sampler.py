@@ -3,7 +3,6 @@ it, eager and compiled with max-autotune, which replays CUDA graphs."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
+from copedit_rt.networks.precision import exact_float32
 
 STEPS = {"brain-brats": (10, 20, 50, 200), "cardiac": (10, 20, 50, 200, 250)}
 BATCHES = (1, 8)
@@ -65,7 +65,7 @@ def run(
                 progress(", ".join(map(str, what.values())))
                 truth: Answer | None = None
                 if batch == 1 and work["steps"] <= CHECKED:
-                    with no_tf32(), race.watch.stream():
+                    with exact_float32(), race.watch.stream():
                         truth = call(exact)
                 makers = {name: maker(call, runner, kind) for name, runner in runners.items()}
                 race.run(what, makers, truth, operations, batch)
@@ -92,17 +92,6 @@ def pieces(
 
 def maker(call: Callable[[Any], Mapping[str, Any]], runner: Any, dtype: torch.dtype) -> Callable[[], Contestant]:
     return lambda: Contestant(lambda: call(runner), dtype)
-
-
-@contextlib.contextmanager
-def no_tf32() -> Iterator[None]:
-    """Inside, float32 is float32 on GPUs as well."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def operations(config: ModelConfig) -> float:
