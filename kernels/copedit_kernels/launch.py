@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ def _of_use() -> bool:
 
 
 INSTALLED = _installed()
-# Importing Triton takes a quarter of a second, and where only the reference runs nothing needs it.
-triton, tl = (importlib.import_module(name) if _of_use() else None for name in ("triton", "triton.language"))
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:  # None where only the reference runs: importing Triton takes a quarter of a second
+    triton, tl = (importlib.import_module(name) if _of_use() else None for name in ("triton", "triton.language"))
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET when the kernels are defined
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -88,7 +88,7 @@ def test_nothing_needs_what_a_bare_machine_lacks():
         "for name in ('operators.measure', 'operators.tables', 'models.sampler', 'models.train_step'):\n"
         "    importlib.import_module('copedit_bench.' + name)\n"
         "assert not {'nibabel', 'monai'} & set(sys.modules)\n"
-        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+        "sys.exit(pytest.main(['--collect-only', '-m', 'gpu', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
     )
     folders = [str(ROOT / part) for part in ("", "kernels", "training", "bench")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
@@ -96,7 +96,7 @@ def test_nothing_needs_what_a_bare_machine_lacks():
         [sys.executable, "-c", code, *files], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert int(re.findall(r"(\d+)(?:/\d+)? tests collected", done.stdout)[-1]) > 200
+    assert sum("::" in line for line in done.stdout.splitlines()) > 200
 
 
 @pytest.mark.slow
