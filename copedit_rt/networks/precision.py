@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 # cuBLAS's products, cuDNN's convolutions: PyTorch lets the latter run in TF32, with 10 bits of a mantissa for 23.
-_SETTINGS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+_CUDNN: Any = torch.backends.cudnn
+_SETTINGS: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv)
 _LOCK = threading.Lock()
 _inside = 0  # calls that are inside, whatever their thread
 _before: list[str] = []
