@@ -64,6 +64,7 @@ setup(
         "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
         "fast": ["isal"],  # gzip several times as fast
         "export": ["onnx", "onnxscript", "onnxruntime"],
+        "openvino": ["openvino"],
         "tensorrt": ["tensorrt"],
         "bench": ["flash-attn", "xformers", "matplotlib"],
         # A builder that needs no GPU, for tests only.

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from copedit_rt.prior import Prior
     from copedit_rt.prior_heart import SlicePrior
 
+M = TypeVar("M", bound="nn.Module")
 # How files of torch.save and of pickle's protocols begin.
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 BUILT_IN = Path(__file__).parent / "weights"
@@ -119,23 +120,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     write_atomically(path, save_tensors(plain))
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Load tensors into a module, whatever floating-point type they were stored in.
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, assign: bool = False) -> None:
+    """Load tensors into a module, whatever floating-point type they were stored in; assign: as its own, uncopied.
 
     Raises CopeditError naming the first tensor that is missing, unknown or of a wrong shape.
     """
     expected = module.state_dict()
     _check(expected, tensors, where)
-    module.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
+    converted = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    module.load_state_dict(converted, assign=assign)
 
 
-def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raises CopeditError as `fill` does for a module that is not built yet: a configuration that asks for another
-    than the weights are of allocates nothing."""
-    import torch
+def _undrawn(build: Callable[[], M], where: Path) -> M:
+    """A module whose weights are loaded next. Memory that is not written to takes none, so that a configuration of
+    another size than its weights costs nothing until `fill` refuses it."""
+    from copedit_rt.networks.undrawn import Undrawn
 
-    with torch.device("meta"):
-        _check(build().state_dict(), tensors, where)
+    try:
+        with Undrawn():
+            return build()
+    except RuntimeError as error:  # torch's allocator
+        raise CopeditError(
+            f"{where}: the {CONFIG} beside it asks for more memory than there is; copy the model again"
+        ) from error
 
 
 def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
@@ -157,9 +164,8 @@ def load_tokenizer(folder: Path) -> tuple[ModelConfig, CoPeVAE, str]:
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / TOKENIZER)
-    check_fit(lambda: CoPeVAE(config.tokenizer, len(config.elements)), tensors, folder / TOKENIZER)
-    tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
-    fill(tokenizer, tensors, folder / TOKENIZER)
+    tokenizer = _undrawn(lambda: CoPeVAE(config.tokenizer, len(config.elements)), folder / TOKENIZER)
+    fill(tokenizer, tensors, folder / TOKENIZER, assign=True)
     return config, tokenizer.eval(), digest
 
 
@@ -169,9 +175,8 @@ def load_denoiser(folder: Path) -> tuple[ModelConfig, MDiT3D | UNet, str]:
 
     config = read_config(folder)
     tensors, digest = read_tensors(folder / DENOISER)
-    check_fit(lambda: build_denoiser(config), tensors, folder / DENOISER)
-    denoiser = build_denoiser(config)
-    fill(denoiser, tensors, folder / DENOISER)
+    denoiser = _undrawn(lambda: build_denoiser(config), folder / DENOISER)
+    fill(denoiser, tensors, folder / DENOISER, assign=True)
     return config, denoiser.eval(), digest
 
 

@@ -8,6 +8,7 @@ document. Other packages add their commands through the entry points `copedit.co
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,7 @@ exports = terminal.commands("Write a model for another engine than torch.")
 
 def main() -> None:
     """Entry point of the console script."""
+    gc.set_threshold(50_000, 20, 20)  # imports make a million objects and no garbage: looked at less often, 0.1 s less
     app()
 
 
@@ -100,7 +102,8 @@ Model = Annotated[
 Engine = Annotated[
     str,
     typer.Option(
-        metavar="torch|onnxruntime|tensorrt", help="What computes; all but torch take a folder of copedit export."
+        metavar="torch|onnxruntime|openvino|tensorrt",
+        help="What computes; all but torch take a folder of copedit export.",
     ),
 ]
 Slices = Annotated[

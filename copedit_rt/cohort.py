@@ -18,6 +18,7 @@ from copedit_rt.errors import CopeditError, failure
 from copedit_rt.files import check_writable, sweep
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import modality
+from copedit_rt.images.prepare import complete_brain, complete_stack
 from copedit_rt.images.study import Study, complete_sidecar
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models, UnusableModel
@@ -137,8 +138,8 @@ class _Job:
         try:
             if self.look_ahead(opened):
                 study = Study.read(files, **self.reading)
-                if self.several and files.task.joint and not study.missing_slices:
-                    opened.entry["status"] = "complete"
+                if files.task.joint and not study.missing_slices:
+                    self.complete(opened, complete_stack(study))
                 else:
                     opened.study = study
         except Exception as error:
@@ -155,8 +156,8 @@ class _Job:
         if self.target is not None:
             _check_target(files, config, self.target)
             outputs = {element: path for element, path in outputs.items() if element in self.target}
-        if not outputs and self.several and not files.problem and set(files.files) == set(config.elements):
-            entry["status"] = "complete"
+        if not outputs and not files.problem and set(files.files) == set(config.elements):
+            self.complete(opened, complete_brain(files.name, config))
             return False
         entry["outputs"] = {element: str(path) for element, path in outputs.items()}
         sidecars = {element: files.naming.path(self.output, element, ending=".json") for element in outputs}
@@ -188,6 +189,13 @@ class _Job:
             f"kept though made otherwise: {', '.join(elements)} ({what}); --overwrite makes it again"
             for what, elements in notes.items()
         ]
+
+    def complete(self, opened: _Opened, error: CopeditError) -> None:
+        """Of a study that lacks nothing, before any network is loaded: an outcome, and an error if it is the only
+        one."""
+        opened.entry["status"] = "complete"
+        if not self.several:
+            opened.error = error
 
     def finish(self, opened: _Opened) -> tuple[dict[str, Any], CopeditError | None]:
         """The study's entry after its outputs were written, and why it failed if it did."""

@@ -15,7 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from copedit_rt.engines.engine import ENGINES
+from copedit_rt.engines.engine import ENGINES, TORCHLESS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 DISTRIBUTION = "copedit"
 # What each extra adds, should the installed metadata not tell (a bare checkout on the path).
 EXTRAS = {
+    "fast": ["isal"],
     "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
+    "openvino": ["openvino"],
     "tensorrt": ["tensorrt"],
     "tensorrt-rtx": ["onnxruntime-ep-nv-tensorrt-rtx-cu13"],
     "bench": ["flash-attn", "xformers", "matplotlib"],
@@ -48,9 +50,9 @@ def diagnose() -> dict[str, Any]:
         "models": _models(problems),
         "extras": _extras(),
     }
-    # Triton is only published for Linux; elsewhere the reference runs. ONNX Runtime alone is an engine, too.
+    # Triton is only published for Linux; elsewhere the reference runs. ONNX Runtime or OpenVINO alone will do, too.
     spared = {"triton"} if platform.system() != "Linux" else set()
-    if report["engines"]["onnxruntime"]:
+    if any(report["engines"][name] for name in TORCHLESS):
         spared |= {"torch", "triton", "einops"} if not report["engines"]["torch"] else set()
     for name, found in report["packages"].items():
         if found is None and name not in spared:

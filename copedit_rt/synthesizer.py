@@ -17,7 +17,7 @@ import copedit_rt
 from copedit_rt import checkpoint, schedule
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
-from copedit_rt.engines.engine import ENGINES, Encoded, Engine
+from copedit_rt.engines.engine import ENGINES, TORCHLESS, Encoded, Engine
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
@@ -121,7 +121,8 @@ class Synthesizer:
     ) -> Synthesizer:
         """A built-in model by name or a model folder; max_memory and dtype as above.
 
-        engine: "torch", or "onnxruntime" for a folder that `copedit export onnx` wrote, on the CPU and without torch.
+        engine: "torch", or "onnxruntime" or "openvino" for a folder that `copedit export onnx` wrote, on the CPU and
+        without torch.
         "tensorrt": for a folder that `copedit export tensorrt` or `onnx` wrote, on a CUDA GPU; plans that are not there
         yet are built, which may take minutes. ONNX files that are damaged, stale or foreign are refused: torch takes
         over with a warning (UserWarning), as it does for what TensorRT cannot do. progress: called while plans are
@@ -134,10 +135,10 @@ class Synthesizer:
         folder = checkpoint.locate(model)
         if engine not in ENGINES:
             raise CopeditError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-        if engine != "onnxruntime" and find_spec("torch") is None:
+        if engine not in TORCHLESS and find_spec("torch") is None:
             raise CopeditError(
-                f"engine {engine}: torch is not installed; install it, or choose the engine onnxruntime and a folder "
-                "that copedit export onnx wrote"
+                f"engine {engine}: torch is not installed; install it, or choose the engine {' or '.join(TORCHLESS)} "
+                "and a folder that copedit export onnx wrote"
             )
         if engine != "torch":
             from copedit_rt.engines.onnx_engine import OnnxEngine, Refused
@@ -148,6 +149,10 @@ class Synthesizer:
                     from copedit_rt.engines.tensorrt_engine import TensorRTEngine
 
                     built = TensorRTEngine(folder, device, max_memory, progress)
+                elif engine == "openvino":
+                    from copedit_rt.engines.openvino_engine import OpenVinoEngine
+
+                    built = OpenVinoEngine(folder, device, max_memory, dtype)
                 else:
                     built = OnnxEngine(folder, device, max_memory)
             except Refused as error:

@@ -27,6 +27,10 @@ def bench_kernels(
         float | None,
         typer.Option(min=1, help="Time for everything; what does not fit is skipped. By default 7 minutes."),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only beside contestants that begin so, and the baseline; repeatable."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -48,6 +52,7 @@ def bench_kernels(
             what,
             seconds or body.SECONDS,
             progress=progress,
+            operators=body.rivals(against),
             save=lambda so_far: write_json(so_far, output / "kernels.json"),
         )
     paths = pages.write_report(report, output)
@@ -70,7 +75,7 @@ def bench_cpu(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """The built-in models on this processor: plain PyTorch, ours, ONNX Runtime.
+    """The built-in models on this processor: plain PyTorch, ours, ONNX Runtime, OpenVINO.
 
     Answers are checked before anything is timed. Writes cpu.json and cpu.md.
     """

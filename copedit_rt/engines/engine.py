@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-ENGINES = ("torch", "onnxruntime", "tensorrt")
+ENGINES = ("torch", "onnxruntime", "openvino", "tensorrt")
+TORCHLESS = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

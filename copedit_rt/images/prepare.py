@@ -224,6 +224,22 @@ def prepare(study: Study, config: ModelConfig, *, allow_complete: bool = False) 
     return (_prepare_cardiac if config.task.joint else _prepare_brain)(study, config, allow_complete)
 
 
+def complete_brain(name: str, config: ModelConfig) -> CopeditError:
+    """What there is to say of a brain that has a file for every element."""
+    there = ", ".join(config.elements)
+    return CopeditError(f"{name}: no element is missing: {there} are all there; leave one out to have it synthesised")
+
+
+def complete_stack(study: Study) -> CopeditError:
+    """What there is to say of a heart that lacks no slice."""
+    volume = study.reference
+    count = volume.data.shape[slice_axis(volume.data.shape, volume.affine)]
+    return CopeditError(
+        f"{study.name}: no element is missing: all {count} slices hold an image; "
+        f"name the slices to be synthesised with --missing-slices"
+    )
+
+
 def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> Prepared:
     observed = {name: volume for name, volume in study.volumes.items() if name not in study.synthetic}
     unknown = [name for name in observed if name not in config.elements]
@@ -233,10 +249,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
             f"{', '.join(config.elements)}; leave that file out or choose another model with --model"
         )
     if not allow_complete and len(observed) == len(config.elements):
-        raise CopeditError(
-            f"{study.name}: no element is missing: {', '.join(config.elements)} are all there; "
-            f"leave one out to have it synthesised"
-        )
+        raise complete_brain(study.name, config)
     for name, volume in observed.items():
         if not same_grid(volume, study.reference):
             raise CopeditError(f"{study.name}: {name} is on a grid of its own; resample it to the first")
@@ -321,10 +334,7 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
     count = volume.data.shape[axis]
     missing = tuple(sorted(set(study.missing_slices)))
     if not missing and not allow_complete:
-        raise CopeditError(
-            f"{study.name}: no element is missing: all {count} slices hold an image; "
-            f"name the slices to be synthesised with --missing-slices"
-        )
+        raise complete_stack(study)
     if len(missing) >= count:
         raise CopeditError(f"{study.name}: every slice is missing; at least one slab of slices is needed")
     present = [index for index in range(count) if index not in missing]

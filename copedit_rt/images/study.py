@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -81,8 +80,10 @@ class Study:
             raise CopeditError(f"{study.name} is a brain study; missing slices can be named for cardiac stacks only")
         else:
             _read_modalities(study, resample, check_content)
+        from nibabel import aff2axcodes
+
         study.notes += tuple(
-            f"{v.path} has no orientation (qform and sform codes are 0); taken as {''.join(nib.aff2axcodes(v.affine))}"
+            f"{v.path} has no orientation (qform and sform codes are 0); taken as {''.join(aff2axcodes(v.affine))}"
             for v in volumes.values()
             if not (v.header["qform_code"] or v.header["sform_code"])
         )

@@ -177,7 +177,8 @@ class MDiT3D(nn.Module):
                 given = (~observed).to(time.dtype)
             else:
                 assert prompts is not None
-                given = prompts[:, self.kept].flatten(1).to(time.dtype)
+                # One by one: a list of indices would be copied to the GPU, which waits for it.
+                given = torch.cat([prompts[:, i] for i in self.kept], dim=-1).to(time.dtype)
             prompted = time + self.prompt(given)
         silu = nn.functional.silu
         return silu(time), silu(prompted)

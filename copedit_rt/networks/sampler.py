@@ -55,6 +55,9 @@ def sample(
         return z
 
 
+REPAID = 11  # steps after which a captured graph has saved what capturing it took; estimated, not measured
+
+
 class Plan:
     """The sampling loop for one number of steps, one batch and one pattern of observed elements; `run` it many times.
 
@@ -62,7 +65,8 @@ class Plan:
     - conditions and modulation of every step and block are computed before the loop, one product a block;
     - what is not read is not computed: in the last block and the final layer, all but the missing elements;
     - buffers are static, and the step counter, coefficients and modulation lie on the device, so that the loop never
-      waits for it. On CUDA, with the Triton kernels, one step is captured as a CUDA graph and replayed.
+      waits for it. On CUDA, with the Triton kernels, one step is captured as a CUDA graph and replayed, from the run on
+      that brings the steps taken to `REPAID`: a long loop at once, a single step after some studies of a cohort.
 
     Latents are kept in float32 (float64 for a float64 network) whatever the network's dtype. Modulation takes
     steps * (6 * width * (within-blocks + batch * across-blocks) + 2 * width) values, for the paper's brain model at 200
@@ -94,8 +98,8 @@ class Plan:
         self.shapes = [part.shape[1:] for part in parts]
         self.modulation = torch.cat([part.flatten(1) for part in parts], dim=1)
         self.graph: torch.cuda.CUDAGraph | None = None
-        if weight.is_cuda and copedit_kernels.implementation() != "reference":
-            self._capture()
+        self.capturable = weight.is_cuda and copedit_kernels.implementation() != "reference"
+        self.taken = 0  # steps, of all runs
 
     @torch.no_grad()
     def run(
@@ -111,6 +115,9 @@ class Plan:
         Returns the latents after the last step, in float32 (float64); observed elements keep their bits. progress is
         called with the steps done and in all; on CUDA with those queued.
         """
+        self.taken += self.steps
+        if self.capturable and self.graph is None and self.taken >= REPAID:
+            self.capture()
         self.z.copy_(z)
         if self.prior is not None:
             assert prior is not None
@@ -145,8 +152,9 @@ class Plan:
             partial_ddim_step_(self.z, x0, self.observed, table, self.step)
         self.step += 1
 
-    def _capture(self) -> None:
-        """Record one step as a CUDA graph."""
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Record one step as a CUDA graph, which overwrites the buffers."""
         with torch.cuda.device(self.z.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

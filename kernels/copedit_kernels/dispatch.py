@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from copedit_kernels.launch import INTERPRETED, triton
+from copedit_kernels.launch import INSTALLED, INTERPRETED, triton
 
 _LIBRARY = torch.library.Library("copedit", "DEF")
 _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
@@ -27,7 +27,7 @@ def implementation() -> str:
     wanted = os.environ.get("COPEDIT_KERNELS", "auto")
     if wanted not in ("auto", "reference", "triton"):
         raise ValueError(f"COPEDIT_KERNELS={wanted!r} must be 'auto', 'reference' or 'triton'")
-    if wanted == "triton" and triton is None:
+    if wanted == "triton" and not INSTALLED:
         raise ValueError("COPEDIT_KERNELS='triton', but triton cannot be imported: install it or use 'reference'")
     return wanted
 

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-try:
+
+def _installed() -> bool:
+    """Whether there is Triton; macOS and Windows have none, and the reference runs."""
+    try:
+        return find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+def _of_use() -> bool:
+    """Whether a kernel of this process may be compiled or interpreted."""
+    asked = os.environ.get("COPEDIT_KERNELS") == "triton" or os.environ.get("TRITON_INTERPRET", "0") != "0"
+    return INSTALLED and (asked or torch.cuda.is_available())
+
+
+INSTALLED = _installed()
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows: the reference runs
-    triton = tl = None
-
+else:  # None where only the reference runs: importing Triton takes a quarter of a second
+    triton, tl = (importlib.import_module(name) if _of_use() else None for name in ("triton", "triton.language"))
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET when the kernels are defined
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +42,7 @@ _T = TypeVar("_T")
 
 
 def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`triton.jit`, and nothing where there is no Triton: a kernel is then defined and never run."""
+    """`triton.jit`, and nothing where Triton is not loaded: a kernel is then defined and never run."""
     if triton is None:
         return fn if fn is not None else lambda kernel: kernel
     return triton.jit(fn, **options)

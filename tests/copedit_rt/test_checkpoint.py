@@ -45,6 +45,17 @@ def test_round_trip_is_exact_and_leaves_nothing_else(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "denoiser.safetensors", "tokenizer.safetensors"]
 
 
+def test_no_weight_is_drawn_that_is_then_loaded(folder, monkeypatch):
+    """Loading leaves torch's generator alone, and nothing of the network is left undefined."""
+    before = torch.get_rng_state()
+    _, denoiser, _ = checkpoint.load_denoiser(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    fresh = build_denoiser(CONFIG)
+    for name, table in fresh.named_buffers():
+        assert torch.equal(denoiser.get_buffer(name), table), name
+    assert not torch.equal(torch.get_rng_state(), before)  # which a network of one's own does not
+
+
 def test_half_precision_weights_load_as_float32(folder):
     _, vae, _ = checkpoint.load_tokenizer(folder)
     checkpoint.save(folder, CONFIG, tokenizer=vae, dtype=torch.float16)

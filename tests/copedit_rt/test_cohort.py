@@ -430,3 +430,16 @@ def test_the_model_is_chosen_by_task_and_modalities(tmp_path, brain_model, heart
     monkeypatch.setattr(checkpoint, "list_models", lambda: [])
     with pytest.raises(CopeditError, match="no model for brain"):
         models.choose("brain", {"t1": 0})
+
+
+@pytest.mark.parametrize("task", ["brain", "cardiac"])
+def test_of_a_complete_study_that_is_said_before_a_network_is_loaded(tmp_path, monkeypatch, request, task):
+    monkeypatch.setattr(Models, "load", lambda *_: pytest.fail("a network was loaded"))
+    if task == "brain":
+        study(tmp_path / "in", elements=("t1", "t1ce", "t2", "flair"))
+    else:
+        save(tmp_path / "in" / "patient001_frame01.nii.gz", slices(16, 6), SHORT_AXIS)
+    model = request.getfixturevalue("brain_model" if task == "brain" else "heart_model")
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model)
+    assert result.exit_code == 1 and "no element is missing" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -112,6 +112,15 @@ def test_without_triton_the_reference_runs() -> None:
     assert last.startswith("ValueError") and "triton cannot be imported" in last
 
 
+def test_triton_is_loaded_only_where_a_kernel_may_run() -> None:
+    pytest.importorskip("triton")
+    code = "import sys, copedit_kernels as ops; print('triton' in sys.modules)"
+    nowhere = {"CUDA_VISIBLE_DEVICES": ""}
+    assert python(code, **nowhere).stdout.split() == ["False"]
+    assert python(code, COPEDIT_KERNELS="triton", **nowhere).stdout.split() == ["True"]
+    assert python(code, TRITON_INTERPRET="1", **nowhere).stdout.split() == ["True"]
+
+
 def test_the_public_names_have_the_signatures_of_the_reference() -> None:
     for name in {row.function for row in OPERATORS.values()} - {"nearest_code"}:  # whose reference takes pieces
         public, plain = (inspect.signature(getattr(module, name)) for module in (ops, reference))

@@ -23,8 +23,9 @@ from copedit_bench.timing import quantile
 from copedit_rt import checkpoint
 from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.engines import cpu_blocks
-from copedit_rt.engines.engine import Engine
+from copedit_rt.engines.engine import TORCHLESS, Engine
 from copedit_rt.engines.onnx_engine import OnnxEngine
+from copedit_rt.engines.openvino_engine import OpenVinoEngine
 from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
 from copedit_training.data import prepared
@@ -46,22 +47,22 @@ def run(
 ) -> dict[str, Any]:
     """JSON-able, see `SideBySide`. large: one step of brain-brats as well, with random weights: 6 GB of memory.
 
-    ONNX Runtime takes part where it and the exporter's packages are installed. Threads are those of OMP_NUM_THREADS for
-    all. bfloat16 is measured where the processor multiplies it. save: hears the report so far.
+    ONNX Runtime and OpenVINO take part where they and the exporter's packages are installed. Threads are those of
+    OMP_NUM_THREADS for all. bfloat16 is measured where the processor multiplies it. save: hears the report so far.
     """
     types = [torch.float32] + [torch.bfloat16] * cpu_blocks.packable(torch.bfloat16)
     bench = SideBySide("CPU", CPU, set(types), "beside the weights")
     with tempfile.TemporaryDirectory() as temporary:
         for name in models:
             folder = Path(temporary) / name
-            onnx = _export(name, folder)
-            if isinstance(onnx, str):
-                bench.absent({"model": name}, "onnxruntime", onnx)
-            for piece in _stages(bench, name, onnx, types):
+            exported, missing = _exported(name, folder, types)
+            for engine, reason in missing.items():
+                bench.absent({"model": name}, engine, reason)
+            for piece in _stages(bench, name, exported, types):
                 progress(piece)
                 save(bench.report())
             progress(f"{name}, commands")
-            _commands(bench, name, folder if not isinstance(onnx, str) else None, Path(temporary))
+            _commands(bench, name, folder, {engine for group in exported.values() for engine in group}, Path(temporary))
             save(bench.report())
     if large:
         _large(bench, types, progress)
@@ -70,18 +71,34 @@ def run(
     return bench.report()
 
 
-def _export(name: str, folder: Path) -> OnnxEngine | str:
-    """The engine on freshly exported files, or why there is none."""
+def _exported(
+    name: str, folder: Path, types: list[torch.dtype]
+) -> tuple[dict[torch.dtype, dict[str, Engine]], dict[str, str]]:
+    """The engines on freshly exported files by type and name, and why others are not there."""
+    exported: dict[torch.dtype, dict[str, Engine]] = {dtype: {} for dtype in types}
+    missing: dict[str, str] = {}
     try:
         from copedit_rt.engines import onnx_export
 
         onnx_export.export_onnx(name, folder)
-        return OnnxEngine(folder, "cpu")
     except (CopeditError, ImportError) as error:
-        return str(error)
+        return exported, dict.fromkeys(TORCHLESS, str(error))
+    for engine, dtype, make in (
+        ("onnxruntime", torch.float32, lambda: OnnxEngine(folder, "cpu")),
+        ("openvino", torch.float32, lambda: OpenVinoEngine(folder, "cpu")),
+        ("openvino", torch.bfloat16, lambda: OpenVinoEngine(folder, "cpu", dtype="bfloat16")),
+    ):
+        if dtype in exported:
+            try:
+                exported[dtype][engine] = make()
+            except CopeditError as error:
+                missing[engine] = str(error)
+    return exported, missing
 
 
-def _stages(bench: SideBySide, name: str, onnx: OnnxEngine | str, types: list[torch.dtype]) -> Iterator[str]:
+def _stages(
+    bench: SideBySide, name: str, exported: dict[torch.dtype, dict[str, Engine]], types: list[torch.dtype]
+) -> Iterator[str]:
     """Says what comes next before each piece of work."""
     folder = checkpoint.locate(name)
     config, vae, _ = checkpoint.load_tokenizer(folder)
@@ -89,9 +106,7 @@ def _stages(bench: SideBySide, name: str, onnx: OnnxEngine | str, types: list[to
     inputs, exact = Inputs(config, vae, 1), PlainEngine(config, networks, CPU, torch.float64)
     # Of images that are noise, these models make 1e-5 of rounding's 3e-7; of a subject's they make 2e-7.
     inputs.images = prepared.model_images(config, SUBJECT)[None, inputs.observed[0]]
-    engines = {dtype: _engines(config, networks, dtype) for dtype in types}
-    if not isinstance(onnx, str):
-        engines[torch.float32]["onnxruntime"] = onnx
+    engines = {dtype: _engines(config, networks, dtype) | exported[dtype] for dtype in types}
     for work, call, count in pieces(config, inputs, STEPS, config.diffusion.steps):
         yield ", ".join(map(str, (name, *work.values())))
         truth = call(exact)
@@ -116,17 +131,17 @@ def _large(bench: SideBySide, types: list[torch.dtype], progress: Callable[[str]
         bench.run(what, makers, truth, operations(config))
 
 
-def _commands(bench: SideBySide, model: str, onnx: Path | None, temporary: Path) -> None:
-    """`copedit synth` on a simulated study: start of Python, files and pictures of progress included."""
+def _commands(bench: SideBySide, model: str, onnx: Path, engines: set[str], temporary: Path) -> None:
+    """`copedit synth` on a simulated study: start of Python, files and pictures of progress included. engines: those
+    that take the folder `onnx`."""
     config = checkpoint.read_config(checkpoint.locate(model))
     truth = compare.as_study(config, prepared.phantom_subject(config, SUBJECT))
     study = temporary / f"{model}-study"
     study.mkdir()
     for name, volume in compare.incomplete(config, truth, [config.elements[1]]).volumes.items():
         volume.save(study / f"subject_{name}.nii.gz")
-    for engine, which in (("torch", model), ("onnxruntime", onnx)):
-        if which is None:
-            continue
+    for engine in ("torch", *sorted(engines)):
+        which = model if engine == "torch" else onnx
         words = ("synth", "-i", str(study), "-o", str(temporary / "made"), "--model", str(which), "--overwrite")
         command = (sys.executable, "-m", "copedit_rt", *words, "--engine", engine, "--device", "cpu")
         wall, processor = _repeat(command)

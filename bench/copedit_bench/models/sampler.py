@@ -3,7 +3,6 @@ it, eager and compiled with max-autotune, which replays CUDA graphs."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import Engine
 from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.networks.denoiser import MDiT3D
+from copedit_rt.networks.precision import exact_float32
 
 STEPS = {"brain-brats": (10, 20, 50, 200), "cardiac": (10, 20, 50, 200, 250)}
 BATCHES = (1, 8)
@@ -65,7 +65,7 @@ def run(
                 progress(", ".join(map(str, what.values())))
                 truth: Answer | None = None
                 if batch == 1 and work["steps"] <= CHECKED:
-                    with no_tf32(), bench.watch.stream():
+                    with exact_float32(), bench.watch.stream():
                         truth = call(exact)
                 makers = {name: maker(call, engine, kind) for name, engine in engines.items()}
                 bench.run(what, makers, truth, operations, batch)
@@ -88,17 +88,6 @@ def pieces(
 
 def maker(call: Callable[[Engine], Answer], engine: Engine, dtype: torch.dtype) -> Callable[[], Contestant]:
     return lambda: Contestant(lambda: call(engine), dtype)
-
-
-@contextlib.contextmanager
-def no_tf32() -> Iterator[None]:
-    """Inside, float32 is float32 on GPUs as well."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def operations(config: ModelConfig) -> float:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, write_plainly
-from copedit_bench.models.sampler import no_tf32
 from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, SideBySide, chosen, perturb
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
+from copedit_rt.networks.precision import exact_float32
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, TokenizerSettings, load_settings
@@ -131,7 +131,7 @@ def _truth(stage: Stage, config: ModelConfig, settings: Settings) -> tuple[dict[
     """Weights from which all start, on the host, and the plain model's loss and gradients in float32."""
     task = _task(stage, config, dataclasses.replace(settings, dtype="float32"), BASELINE)
     perturb(task.denoiser if isinstance(task, DenoiserTask) else task.tokenizer)  # type: ignore[attr-defined]
-    with no_tf32():
+    with exact_float32():
         _answer(task, settings)  # codes and prompt encoders start from the first data that they see
         state = {name: x.detach().cpu().clone() for name, x in task.module.state_dict().items()}
         return state, _answer(task, settings)

@@ -64,6 +64,24 @@ def plan(ops: Sequence[str] | None, device: str, dtype: str | None) -> tuple[lis
     return cases, where, known[what]
 
 
+def rivals(against: Sequence[str] | None) -> Mapping[str, Operator]:
+    """The operators beside these contestants only, named by how they begin; ours and the baselines stay. None: all.
+
+    Raises CopeditError for a beginning that no contestant has.
+    """
+    names = {name for row in OPERATORS.values() for name in row.contestants}
+    for start in against or ():
+        if not any(name.startswith(start) for name in names):
+            raise CopeditError(f"--against {start}: no contestant begins so; there are {', '.join(sorted(names))}")
+    if not against:
+        return OPERATORS
+    kept = {}
+    for op, row in OPERATORS.items():
+        wanted = (*row.ours, row.baseline, *(name for name in row.contestants if name.startswith(tuple(against))))
+        kept[op] = replace(row, contestants={name: row.contestants[name] for name in row.contestants if name in wanted})
+    return kept
+
+
 def run(
     cases: Sequence[Case],
     device: torch.device,

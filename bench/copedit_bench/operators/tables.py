@@ -26,7 +26,7 @@ from copedit_rt.files import write_atomically
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = ROOT / "docs/kernels.md"
 RESULTS = ROOT / "bench/results"
-NOTHING = "Not measured yet: no GPU run so far. `bench/gpu.sh` on a machine with a GPU fills this table."
+NOTHING = "Not measured yet: no GPU run so far. `bench/gpu.sh deep` on a machine with a GPU fills this table."
 MARKED = re.compile(r"<!-- (floor|tiles|measured) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 TILES: dict[str, dict[int, Any]] = {
     "ada_norm": norm.TILES,

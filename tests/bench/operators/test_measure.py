@@ -21,6 +21,7 @@ from copedit_bench.operators.contestants import Contestant
 from copedit_kernels import activation, attention_token
 from copedit_rt import cli
 from copedit_rt.config import PRESETS
+from copedit_rt.errors import CopeditError
 from copedit_rt.networks import denoiser, tokenizer
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE
@@ -447,6 +448,19 @@ def test_document_takes_recorded_runs(report, tmp_path):
     assert new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n")
     assert "NVIDIA X" in new and "old" not in new and tables.filled(new, runs) == new
     assert tables.NOTHING in tables.filled(text, {})
+
+
+def test_rivals_are_named_by_how_they_begin():
+    assert body.rivals(None) is OPERATORS
+    found = body.rivals(["eager", "sdpa"])
+    for op, row in OPERATORS.items():
+        kept = set(found[op].contestants)
+        assert {*row.ours, row.baseline} <= kept
+        assert kept - {*row.ours, row.baseline} == {n for n in row.contestants if n.startswith(("eager", "sdpa"))} - {
+            row.baseline
+        }
+    with pytest.raises(CopeditError, match=r"--against tensorflow: no contestant begins so; there are .*sdpa-flash"):
+        body.rivals(["tensorflow"])
 
 
 # On a GPU, and as if

@@ -18,7 +18,15 @@ from scipy.spatial.transform import Rotation
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.images import nifti
-from copedit_rt.images.grids import SAME_SPACING, Orientation, fill_slices, from_border, resample_matrix, slice_axis
+from copedit_rt.images.grids import (
+    SAME_SPACING,
+    Orientation,
+    _along,
+    fill_slices,
+    from_border,
+    resample_matrix,
+    slice_axis,
+)
 from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
@@ -337,9 +345,11 @@ def test_holes_deep_inside_are_filled_and_background_is_not():
 
 
 @QUICK
-@given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.8))
-def test_the_border_is_flooded_as_scipy_labels(seed, share):
-    region = np.random.default_rng(seed).random((9, 8, 7)) < share
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.95), st.permutations((5, 6, 7)), st.sampled_from("CF"))
+def test_the_border_is_flooded_as_scipy_labels(seed, share, shape, order):
+    """Rows of up to three words of 64 voxels, of either memory order."""
+    shape[seed % 3] += (0, 60, 124)[seed % 5 % 3]
+    region = np.array(np.random.default_rng(seed).random(shape) < share, order=order)
     labels, _ = ndimage.label(region)
     edge = np.ones(region.shape, bool)
     edge[1:-1, 1:-1, 1:-1] = False
@@ -479,3 +489,14 @@ def test_outside_the_plane_of_the_model_neighbouring_slices_fill_in():
 def test_no_torch():
     code = "import sys, copedit_rt.images.study, copedit_rt.images.prepare; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("order", "CF")
+def test_a_matrix_along_an_axis_is_tensordot(axis, order):
+    rng = np.random.default_rng(0)
+    array = np.array(rng.random((5, 6, 7), np.float32), order=order)
+    matrix = rng.random((4, array.shape[axis]), np.float32)
+    made = _along(matrix, array, axis)
+    expected = np.moveaxis(np.tensordot(matrix.astype(np.float64), array.astype(np.float64), (1, axis)), 0, axis)
+    np.testing.assert_allclose(made, expected, rtol=7 * np.finfo(np.float32).eps)

@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, TokenizerConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.networks import sampler as plan_module
 from copedit_rt.networks.denoiser import MDiT3D
-from copedit_rt.networks.sampler import Plan, sample
+from copedit_rt.networks.sampler import REPAID, Plan, sample
 from copedit_rt.schedule import timesteps
 
 BRAIN = ModelConfig(
@@ -201,6 +200,20 @@ def test_progress_and_refusals() -> None:
         Plan(net, BRAIN, 0, RAGGED)
 
 
+@pytest.mark.parametrize(("steps", "runs"), [(REPAID, 1), (REPAID - 1, 2), (1, REPAID)])
+def test_the_loop_is_captured_once_that_repays(steps: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the run that brings the steps to where it does, and not before."""
+    net, (z, prompts), captured = network(BRAIN), inputs(BRAIN, 3, torch.float64), []
+    plan = Plan(net, BRAIN, steps, RAGGED)
+    assert not plan.capturable  # on a CPU
+    plan.capturable = True
+    monkeypatch.setattr(plan, "capture", lambda: captured.append(plan.taken))
+    for _ in range(runs):
+        assert not captured
+        plan.run(z, prompts)
+    assert captured == [steps * runs]
+
+
 # On a GPU
 
 
@@ -215,13 +228,11 @@ def test_the_graph_replays_the_plan(
     monkeypatch.delenv("COPEDIT_KERNELS", raising=False)
     config, observed = CONFIGS[name], torch.tensor([pattern])
     net, (z, prompts) = network(config, dtype, "cuda"), inputs(config, 1, dtype, "cuda")
-    graph = Plan(net, config, STEPS, observed, solver)
-    if plan_module.kernels.implementation() == "reference":
-        assert graph.graph is None
+    graph, plain = (Plan(net, config, STEPS, observed, solver) for _ in range(2))
+    if not graph.capturable:
         pytest.skip("no Triton kernels to capture")
-    assert graph.graph is not None
-    plain = Plan(net, config, STEPS, observed, solver)
-    plain.graph = None
+    graph.capture()
+    plain.capturable = False
     for shift in (0, 1):  # replayed for another study
         assert torch.equal(graph.run(z, prompts + shift), plain.run(z, prompts + shift))
 
@@ -231,8 +242,10 @@ def test_the_graph_replays_the_plan(
 def test_no_step_waits_for_the_device(steps: int) -> None:
     net, (z, prompts) = network(BRAIN, torch.bfloat16, "cuda"), inputs(BRAIN, 3, torch.bfloat16, "cuda")
     plan = Plan(net, BRAIN, steps, RAGGED, "dpm2m")
-    if plan.graph is None:
+    if not plan.capturable:
         pytest.skip("no Triton kernels to capture")
+    plan.capture()
+    assert plan.graph is not None
     expected = plan.run(z, prompts)
     for step in (plan.graph.replay, plan._advance):
         plan.z.copy_(z)

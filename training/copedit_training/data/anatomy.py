@@ -14,9 +14,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
@@ -35,6 +34,9 @@ from copedit_training.data.phantom import (
     VESSEL,
     WHITE,
 )
+
+if TYPE_CHECKING:  # otherwise imported where a map is read
+    import nibabel as nib
 
 # Every tissue, with the labels of the maps that become it and the label it has in a study. Lesions have none in the
 # maps but 25 and 57, FreeSurfer's white-matter lesions; fat, muscle, dura and sulcal vessels are told apart by place.
@@ -152,6 +154,8 @@ def read_folder(folder: Path) -> Anatomies:
 
 
 def _read(path: Path) -> nib.Nifti1Image:
+    import nibabel as nib
+
     try:
         image = nib.as_closest_canonical(nib.load(path))
         np.asanyarray(image.dataobj)

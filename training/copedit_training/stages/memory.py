@@ -41,7 +41,7 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
         settings = replace(settings, dtype="bfloat16")
     images = np.zeros((1, len(config.elements), 1, *config.image), np.float16)
     if kernels == "auto":
-        kernels = "triton" if launch.triton is not None else "reference"
+        kernels = "triton" if launch.INSTALLED else "reference"
     with _kernels(kernels), FakeTensorMode(allow_non_fake_inputs=True), _unmoved(), _Alive() as alive:
         task, step = _task(config, settings, images)
         optimizers = optimizers_of(task)
