@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from copedit_rt import __version__, terminal
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.names import MODALITIES, STACK
-from copedit_rt.terminal import Device, Dtype, Json, Output, Solver, Steps, flag
+from copedit_rt.terminal import Device, Dtype, Json, Output, Quiet, Solver, Steps, Verbose, flag
 
 FLAGGED = 3
 TASKS = {"brain": "brain", "cardiac": "cardiac"}
@@ -166,6 +166,8 @@ def synth(
     resample: Annotated[bool, flag("--resample", help="Bring files on other grids onto the first one's.")] = False,
     preview: Annotated[bool, flag("--preview", help="Also write a PNG per study.")] = False,
     missing_slices: Slices = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Synthesise what is missing.
@@ -177,7 +179,8 @@ def synth(
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
     missing, memory = terminal.numbers(missing_slices), terminal.size(max_memory)
-    with terminal.Screen(_nothing if as_json else terminal.say, debug=bool(ctx.obj)) as screen:
+    say = terminal.nothing if as_json else terminal.say
+    with terminal.Screen(say, bool(ctx.obj), quiet, verbose) as screen:
         summary = cohort.synthesise(
             [*(inputs or ()), *(more or ())],
             output,
@@ -201,7 +204,7 @@ def synth(
             max_memory=memory,
             listener=screen,
         )
-    if (count := len(summary["studies"])) > 1:
+    if (count := len(summary["studies"])) > 1 and not quiet:
         complete = f", {summary['complete']} with nothing missing" * bool(summary["complete"])
         outcomes = f"{summary['written']} written, {summary['kept']} kept{complete}, {summary['failed']} failed"
         terminal.tell(f"{count} studies: {outcomes}")
@@ -210,10 +213,6 @@ def synth(
     cohort.wait_for_others()
     if summary["failed"]:
         raise typer.Exit(1)
-
-
-def _nothing(text: object) -> None:
-    """Says nothing."""
 
 
 @app.command()
@@ -234,6 +233,7 @@ def inspect(
     device: Device = "auto",
     engine: Engine = "torch",
     missing_slices: Slices = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare what the network perceives with what the files say.
@@ -246,7 +246,7 @@ def inspect(
     from copedit_rt.models import Models
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
-    with terminal.Screen() as screen:
+    with terminal.Screen(quiet=quiet) as screen:
         paths, which = [*(inputs or ()), *(more or ())], terminal.choice(task, "--task", TASKS)
         found = find_studies(paths, explicit, task=which, select=terminal.words(select))
         screen.found(found, len(found))
@@ -255,7 +255,7 @@ def inspect(
     if as_json:
         terminal.print_json({"studies": [report.to_dict() for report in reports], "passed_over": found.reasons()})
     else:
-        terminal.show(*(report.render() for report in reports))
+        terminal.show(*(report.render() for report in reports if report.flagged or not quiet))
     if any(report.flagged for report in reports):
         raise typer.Exit(FLAGGED)
 

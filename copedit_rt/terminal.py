@@ -56,6 +56,8 @@ Dtype = Annotated[
         help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU.",
     ),
 ]
+Quiet = Annotated[bool, flag("-q", "--quiet", help="Say nothing but what went wrong.")]
+Verbose = Annotated[bool, flag("-v", "--verbose", help="Also say which model computed what, where and how long.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 
 
@@ -200,13 +202,20 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 class Screen(Listener):
     """Tells on the terminal how a cohort goes: bars and remarks on stderr, outcomes to `say`.
 
-    debug: with a traceback for every study that fails.
+    debug: with a traceback for every study that fails. quiet: only what went wrong. verbose: also what computed.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None, debug: bool = False) -> None:
-        self._say, self._debug = say, debug
-        self._bar = progress(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes, the first shows it
-        self._tell = partial(tell, to=self._bar.console)
+    def __init__(
+        self,
+        say: Callable[[str], None] = lambda text: None,
+        debug: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        self._say, self._debug, self._verbose = (nothing if quiet else say), debug, verbose
+        # Of torchrun's processes, the first shows it.
+        self._bar = progress(quiet=quiet or os.environ.get("RANK", "0") != "0")
+        self._tell = nothing if quiet else partial(tell, to=self._bar.console)
         self._studies, self._sampler, self._build = (self._bar.add_task("", visible=False) for _ in range(3))
 
     def __enter__(self) -> Screen:
@@ -250,3 +259,19 @@ class Screen(Listener):
                 self._say(f"{name}: {element} {outcome}: {path}")
             if "preview" in entry:
                 self._say(f"{name}: picture written: {entry['preview']}")
+        if self._verbose and not error:
+            self._tell(f"{name}: {_how(entry)}", "dim")
+
+
+def _how(entry: Mapping[str, Any]) -> str:
+    """By what a study's outputs were made."""
+    if not (record := entry.get("record")):
+        return f"{entry['status']}, {entry['seconds']:.1f} s"
+    sampler = record["sampler"]
+    drawn = f"{sampler['steps']} steps of {sampler['method']}, {sampler['samples']} samples, seed {sampler['seed']}"
+    where = f"{record['engine']} on {record['device']} in {record['dtype']}"
+    return f"{record['model']} by {where}; {drawn}; missing {', '.join(record['missing'])}; {entry['seconds']:.1f} s"
+
+
+def nothing(*said: object) -> None:
+    """Says nothing."""
