@@ -62,6 +62,7 @@ setup(
     ],
     extras_require={
         "train": ["monai", "torchmetrics", "tensorboard", "matplotlib", "scikit-learn"],
+        "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
         "fast": ["isal"],  # gzip several times as fast
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "tensorrt": ["tensorrt"],

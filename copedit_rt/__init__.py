@@ -7,6 +7,7 @@ __version__ = "0.2.0.dev0"
 
 
 if TYPE_CHECKING:
+    from copedit_rt.client import Client
     from copedit_rt.config import ModelConfig
     from copedit_rt.errors import CopeditError
     from copedit_rt.filling import fill
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from copedit_rt.synthesizer import Result, Synthesizer
 
 _PUBLIC = {
+    "Client": "copedit_rt.client",
     "CopeditError": "copedit_rt.errors",
     "ModelConfig": "copedit_rt.config",
     "Result": "copedit_rt.synthesizer",
@@ -26,6 +28,7 @@ _PUBLIC = {
     "find_studies": "copedit_rt.images.find",
 }
 __all__ = [
+    "Client",
     "CopeditError",
     "ModelConfig",
     "Result",

@@ -116,6 +116,10 @@ Select = Annotated[
     str | None,
     typer.Option(metavar="run-01,acq-highres", help="Of several files of a modality those whose names carry this."),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
+]
 ExportModel = Annotated[str, typer.Option("--model", metavar="NAME_OR_FOLDER", help="The model.")]
 Precision = Annotated[
     str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
@@ -158,10 +162,7 @@ def synth(
     device: Device = "auto",
     engine: Engine = "torch",
     dtype: Dtype = "auto",
-    max_memory: Annotated[
-        str | None,
-        typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
-    ] = None,
+    max_memory: MaxMemory = None,
     overwrite: Annotated[bool, flag("--overwrite", help="Replace outputs that exist.")] = False,
     resample: Annotated[bool, flag("--resample", help="Bring files on other grids onto the first one's.")] = False,
     preview: Annotated[bool, flag("--preview", help="Also write a PNG per study.")] = False,
@@ -258,6 +259,59 @@ def inspect(
         terminal.show(*(report.render() for report in reports if report.flagged or not quiet))
     if any(report.flagged for report in reports):
         raise typer.Exit(FLAGGED)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8080,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME_OR_FOLDER", help="A model to serve; repeatable. By default all built in."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute, one study at a time; repeatable."),
+    ] = None,
+    engine: Engine = "torch",
+    dtype: Dtype = "auto",
+    max_memory: MaxMemory = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests in the house at most; others are told to wait.")] = 16,
+    max_size: Annotated[
+        str, typer.Option(metavar="1GB|500MB", help="Of a request, and of its images in memory.")
+    ] = "1GB",
+    time_limit: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="For a request.")] = 600,
+    grace: Annotated[int, typer.Option(min=0, metavar="SECONDS", help="For what runs when told to end.")] = 60,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Holds the bearer token that requests must have; or set COPEDIT_TOKEN."),
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For files of requests, while they last.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer requests over HTTP with warm models: POST /v1/synth, POST /v1/inspect.
+
+    Also /health, /ready and /metrics. Nothing of a request stays. Needs the extra `serve`.
+    """
+    from copedit_rt.serving.server import Limits
+    from copedit_rt.serving.server import serve as body
+
+    body(
+        host=host,
+        port=port,
+        models=model or [],
+        devices=device or ["auto"],
+        token=terminal.secret(token_file),
+        scratch=scratch,
+        limits=Limits(terminal.size(max_size, "--max-size") or 0, queue, time_limit),
+        grace=grace,
+        say=terminal.nothing if quiet else terminal.tell,
+        engine=engine,
+        dtype=dtype,
+        max_memory=terminal.size(max_memory),
+    )
 
 
 @app.command()

@@ -20,6 +20,7 @@ from copedit_rt.images.names import modality
 from copedit_rt.images.study import Study, is_complete
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models, UnusableModel
+from copedit_rt.synthesizer import Result
 from copedit_rt.task import Task
 
 OUTCOMES = ("written", "kept", "complete", "failed")  # complete: nothing is missing
@@ -74,7 +75,7 @@ def synthesise(
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     sampler["progress"] = listener.step
     reading = {"missing_slices": missing_slices, "resample": resample}
-    job = _Job(output, models, elements, overwrite, preview, len(found) > 1, reading, sampler, listener)
+    job = Job(output, models, elements, overwrite, preview, len(found) > 1, reading, sampler, listener)
     entries = job.run(mine)
     counts = Counter(entry["status"] for entry in entries)
     if counts["complete"] == len(found):
@@ -85,7 +86,7 @@ def synthesise(
 
 
 @dataclass
-class _Opened:
+class Opened:
     """A study as far as it goes without computing: what its entry holds so far, and what went wrong.
 
     study: None where there is nothing to compute. todo: the elements to write, None for all.
@@ -99,8 +100,11 @@ class _Opened:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What all studies of a cohort share. several: the cohort has more than one study."""
+class Job:
+    """What all studies of a cohort share. several: the cohort has more than one study.
+
+    target: elements, None for all. reading: options of `Study.read`. sampler: those of `Synthesizer.synthesize`.
+    """
 
     output: Path
     models: Models
@@ -129,9 +133,9 @@ class _Job:
                 self.listener.ended(entry, error)
         return entries
 
-    def open(self, files: StudyFiles) -> _Opened:
+    def open(self, files: StudyFiles) -> Opened:
         """Choose the model, see what there is to do, and read the files."""
-        opened = _Opened(files, {"study": files.name, "task": files.task, "status": "failed"})
+        opened = Opened(files, {"study": files.name, "task": files.task, "status": "failed"})
         try:
             if self.look_ahead(opened):
                 study = Study.read(files, **self.reading)
@@ -143,7 +147,7 @@ class _Job:
             opened.error = failure(files.name, error, "free some, or give a smaller image")
         return opened
 
-    def look_ahead(self, opened: _Opened) -> bool:
+    def look_ahead(self, opened: Opened) -> bool:
         """Fill in the entry; whether there is something to do, from the names alone."""
         files, entry = opened.files, opened.entry
         name, config = self.models.choose(files.task, files.files)
@@ -168,7 +172,7 @@ class _Job:
         opened.todo = None if files.task == "cardiac" else [element for element in outputs if element not in done]
         return True
 
-    def finish(self, opened: _Opened) -> tuple[dict[str, Any], CopeditError | None]:
+    def finish(self, opened: Opened) -> tuple[dict[str, Any], CopeditError | None]:
         """The study's entry after its outputs were written, and why it failed if it did."""
         try:
             if opened.error:
@@ -183,11 +187,18 @@ class _Job:
             return opened.entry | {"error": str(told)}, told
         return opened.entry, None
 
-    def write(self, opened: _Opened, study: Study) -> None:
+    def write(self, opened: Opened, study: Study) -> None:
+        """Write one study's outputs and fill in its entry."""
+        self.save(opened, self.compute(opened, study))
+
+    def compute(self, opened: Opened, study: Study) -> Result:
+        """What is missing from a study, synthesised."""
+        model = self.models.load(opened.entry["model"])
+        return model.synthesize(study, target=opened.todo or None, **self.sampler)
+
+    def save(self, opened: Opened, result: Result) -> None:
         """Write one study's outputs and fill in its entry."""
         files, entry = opened.files, opened.entry
-        model = self.models.load(entry["model"])
-        result = model.synthesize(study, target=opened.todo or None, **self.sampler)
         entry["notes"] = list(result.study.notes)
         entry["perception"] = result.perception.to_dict()
         entry["record"] = result.record

@@ -24,6 +24,7 @@ DISTRIBUTION = "copedit"
 # What each extra adds, should the installed metadata not tell (a bare checkout on the path).
 EXTRAS = {
     "train": ["monai", "torchmetrics", "tensorboard", "matplotlib"],
+    "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "tensorrt": ["tensorrt"],
     "tensorrt-rtx": ["onnxruntime-ep-nv-tensorrt-rtx-cu13"],

@@ -99,6 +99,19 @@ def size(text: str | None, option: str = "--max-memory") -> int | None:
     return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2].upper()])
 
 
+def secret(file: Path | None, variable: str = "COPEDIT_TOKEN") -> str | None:
+    """What a file holds, or else a variable of the environment: on a command line, everybody could read it."""
+    if file is None:
+        return os.environ.get(variable) or None
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise CopeditError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    if not text.isprintable() or not text.isascii() or " " in text or not text:
+        raise CopeditError(f"{file} holds no token: one line of letters and digits is expected")
+    return text
+
+
 def files_by_modality(pairs: Sequence[str] | None, **aliases: Path | None) -> dict[str, Path] | None:
     """--file t1=PATH and the options that stand for it as {t1: PATH}; None if there is none."""
     files = {name: path for name, path in aliases.items() if path is not None}
@@ -142,14 +155,15 @@ def tell_error(error: BaseException, debug: bool = False, to: Console | None = N
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout; numbers that JSON does not have (NaN, infinities) are null."""
-    typer.echo(json.dumps(_finite(data), indent=2, default=str, allow_nan=False))
+    typer.echo(json.dumps(finite(data), indent=2, default=str, allow_nan=False))
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """With null for numbers that JSON does not have."""
     if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
