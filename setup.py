@@ -41,6 +41,9 @@ setup(
     package_data={
         "copedit_rt": [
             "py.typed",
+            "report/*.html",
+            "report/*.js",
+            "report/*.txt",
             "weights/**/*.json",
             "weights/**/*.safetensors",
             "weights/**/*.md",

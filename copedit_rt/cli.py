@@ -166,6 +166,9 @@ def synth(
     overwrite: Annotated[bool, flag("--overwrite", help="Replace outputs that exist.")] = False,
     resample: Annotated[bool, flag("--resample", help="Bring files on other grids onto the first one's.")] = False,
     preview: Annotated[bool, flag("--preview", help="Also write a PNG per study.")] = False,
+    report: Annotated[
+        bool, flag("--report", help="Also write a page per study that a browser opens, and one of a cohort.")
+    ] = False,
     missing_slices: Slices = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -201,6 +204,7 @@ def synth(
             overwrite=overwrite,
             resample=resample,
             preview=preview,
+            report=report,
             missing_slices=missing,
             max_memory=memory,
             listener=screen,

@@ -47,6 +47,7 @@ def synthesise(
     overwrite: bool = False,
     resample: bool = False,
     preview: bool = False,
+    report: bool = False,
     missing_slices: Sequence[int] | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def synthesise(
     inputs, explicit, task and select are those of `find_studies`; model, device, engine, dtype and max_memory those of
     `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and resample
     those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that are there
-    and complete (`is_complete`), which are kept otherwise. preview: also write a PNG per study.
+    and complete (`is_complete`), which are kept otherwise. preview: also write a PNG per study; report: a
+    page per study that a browser opens, and of several an index.html.
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
@@ -75,8 +77,12 @@ def synthesise(
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     sampler["progress"] = listener.step
     reading = {"missing_slices": missing_slices, "resample": resample}
-    job = Job(output, models, elements, overwrite, preview, len(found) > 1, reading, sampler, listener)
+    job = Job(output, models, elements, overwrite, preview, report, len(found) > 1, reading, sampler, listener)
     entries = job.run(mine)
+    if report and job.several:
+        from copedit_rt.report import page
+
+        page.index(entries, output / "index.html")
     counts = Counter(entry["status"] for entry in entries)
     if counts["complete"] == len(found):
         raise CopeditError(
@@ -111,6 +117,7 @@ class Job:
     target: Sequence[str] | None
     overwrite: bool
     preview: bool
+    report: bool
     several: bool
     reading: Mapping[str, Any]
     sampler: Mapping[str, Any]
@@ -207,6 +214,11 @@ class Job:
 
             entry["preview"] = str(self.output / files.naming.subfolder / f"{files.name}_preview.png")
             preview.save(preview.draw(result.study, model=result.record["model"]), Path(entry["preview"]))
+        if self.report:
+            from copedit_rt.report import page
+
+            entry["report"] = str(self.output / files.naming.subfolder / f"{files.name}_report.html")
+            page.write(result, entry["model"], Path(entry["report"]))
         result.study.write(self.output, model=result.record["model"], record=result.record, std=result.std or None)
         entry["status"] = "written"
 

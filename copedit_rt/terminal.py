@@ -273,6 +273,8 @@ class Screen(Listener):
                 self._say(f"{name}: {element} {outcome}: {path}")
             if "preview" in entry:
                 self._say(f"{name}: picture written: {entry['preview']}")
+            if "report" in entry:
+                self._say(f"{name}: page written: {entry['report']}")
         if self._verbose and not error:
             self._tell(f"{name}: {_how(entry)}", "dim")
 

@@ -207,8 +207,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     answers = ", ".join(f"{count} of {status}" for status, count in report["statuses"].items())
     lines += [
         "",
-        f"{report['requests']} requests, {report['clients']} at a time, in {report['seconds']:.0f} s; answers: {answers}. "
-        f"{each:.2f} s of processor a request. Every image was bit for bit that of the command.",
+        f"{report['requests']} requests, {report['clients']} at a time, in {report['seconds']:.0f} s; answers: "
+        f"{answers}. {each:.2f} s of processor a request. Every image was bit for bit that of the command.",
         f"Memory of the server: {report['memory']['before'] / 2**20:.0f} MiB before, {min(mib):.0f} to {max(mib):.0f} "
         f"MiB during the load, {mib[-1]:.0f} MiB at the end.",
         f"Load average at the end {report['load'][0]:.1f} on {os.cpu_count()} cores, OMP_NUM_THREADS "

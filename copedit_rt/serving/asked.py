@@ -46,6 +46,7 @@ class Asked:
     task: Any = None
     select: tuple[str, ...] = ()
     preview: bool = False
+    report: bool = False
     sampler: dict[str, Any] = field(default_factory=dict)
     reading: dict[str, Any] = field(default_factory=dict)
     explicit: dict[str, Path] = field(default_factory=dict)
@@ -112,6 +113,7 @@ _FIELDS = {
     "task": _attribute("task", lambda text: terminal.choice(text, "--task", _TASKS)),
     "select": _attribute("select", terminal.words),
     "preview": _attribute("preview", lambda text: terminal.choice(text, "--preview", _TRUE)),
+    "report": _attribute("report", lambda text: terminal.choice(text, "--report", _TRUE)),
     "steps": _set("sampler", "steps", lambda text: _whole(text, "--steps", 1, 1000)),
     "seed": _set("sampler", "seed", lambda text: _whole(text, "--seed", 0, 2**53)),
     "samples": _set("sampler", "samples", lambda text: _whole(text, "--samples", 1, MOST_SAMPLES)),

@@ -111,9 +111,8 @@ class Desk:
             models, _ = self._models(asked, files)
             self._check_size(files)
             sampler = {**asked.sampler, "progress": ticket.check}
-            job = Job(
-                asked.output, models, asked.target, True, asked.preview, False, asked.reading, sampler, Listener()
-            )
+            wanted = (asked.preview, asked.report)
+            job = Job(asked.output, models, asked.target, True, *wanted, False, asked.reading, sampler, Listener())
             opened = job.open(files)
             if opened.error:
                 raise opened.error
