@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.terminal import Device, Dtype, Json, Output, check_writable, commands, counting, present, progress
+from copedit_rt.terminal import Device, Dtype, Json, Output, Steps, check_writable, commands, counting, present, progress
 
 app = commands()
 benchmarks = commands("Measure speed and memory on this machine.")
@@ -153,6 +153,7 @@ def bench_serve(
     requests: Annotated[int, typer.Option(min=1, help="Under load; every fifth is hostile.")] = 500,
     clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     alone: Annotated[int, typer.Option(min=0, help="Requests before that, one at a time.")] = 50,
+    steps: Steps = None,
     as_json: Json = False,
 ) -> None:
     """A real server under load on this machine: latency, memory, and that every answer is the command's.
@@ -169,6 +170,7 @@ def bench_serve(
             requests=requests,
             clients=clients,
             alone=alone,
+            steps=steps,
             progress=progress,
         )
     paths, text = [output / "serve.json", output / "serve.md"], body.markdown(report)

@@ -52,15 +52,16 @@ def run(
     requests: int = 500,
     clients: int = 8,
     alone: int = 50,
+    steps: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """`alone` requests one at a time, then `requests` of them, `clients` at a time; JSON-able.
 
     Every fifth of the latter is hostile. Every answer is compared with the files of `copedit synth`. Simulated studies.
-    Raises CopeditError where an answer differs, a request has none, or a hostile one is not refused.
+    Raises CopeditError where an answer differs, a request has none, or a hostile one is not refused. steps: of the sampler, by default the model's.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cases = [_case(Path(folder) / str(i), model) for i, model in enumerate(models)]
+        cases = [_case(Path(folder) / str(i), model, steps) for i, model in enumerate(models)]
         hostile = list(_hostile(Path(folder) / "hostile", cases[0].files[0]))
         with _server(models) as address:
             client, total = Client(address, seconds=3600, tries=10_000), alone + requests
@@ -102,12 +103,18 @@ def run(
         "processor_seconds": after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"],
         "memory": {"before": before["process_resident_memory_bytes"], "samples": memory},
         "models": [
-            {"model": case.model, "alone": _spread(case.alone), "loaded": _spread(case.loaded)} for case in cases
+            {
+                "model": case.model,
+                "steps": case.fields["steps"],
+                "alone": _spread(case.alone),
+                "loaded": _spread(case.loaded),
+            }
+            for case in cases
         ],
     }
 
 
-def _case(folder: Path, model: str) -> Case:
+def _case(folder: Path, model: str, steps: int | None) -> Case:
     """A simulated study with something missing, and what the command makes of it."""
     config, (given, out) = checkpoint.read_config(checkpoint.locate(model)), (folder / "in", folder / "out")
     phantom, brain = prepared.phantom_subject(config, prepared.HELD_OUT), config.task == "brain"
@@ -117,9 +124,11 @@ def _case(folder: Path, model: str) -> Case:
         Volume.from_array(phantom.images[element], phantom.affine()).save(given / name)
     named = [f"--missing-slices={','.join(map(str, slices))}"] if slices else []
     command = [sys.executable, "-m", "copedit_rt", "synth", str(given), "-o", str(out), "--model", model, "-q", *named]
-    subprocess.run([*command, "--device", "cpu"], check=True)
+    taken = config.diffusion.steps if steps is None else steps
+    subprocess.run([*command, "--device", "cpu", "--steps", str(taken)], check=True)
     wanted = {path.name: path.read_bytes() for path in out.iterdir()}
-    return Case(config.name, sorted(given.iterdir()), {"model": config.name, "missing_slices": slices or None}, wanted)
+    fields = {"model": config.name, "missing_slices": slices or None, "steps": taken}
+    return Case(config.name, sorted(given.iterdir()), fields, wanted)
 
 
 def _hostile(folder: Path, sound: Path) -> Iterator[tuple[list[Path], dict[str, Any]]]:
@@ -196,12 +205,12 @@ def _spread(seconds: list[float]) -> dict[str, float] | None:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table and two sentences."""
-    lines = ["| model | at a time | requests | median | 99th |", "|---|--:|--:|--:|--:|"]
+    lines = ["| model | steps | at a time | requests | median | 99th |", "|---|--:|--:|--:|--:|--:|"]
     for row in report["models"]:
         for clients, name in ((1, "alone"), (report["clients"], "loaded")):
             if spread := row[name]:
                 cells = f"{spread['count']} | {spread['median']:.2f} s | {spread['p99']:.2f} s"
-                lines.append(f"| {row['model']} | {clients} | {cells} |")
+                lines.append(f"| {row['model']} | {row['steps']} | {clients} | {cells} |")
     mib = [value / 2**20 for value in report["memory"]["samples"]]
     each = report["processor_seconds"] / report["requests"]
     answers = ", ".join(f"{count} of {status}" for status, count in report["statuses"].items())
