@@ -170,6 +170,13 @@ def synth(
         bool, flag("--report", help="Also write a page per study that a browser opens, and one of a cohort.")
     ] = False,
     missing_slices: Slices = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only every N-th study, from the I-th on; I from 0 or from 1."),
+    ] = None,
+    summary: Annotated[
+        bool, flag("--summary", help="Compute nothing: say what became of every study, whichever process did it.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -182,10 +189,14 @@ def synth(
     from copedit_rt import cohort
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
+    if summary:
+        found = {"task": terminal.choice(task, "--task", TASKS), "select": terminal.words(select), "explicit": explicit}
+        rows = cohort.survey([*(inputs or ()), *(more or ())], output, model=model, target=target, **found)
+        return _summarise(rows, as_json)
     missing, memory = terminal.numbers(missing_slices), terminal.size(max_memory)
     say = terminal.nothing if as_json else terminal.say
     with terminal.Screen(say, bool(ctx.obj), quiet, verbose) as screen:
-        summary = cohort.synthesise(
+        made = cohort.synthesise(
             [*(inputs or ()), *(more or ())],
             output,
             explicit=explicit,
@@ -206,17 +217,31 @@ def synth(
             preview=preview,
             report=report,
             missing_slices=missing,
+            shard=terminal.shard(shard),
             max_memory=memory,
             listener=screen,
         )
-    if (count := len(summary["studies"])) > 1 and not quiet:
-        complete = f", {summary['complete']} with nothing missing" * bool(summary["complete"])
-        outcomes = f"{summary['written']} written, {summary['kept']} kept{complete}, {summary['failed']} failed"
+    if (count := len(made["studies"])) > 1 and not quiet:
+        complete = f", {made['complete']} with nothing missing" * bool(made["complete"])
+        outcomes = f"{made['written']} written, {made['kept']} kept{complete}, {made['failed']} failed"
         terminal.tell(f"{count} studies: {outcomes}")
     if as_json:
-        terminal.print_json(summary)
+        terminal.print_json(made)
     cohort.wait_for_others()
-    if summary["failed"]:
+    if made["failed"]:
+        raise typer.Exit(1)
+
+
+def _summarise(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """What became of a cohort; exit code 1 where something is left to do."""
+    from copedit_rt import summary
+
+    counts = summary.count(rows)
+    if as_json:
+        terminal.print_json({**counts, "studies": rows})
+    else:
+        terminal.show(summary.render(rows))
+    if counts["failed"] or counts["not done"]:
         raise typer.Exit(1)
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from copedit_rt import summary
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, failure
 from copedit_rt.files import check_writable, sweep
@@ -49,6 +50,7 @@ def synthesise(
     preview: bool = False,
     report: bool = False,
     missing_slices: Sequence[int] | None = None,
+    shard: tuple[int, int] = (0, 1),
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Synthesise what is missing from every study in `inputs`, files below `output`; the summary is JSON-able.
@@ -61,34 +63,63 @@ def synthesise(
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
-    computed. Of several processes (RANK and WORLD_SIZE in the environment, as torchrun sets them) each takes every
-    WORLD_SIZE-th study, and in turn a GPU (LOCAL_RANK).
+    computed. shard: (i, n), every n-th study from the i-th on, counted from 0 or from 1: n of n is 0 of n. Of several
+    processes (RANK and WORLD_SIZE in the environment, as torchrun sets them) each takes every WORLD_SIZE-th study of
+    the shard, and in turn a GPU (LOCAL_RANK). Of several studies, `summary` keeps the entries in the output folder.
     """
     listener = listener or Listener()
     elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
     check_writable(output)
     found = find_studies(inputs, explicit, task=task, select=select)
     sweep(output)
-    rank, world = _shard()
-    mine = found[rank::world]
+    rank, world = _process()
+    (first, shards), several = shard, len(found) > 1
+    mine = found[first % shards :: shards][rank::world]
     listener.found(found, len(mine))
     where = _own_device(device, world)
     models = Models(model, where, max_memory=max_memory, engine=engine, dtype=dtype, listener=listener)
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     sampler["progress"] = listener.step
     reading = {"missing_slices": missing_slices, "resample": resample}
-    job = Job(output, models, elements, overwrite, preview, report, len(found) > 1, reading, sampler, listener)
+    job = Job(output, models, elements, overwrite, preview, report, several, reading, sampler, listener)
     entries = job.run(mine)
-    if report and job.several:
+    if several:
+        summary.keep(entries, output, rank * shards + first % shards, shards * world)
+    if several and report:
         from copedit_rt.report import page
 
-        page.index(entries, output / "index.html")
+        page.index(summary.gather(output).values(), output / "index.html")
     counts = Counter(entry["status"] for entry in entries)
     if counts["complete"] == len(found):
         raise CopeditError(
             f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
         )
     return {name: counts[name] for name in OUTCOMES} | {"studies": entries, "passed_over": found.reasons()}
+
+
+def survey(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    explicit: Mapping[str, Path] | None = None,
+    task: Task | None = None,
+    select: Sequence[str] = (),
+    model: str | None = None,
+    target: str = "all",
+) -> list[dict[str, Any]]:
+    """What became of every study of a cohort (`summary.judge`), whoever worked on it. Options: see `synthesise`."""
+    elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
+    found = find_studies(inputs, explicit, task=task, select=select)
+    job = Job(output, Models(model, "cpu"), elements, False, False, False, True, {}, {}, Listener())
+    there = []
+    for files in found:
+        opened = Opened(files, {"study": files.name, "task": files.task, "status": "failed"})
+        try:
+            job.look_ahead(opened)
+        except CopeditError as error:
+            opened.entry["error"] = str(error)
+        there.append(opened.entry | ({"error": files.problem} if files.problem else {}))
+    return summary.judge(there, output)
 
 
 @dataclass
@@ -238,7 +269,7 @@ def _check_target(files: StudyFiles, config: ModelConfig, target: Sequence[str])
 # -------------------------------------------------------------------------------------------------- processes
 
 
-def _shard() -> tuple[int, int]:
+def _process() -> tuple[int, int]:
     """Number of this process and of all of them."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):

@@ -84,6 +84,16 @@ def choice(text: str | None, option: str, choices: Mapping[str, Any]) -> Any:
     return choices[text.strip().lower()]
 
 
+def shard(text: str | None) -> tuple[int, int]:
+    """I/N as (I, N), the whole for None. Raises CopeditError for anything else."""
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"\s*([0-9]{1,6})\s*/\s*([0-9]{1,6})\s*", text)
+    if not match or not 0 <= int(match[1]) <= int(match[2]) or not int(match[2]):
+        raise CopeditError(f"--shard {text}: expected I/N, as in 0/4 to 3/4 or 1/4 to 4/4")
+    return int(match[1]), int(match[2])
+
+
 def words(text: str | None) -> tuple[str, ...]:
     """one,two as (one, two)."""
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())

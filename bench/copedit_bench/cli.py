@@ -10,7 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.terminal import Device, Dtype, Json, Output, Steps, check_writable, commands, counting, present, progress
+from copedit_rt.terminal import (
+    Device,
+    Dtype,
+    Json,
+    Output,
+    Steps,
+    check_writable,
+    commands,
+    counting,
+    present,
+    progress,
+)
 
 app = commands()
 benchmarks = commands("Measure speed and memory on this machine.")

@@ -58,7 +58,8 @@ def run(
     """`alone` requests one at a time, then `requests` of them, `clients` at a time; JSON-able.
 
     Every fifth of the latter is hostile. Every answer is compared with the files of `copedit synth`. Simulated studies.
-    Raises CopeditError where an answer differs, a request has none, or a hostile one is not refused. steps: of the sampler, by default the model's.
+    Raises CopeditError where an answer differs, a request has none, or a hostile one is not refused.
+    steps: of the sampler, by default the model's.
     """
     with tempfile.TemporaryDirectory() as folder:
         cases = [_case(Path(folder) / str(i), model, steps) for i, model in enumerate(models)]

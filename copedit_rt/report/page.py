@@ -10,7 +10,7 @@ import gzip
 import html
 import json
 import math
-import os
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -215,12 +215,12 @@ def _card(model: str | Path) -> Iterable[str]:
 
 
 def index(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """The page of a cohort: a row a study, with a link to its page. entries: those of `cohort.synthesise`."""
+    """The page of a cohort: a row a study, with a link to its page. entries: those of `summary.gather`."""
     rows = []
     for entry in entries:
         name = html.escape(str(entry["study"]))
         if page := entry.get("report"):
-            link = html.escape(os.path.relpath(page, path.parent).replace("%", "%25").replace("#", "%23"))
+            link = html.escape(urllib.parse.quote(page))
             name = f'<a href="{link}">{name}</a>'
         made = ", ".join(entry.get("outputs", {}))
         flags = len(entry.get("notes", ()))
