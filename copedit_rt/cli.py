@@ -120,6 +120,11 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
 ]
+Participant = Annotated[
+    list[str] | None, typer.Option("--participant-label", metavar="LABEL", help="BIDS: only sub-LABEL; repeatable.")
+]
+Session = Annotated[list[str] | None, typer.Option(metavar="LABEL", help="BIDS: only ses-LABEL; repeatable.")]
+Run = Annotated[list[str] | None, typer.Option(metavar="N", help="BIDS: only run-N; repeatable.")]
 ExportModel = Annotated[str, typer.Option("--model", metavar="NAME_OR_FOLDER", help="The model.")]
 Precision = Annotated[
     str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
@@ -144,6 +149,9 @@ def synth(
     sax: Sax = None,
     task: TaskName = None,
     select: Select = None,
+    participant_label: Participant = None,
+    session: Session = None,
+    run: Run = None,
     model: Model = None,
     target: Annotated[str, typer.Option(metavar="all|t1,flair", help="What to synthesise.")] = "all",
     steps: Steps = None,
@@ -191,6 +199,7 @@ def synth(
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
     if summary:
         found = {"task": terminal.choice(task, "--task", TASKS), "select": terminal.words(select), "explicit": explicit}
+        found["labels"] = _labels(participant_label, session, run)
         rows = cohort.survey([*(inputs or ()), *(more or ())], output, model=model, target=target, **found)
         return _summarise(rows, as_json)
     missing, memory = terminal.numbers(missing_slices), terminal.size(max_memory)
@@ -202,6 +211,7 @@ def synth(
             explicit=explicit,
             task=terminal.choice(task, "--task", TASKS),
             select=terminal.words(select),
+            labels=_labels(participant_label, session, run),
             model=model,
             target=target,
             steps=steps,
@@ -232,6 +242,14 @@ def synth(
         raise typer.Exit(1)
 
 
+def _labels(
+    participants: list[str] | None, sessions: list[str] | None, runs: list[str] | None
+) -> dict[str, list[str]]:
+    """What of a BIDS data set is asked for; several labels may stand in one option."""
+    asked = {"sub": participants, "ses": sessions, "run": runs}
+    return {key: ",".join(given).replace(",", " ").split() for key, given in asked.items() if given}
+
+
 def _summarise(rows: list[dict[str, Any]], as_json: bool) -> None:
     """What became of a cohort; exit code 1 where something is left to do."""
     from copedit_rt import summary
@@ -259,6 +277,9 @@ def inspect(
     sax: Sax = None,
     task: TaskName = None,
     select: Select = None,
+    participant_label: Participant = None,
+    session: Session = None,
+    run: Run = None,
     model: Model = None,
     device: Device = "auto",
     engine: Engine = "torch",
@@ -278,7 +299,8 @@ def inspect(
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
     with terminal.Screen(quiet=quiet) as screen:
         paths, which = [*(inputs or ()), *(more or ())], terminal.choice(task, "--task", TASKS)
-        found = find_studies(paths, explicit, task=which, select=terminal.words(select))
+        labels = _labels(participant_label, session, run)
+        found = find_studies(paths, explicit, task=which, select=terminal.words(select), labels=labels)
         screen.found(found, len(found))
         models = Models(model, device, engine=engine, listener=screen)
         reports = inspection.inspect(found, models, terminal.numbers(missing_slices), screen)

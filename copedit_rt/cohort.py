@@ -12,10 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import copedit_rt
 from copedit_rt import summary
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, failure
 from copedit_rt.files import check_writable, sweep
+from copedit_rt.images import bids
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import modality
 from copedit_rt.images.study import Study, is_complete
@@ -34,6 +36,7 @@ def synthesise(
     explicit: Mapping[str, Path] | None = None,
     task: Task | None = None,
     select: Sequence[str] = (),
+    labels: Mapping[str, Sequence[str]] | None = None,
     model: str | None = None,
     target: str = "all",
     steps: int | None = None,
@@ -55,10 +58,10 @@ def synthesise(
 ) -> dict[str, Any]:
     """Synthesise what is missing from every study in `inputs`, files below `output`; the summary is JSON-able.
 
-    inputs, explicit, task and select are those of `find_studies`; model, device, engine, dtype and max_memory those of
-    `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and resample
-    those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that are there
-    and complete (`is_complete`), which are kept otherwise. preview: also write a PNG per study; report: a
+    inputs, explicit, task, select and labels are those of `find_studies`; model, device, engine, dtype and max_memory
+    those of `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and
+    resample those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that
+    are there and complete (`is_complete`), which are kept otherwise. preview: also write a PNG per study; report: a
     page per study that a browser opens, and of several an index.html.
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
@@ -70,7 +73,9 @@ def synthesise(
     listener = listener or Listener()
     elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
     check_writable(output)
-    found = find_studies(inputs, explicit, task=task, select=select)
+    found = find_studies(inputs, explicit, task=task, select=select, labels=labels)
+    if found.dataset:
+        bids.derivative(output, found.dataset, copedit_rt.__version__)
     sweep(output)
     rank, world = _process()
     (first, shards), several = shard, len(found) > 1
@@ -104,12 +109,13 @@ def survey(
     explicit: Mapping[str, Path] | None = None,
     task: Task | None = None,
     select: Sequence[str] = (),
+    labels: Mapping[str, Sequence[str]] | None = None,
     model: str | None = None,
     target: str = "all",
 ) -> list[dict[str, Any]]:
     """What became of every study of a cohort (`summary.judge`), whoever worked on it. Options: see `synthesise`."""
     elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
-    found = find_studies(inputs, explicit, task=task, select=select)
+    found = find_studies(inputs, explicit, task=task, select=select, labels=labels)
     job = Job(output, Models(model, "cpu"), elements, False, False, False, True, {}, {}, Listener())
     there = []
     for files in found:

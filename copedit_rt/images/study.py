@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
+from copedit_rt.images import bids
 from copedit_rt.images.find import StudyFiles, find_studies, output_path
 from copedit_rt.images.grids import GRID_TOLERANCE, from_border, slice_axis
 from copedit_rt.images.names import MODALITIES, STACK, STYLES, Naming, stem_of
@@ -32,6 +33,8 @@ from copedit_rt.images.nifti import (
     write_nifti,
 )
 from copedit_rt.task import Task
+
+STRIPPED = 0.6  # of the voxels are background, where a brain alone is left
 
 
 @dataclass(eq=False)
@@ -178,6 +181,7 @@ class Study:
                 "element": element,
                 "file": path.name,
                 "model": model,
+                **(self._bids() if self._naming.derived else {}),
                 **({"synthetic_slices": list(self.missing_slices)} if self.task == "cardiac" else {}),
                 **(record or {}),
             }
@@ -194,6 +198,13 @@ class Study:
             write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             written.append(path)
         return written
+
+    def _bids(self) -> dict[str, Any]:
+        """What BIDS wants to know of a derivative. Skull-stripped: most of the reference is exactly its background."""
+        read = (v.path for name, v in self.volumes.items() if v.path and name not in self.synthetic)
+        data = self.reference.data
+        stripped = bool((data == np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])).mean() > STRIPPED)
+        return {"Synthetic": True, "Sources": bids.sources(list(read)), "SkullStripped": stripped}
 
     def images(self, *, model: str, std: Mapping[str, NDArray] | None = None) -> dict[str, nib.Nifti1Image]:
         """What was synthesised as nibabel's images, as `write` would write it; std: {element: map} as ELEMENT_sd."""
