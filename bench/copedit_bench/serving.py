@@ -187,7 +187,7 @@ def _refused(client: Client, files: list[Path], fields: Mapping[str, Any]) -> in
     try:
         client.synth(files, **fields)
     except ServerError as error:
-        if 400 <= error.status < 500 and "/" not in str(error).replace("/v1/", ""):
+        if 400 <= error.status < 500 and not re.search(r"(?<![\w.])/\w+/", str(error)):  # and tells no path
             return error.status
         raise
     raise CopeditError(f"the server took {files[0].name} {dict(fields)}")
