@@ -59,7 +59,8 @@ class Client:
             from copedit_rt.files import write_atomically
 
             for name, content in made.items():
-                write_atomically(Path(output).joinpath(*(p for p in PurePosixPath(name).parts if p != "..")), content)
+                parts = (part for part in PurePosixPath(name).parts if part not in ("..", "/"))
+                write_atomically(Path(output).joinpath(*parts), content)
         return made
 
     def inspect(self, files: Files, **fields: object) -> dict[str, Any]:

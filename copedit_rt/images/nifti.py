@@ -88,7 +88,8 @@ class Volume:
         if header["descrip"].item().startswith(MARK.encode()):
             raise _synthetic(path)
         try:
-            raw = np.asarray(image.dataobj.get_unscaled() if nib.is_proxy(image.dataobj) else image.dataobj)
+            stored: Any = image.dataobj
+            raw = np.asarray(stored.get_unscaled() if nib.is_proxy(stored) else stored)
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise CopeditError(f"{path} is truncated or damaged; copy or download it again") from error
         raw = raw.reshape(shape)
@@ -168,7 +169,8 @@ def _scaled(raw: NDArray, header: nib.Nifti1Header) -> NDArray[np.float32]:
 
 def _header_of(image: SpatialImage) -> nib.Nifti1Header:
     """The header under which a file holds an image of nibabel's, of whatever format; never the image's own."""
-    proxy, data = nib.is_proxy(image.dataobj), image.dataobj
+    data: Any = image.dataobj
+    proxy = nib.is_proxy(data)
     kind = nib.Nifti2Header if isinstance(image, nib.Nifti2Image) else nib.Nifti1Header
     header = image.header.copy() if isinstance(image.header, kind) else kind()
     header.set_data_shape(image.shape)

@@ -317,7 +317,9 @@ def _zipped(files: Mapping[str, bytes]) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as target:
         for name, content in files.items():
-            target.writestr(zipfile.ZipInfo(name), content)
+            member = zipfile.ZipInfo(name)
+            member.external_attr = 0o644 << 16
+            target.writestr(member, content)
     return packed.getvalue()
 
 

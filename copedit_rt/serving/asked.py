@@ -208,9 +208,9 @@ def _safe(name: str) -> str:
     return clean or "_"
 
 
-def public(error: BaseException, folder: Path) -> str:
-    """An error's sentence as a stranger may read it: without paths, options of the command as fields."""
-    text = str(error)
+def public(said: BaseException | str, folder: Path) -> str:
+    """A sentence as a stranger may read it: without paths, options of the command as fields."""
+    text = str(said)
     homes = [path for path in (folder / "in").glob("*") if path.is_dir()]
     for root in (*homes, folder / "in", folder / "out", folder):
         text = text.replace(f"{root}/", "")

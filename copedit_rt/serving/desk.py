@@ -6,6 +6,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -20,11 +21,11 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Fault
 from copedit_rt.images.find import StudyFiles
 from copedit_rt.images.names import STACK
-from copedit_rt.images.nifti import Volume
+from copedit_rt.images.nifti import Volume, read_outline
 from copedit_rt.images.study import Study
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models
-from copedit_rt.serving.asked import Asked, Refused
+from copedit_rt.serving.asked import Asked, Refused, public
 from copedit_rt.serving.counts import Counts
 
 AHEAD = 2  # threads a device: one has it, the other reads the next study or writes the last
@@ -133,7 +134,7 @@ class Desk:
             self._check_size(files)
         with self.counts.stage("compute"):
             (report,) = inspection.inspect([files], models, asked.reading.get("missing_slices"))
-        return report.to_dict()
+        return _public(report.to_dict(), asked.folder)
 
     def _models(self, asked: Asked, files: StudyFiles) -> tuple[Models, ModelConfig]:
         """Those with the one model that was asked for, or that fits, as `Models.choose` would choose."""
@@ -148,12 +149,24 @@ class Desk:
         return self._mine.place[name], self.configs[name]
 
     def _check_size(self, files: StudyFiles) -> None:
-        if not files.problem:
-            needed = sum(4 * volume.data.size for volume in Study.outline(files).volumes.values())
-            if needed > self.limit:
-                sizes = needed / 2**20, self.limit / 2**20
-                said = "its images take {:.0f} MiB in memory, more than the {:.0f} MiB of this server".format(*sizes)
-                raise Refused(f"{files.name}: {said}; crop or downsample them", 413)
+        """Refused for images too large; what is wrong with a file is told where it is read."""
+        needed = 0
+        for path in files.files.values():
+            with suppress(CopeditError):
+                needed += 4 * read_outline(path).data.size
+        if needed > self.limit:
+            sizes = needed / 2**20, self.limit / 2**20
+            said = "its images take {:.0f} MiB in memory, more than the {:.0f} MiB of this server".format(*sizes)
+            raise Refused(f"{files.name}: {said}; crop or downsample them", 413)
+
+
+def _public(data: Any, folder: Path) -> Any:
+    """What of a report may be told: sentences about files name their paths."""
+    if isinstance(data, dict):
+        return {key: _public(value, folder) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_public(value, folder) for value in data]
+    return public(data, folder) if isinstance(data, str) else data
 
 
 class _Remarks(Listener):

@@ -107,6 +107,7 @@ def answered(connection: http.client.HTTPConnection) -> tuple[int, Any, dict[str
 
 def members(content: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(content)) as packed:
+        assert all(member.external_attr >> 16 == 0o644 for member in packed.infolist())
         return {name: packed.read(name) for name in packed.namelist()}
 
 

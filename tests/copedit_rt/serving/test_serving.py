@@ -162,6 +162,15 @@ def test_whatever_is_sent_is_answered_in_a_sentence(house, case, tmp_path):
     assert "case" not in told and "mystery" not in told and str(scratch) not in told
 
 
+def test_what_inspect_finds_tells_no_path(house, case):
+    port, scratch, _ = house
+    parts = sent(case | {"case_t2.nii.gz": case["case_t2.nii.gz"][:300]})
+    status, report, _ = post(port, "/v1/inspect", *parts)
+    assert status == 200 and not report["consistent"]
+    told = [finding["text"] for finding in report["findings"] if finding["kind"] == "unreadable"]
+    assert told and told[0].startswith("case_t2.nii.gz is a truncated") and str(scratch) not in json.dumps(report)
+
+
 def test_broken_bodies_and_other_paths(house, case):
     port, scratch, _ = house
     assert post(port, "/v1/synth", *sent(case), end=False)[0] == 400
