@@ -88,17 +88,17 @@ def synthesise(
     reading = {"missing_slices": missing_slices, "resample": resample}
     job = Job(output, models, elements, overwrite, preview, report, several, reading, sampler, listener)
     entries = job.run(mine)
+    counts = Counter(entry["status"] for entry in entries)
+    if counts["complete"] == len(found):
+        raise CopeditError(
+            f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
+        )
     if several:
         summary.keep(entries, output, rank * shards + first % shards, shards * world)
     if several and report:
         from copedit_rt.report import page
 
         page.index(summary.gather(output).values(), output / "index.html")
-    counts = Counter(entry["status"] for entry in entries)
-    if counts["complete"] == len(found):
-        raise CopeditError(
-            f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
-        )
     return {name: counts[name] for name in OUTCOMES} | {"studies": entries, "passed_over": found.reasons()}
 
 
