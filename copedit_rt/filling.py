@@ -67,7 +67,7 @@ def fill(
     study = _study(images, name, missing_slices, resample)
     models = _models(None if model is None else str(model), device, max_memory, engine, dtype)
     chosen, _ = models.choose(study.task, study.volumes)
-    sampler = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
+    sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     wanted = [modality(element) for element in target] if target else None
     result = models.load(chosen).synthesize(study, target=wanted, progress=progress, **sampler)
     for note in result.study.notes:

@@ -171,7 +171,10 @@ def _public(data: Any, folder: Path) -> Any:
 
 class _Remarks(Listener):
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.remark = say  # type: ignore[method-assign]
+        self._say = say
+
+    def remark(self, text: str) -> None:
+        self._say(text)
 
 
 def _noise(config: ModelConfig) -> Study:
