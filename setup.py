@@ -41,6 +41,9 @@ setup(
     package_data={
         "copedit_rt": [
             "py.typed",
+            "report/*.html",
+            "report/*.js",
+            "report/*.txt",
             "weights/**/*.json",
             "weights/**/*.safetensors",
             "weights/**/*.md",
@@ -62,6 +65,7 @@ setup(
     ],
     extras_require={
         "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
+        "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
         "fast": ["isal"],  # gzip several times as fast
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "openvino": ["openvino"],

@@ -7,20 +7,38 @@ __version__ = "0.2.0"
 
 
 if TYPE_CHECKING:
+    from copedit_rt.client import Client
     from copedit_rt.config import ModelConfig
     from copedit_rt.errors import CopeditError
+    from copedit_rt.filling import fill
     from copedit_rt.images.find import find_studies
+    from copedit_rt.images.nifti import Volume
     from copedit_rt.images.study import Study
-    from copedit_rt.synthesizer import Synthesizer
+    from copedit_rt.synthesizer import Result, Synthesizer
 
 _PUBLIC = {
+    "Client": "copedit_rt.client",
     "CopeditError": "copedit_rt.errors",
     "ModelConfig": "copedit_rt.config",
+    "Result": "copedit_rt.synthesizer",
     "Study": "copedit_rt.images.study",
     "Synthesizer": "copedit_rt.synthesizer",
+    "Volume": "copedit_rt.images.nifti",
+    "fill": "copedit_rt.filling",
     "find_studies": "copedit_rt.images.find",
 }
-__all__ = ["CopeditError", "ModelConfig", "Study", "Synthesizer", "__version__", "find_studies"]
+__all__ = [
+    "Client",
+    "CopeditError",
+    "ModelConfig",
+    "Result",
+    "Study",
+    "Synthesizer",
+    "Volume",
+    "__version__",
+    "fill",
+    "find_studies",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,3 +46,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -23,7 +23,7 @@ from copedit_rt import __version__, terminal
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.names import MODALITIES
 from copedit_rt.task import STACK, Task
-from copedit_rt.terminal import Device, Dtype, Json, Output, Solver, Steps, flag
+from copedit_rt.terminal import Device, Dtype, Json, Output, Quiet, Solver, Steps, Verbose, flag
 
 FLAGGED = 3
 TASKS = {task.value: task for task in Task}
@@ -128,6 +128,15 @@ Select = Annotated[
     str | None,
     typer.Option(metavar="run-01,acq-highres", help="Of several files of a modality those whose names carry this."),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
+]
+Participant = Annotated[
+    list[str] | None, typer.Option("--participant-label", metavar="LABEL", help="BIDS: only sub-LABEL; repeatable.")
+]
+Session = Annotated[list[str] | None, typer.Option(metavar="LABEL", help="BIDS: only ses-LABEL; repeatable.")]
+Run = Annotated[list[str] | None, typer.Option(metavar="N", help="BIDS: only run-N; repeatable.")]
 ExportModel = Annotated[str, typer.Option("--model", metavar="NAME_OR_FOLDER", help="The model.")]
 Precision = Annotated[
     str, typer.Option(metavar="float32|float16|bfloat16", help="Of weights and products; a CPU wants float32.")
@@ -152,6 +161,9 @@ def synth(
     sax: Sax = None,
     task: TaskName = None,
     select: Select = None,
+    participant_label: Participant = None,
+    session: Session = None,
+    run: Run = None,
     model: Model = None,
     target: Annotated[str, typer.Option(metavar="all|t1,flair", help="What to synthesise.")] = "all",
     steps: Steps = None,
@@ -171,14 +183,23 @@ def synth(
     device: Device = "auto",
     engine: Engine = "torch",
     dtype: Dtype = "auto",
-    max_memory: Annotated[
-        str | None,
-        typer.Option(metavar="2GB|500MB", help="For encoding and decoding; less is slower. By default unlimited."),
-    ] = None,
+    max_memory: MaxMemory = None,
     overwrite: Annotated[bool, flag("--overwrite", help="Replace outputs that exist.")] = False,
     resample: Annotated[bool, flag("--resample", help="Bring files on other grids onto the first one's.")] = False,
     preview: Annotated[bool, flag("--preview", help="Also write a PNG per study.")] = False,
+    report: Annotated[
+        bool, flag("--report", help="Also write a page per study that a browser opens, and one of a cohort.")
+    ] = False,
     missing_slices: Slices = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only every N-th study, from the I-th on; I from 0 or from 1."),
+    ] = None,
+    summary: Annotated[
+        bool, flag("--summary", help="Compute nothing: say what became of every study, whichever process did it.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Synthesise what is missing.
@@ -189,14 +210,21 @@ def synth(
     from copedit_rt import cohort
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
+    if summary:
+        found = {"task": terminal.choice(task, "--task", TASKS), "select": terminal.words(select), "explicit": explicit}
+        found["labels"] = _labels(participant_label, session, run)
+        rows = cohort.survey([*(inputs or ()), *(more or ())], output, model=model, target=target, **found)
+        return _summarise(rows, as_json)
     missing, memory = terminal.numbers(missing_slices), terminal.size(max_memory)
-    with terminal.Screen(_nothing if as_json else terminal.say, debug=bool(ctx.obj)) as screen:
-        summary = cohort.synthesise(
+    say = terminal.nothing if as_json else terminal.say
+    with terminal.Screen(say, bool(ctx.obj), quiet, verbose) as screen:
+        made = cohort.synthesise(
             [*(inputs or ()), *(more or ())],
             output,
             explicit=explicit,
             task=terminal.choice(task, "--task", TASKS),
             select=terminal.words(select),
+            labels=_labels(participant_label, session, run),
             model=model,
             target=target,
             steps=steps,
@@ -210,23 +238,42 @@ def synth(
             overwrite=overwrite,
             resample=resample,
             preview=preview,
+            report=report,
             missing_slices=missing,
+            shard=terminal.shard(shard),
             max_memory=memory,
             listener=screen,
         )
-    if (count := len(summary["studies"])) > 1:
-        complete = f", {summary['complete']} with nothing missing" * bool(summary["complete"])
-        outcomes = f"{summary['written']} written, {summary['kept']} kept{complete}, {summary['failed']} failed"
+    if (count := len(made["studies"])) > 1 and not quiet:
+        complete = f", {made['complete']} with nothing missing" * bool(made["complete"])
+        outcomes = f"{made['written']} written, {made['kept']} kept{complete}, {made['failed']} failed"
         terminal.tell(f"{count} studies: {outcomes}")
     if as_json:
-        terminal.print_json(summary)
+        terminal.print_json(made)
     cohort.wait_for_others()
-    if summary["failed"]:
+    if made["failed"]:
         raise typer.Exit(1)
 
 
-def _nothing(text: object) -> None:
-    """Says nothing."""
+def _labels(
+    participants: list[str] | None, sessions: list[str] | None, runs: list[str] | None
+) -> dict[str, list[str]]:
+    """What of a BIDS data set is asked for; several labels may stand in one option."""
+    asked = {"sub": participants, "ses": sessions, "run": runs}
+    return {key: ",".join(given).replace(",", " ").split() for key, given in asked.items() if given}
+
+
+def _summarise(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """What became of a cohort; exit code 1 where something is left to do."""
+    from copedit_rt import summary
+
+    counts = summary.count(rows)
+    if as_json:
+        terminal.print_json({**counts, "studies": rows})
+    else:
+        terminal.show(summary.render(rows))
+    if counts["failed"] or counts["not done"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -243,10 +290,14 @@ def inspect(
     sax: Sax = None,
     task: TaskName = None,
     select: Select = None,
+    participant_label: Participant = None,
+    session: Session = None,
+    run: Run = None,
     model: Model = None,
     device: Device = "auto",
     engine: Engine = "torch",
     missing_slices: Slices = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare what the network perceives with what the files say.
@@ -259,18 +310,72 @@ def inspect(
     from copedit_rt.models import Models
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
-    with terminal.Screen() as screen:
+    with terminal.Screen(quiet=quiet) as screen:
         paths, which = [*(inputs or ()), *(more or ())], terminal.choice(task, "--task", TASKS)
-        found = find_studies(paths, explicit, task=which, select=terminal.words(select))
+        labels = _labels(participant_label, session, run)
+        found = find_studies(paths, explicit, task=which, select=terminal.words(select), labels=labels)
         screen.found(found, len(found))
         models = Models(model, device, engine=engine, listener=screen)
         reports = inspection.inspect(found, models, terminal.numbers(missing_slices), screen)
     if as_json:
         terminal.print_json({"studies": [report.to_dict() for report in reports], "passed_over": found.reasons()})
     else:
-        terminal.show(*(report.render() for report in reports))
+        terminal.show(*(report.render() for report in reports if report.flagged or not quiet))
     if any(report.flagged for report in reports):
         raise typer.Exit(FLAGGED)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8080,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME_OR_FOLDER", help="A model to serve; repeatable. By default all built in."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute, one study at a time; repeatable."),
+    ] = None,
+    engine: Engine = "torch",
+    dtype: Dtype = "auto",
+    max_memory: MaxMemory = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests in the house at most; others are told to wait.")] = 16,
+    max_size: Annotated[
+        str, typer.Option(metavar="1GB|500MB", help="Of a request, and of its images in memory.")
+    ] = "1GB",
+    time_limit: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="For a request.")] = 600,
+    grace: Annotated[int, typer.Option(min=0, metavar="SECONDS", help="For what runs when told to end.")] = 60,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Holds the bearer token that requests must have; or set COPEDIT_TOKEN."),
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For files of requests, while they last.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer requests over HTTP with warm models: POST /v1/synth, POST /v1/inspect.
+
+    Also /health, /ready and /metrics. Nothing of a request stays. Needs the extra `serve`.
+    """
+    from copedit_rt.serving.server import Limits
+    from copedit_rt.serving.server import serve as body
+
+    body(
+        host=host,
+        port=port,
+        models=model or [],
+        devices=device or ["auto"],
+        token=terminal.secret(token_file),
+        scratch=scratch,
+        limits=Limits(terminal.size(max_size, "--max-size") or 0, queue, time_limit),
+        grace=grace,
+        say=terminal.nothing if quiet else terminal.tell,
+        engine=engine,
+        dtype=dtype,
+        max_memory=terminal.size(max_memory),
+    )
 
 
 @app.command()

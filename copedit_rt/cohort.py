@@ -12,16 +12,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import copedit_rt
+from copedit_rt import summary
 from copedit_rt.changes import changes, request
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, failure
 from copedit_rt.files import check_writable, sweep
+from copedit_rt.images import bids
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import modality
 from copedit_rt.images.prepare import complete_brain, complete_stack
 from copedit_rt.images.study import Study, complete_sidecar
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models, UnusableModel
+from copedit_rt.synthesizer import Result
 from copedit_rt.task import Task
 
 OUTCOMES = ("written", "kept", "complete", "failed")  # complete: nothing is missing
@@ -34,6 +38,7 @@ def synthesise(
     explicit: Mapping[str, Path] | None = None,
     task: Task | None = None,
     select: Sequence[str] = (),
+    labels: Mapping[str, Sequence[str]] | None = None,
     model: str | None = None,
     target: str = "all",
     steps: int | None = None,
@@ -48,47 +53,85 @@ def synthesise(
     overwrite: bool = False,
     resample: bool = False,
     preview: bool = False,
+    report: bool = False,
     missing_slices: Sequence[int] | None = None,
+    shard: tuple[int, int] = (0, 1),
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Synthesise what is missing from every study in `inputs`, files below `output`; the summary is JSON-able.
 
-    inputs, explicit, task and select are those of `find_studies`; model, device, engine, dtype and max_memory those of
-    `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and resample
-    those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that are there
-    and complete (`is_complete`), which are kept otherwise, with a note on what has changed since (`changes`). preview:
-    also write a PNG per study.
+    inputs, explicit, task, select and labels are those of `find_studies`; model, device, engine, dtype and max_memory
+    those of `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and
+    resample those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that
+    are there and complete (`is_complete`), which are kept otherwise, with a note on what has changed since (`changes`).
+    preview: also write a PNG per study; report: a page per study that a browser opens, and of several an index.html.
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
-    computed. Of several processes (RANK and WORLD_SIZE in the environment, as torchrun sets them) each takes every
-    WORLD_SIZE-th study, and in turn a GPU (LOCAL_RANK).
+    computed. shard: (i, n), every n-th study from the i-th on, counted from 0 or from 1: n of n is 0 of n. Of several
+    processes (RANK and WORLD_SIZE in the environment, as torchrun sets them) each takes every WORLD_SIZE-th study of
+    the shard, and in turn a GPU (LOCAL_RANK). Of several studies, `summary` keeps the entries in the output folder.
     """
     listener = listener or Listener()
     elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
     check_writable(output)
-    found = find_studies(inputs, explicit, task=task, select=select)
+    found = find_studies(inputs, explicit, task=task, select=select, labels=labels)
+    if found.dataset:
+        bids.derivative(output, found.dataset, copedit_rt.__version__)
     sweep(output)
-    rank, world = _shard()
-    mine = found[rank::world]
+    rank, world = _process()
+    (first, shards), several = shard, len(found) > 1
+    mine = found[first % shards :: shards][rank::world]
     listener.found(found, len(mine))
     where = _own_device(device, world)
     models = Models(model, where, max_memory=max_memory, engine=engine, dtype=dtype, listener=listener)
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     sampler["progress"] = listener.step
     reading = {"missing_slices": missing_slices, "resample": resample}
-    job = _Job(output, models, elements, overwrite, preview, len(found) > 1, reading, sampler, listener)
+    job = Job(output, models, elements, overwrite, preview, report, several, reading, sampler, listener)
     entries = job.run(mine)
     counts = Counter(entry["status"] for entry in entries)
     if counts["complete"] == len(found):
         raise CopeditError(
             f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
         )
+    if several:
+        summary.keep(entries, output, rank * shards + first % shards, shards * world)
+    if several and report:
+        from copedit_rt.report import page
+
+        page.index(summary.gather(output).values(), output / "index.html")
     return {name: counts[name] for name in OUTCOMES} | {"studies": entries, "passed_over": found.reasons()}
 
 
+def survey(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    explicit: Mapping[str, Path] | None = None,
+    task: Task | None = None,
+    select: Sequence[str] = (),
+    labels: Mapping[str, Sequence[str]] | None = None,
+    model: str | None = None,
+    target: str = "all",
+) -> list[dict[str, Any]]:
+    """What became of every study of a cohort (`summary.judge`), whoever worked on it. Options: see `synthesise`."""
+    elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
+    found = find_studies(inputs, explicit, task=task, select=select, labels=labels)
+    job = Job(output, Models(model, "cpu"), elements, False, False, False, True, {}, {}, Listener())
+    there = []
+    for files in found:
+        opened = Opened(files, {"study": files.name, "task": files.task, "status": "failed"})
+        try:
+            job.look_ahead(opened)
+        except CopeditError as error:
+            opened.entry["error"] = str(error)
+        there.append(opened.entry | ({"error": files.problem} if files.problem else {}))
+    return summary.judge(there, output)
+
+
 @dataclass
-class _Opened:
+class Opened:
     """A study as far as it goes without computing: what its entry holds so far, and what went wrong.
 
     study: None where there is nothing to compute. todo: the elements to write, None for all.
@@ -102,14 +145,18 @@ class _Opened:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What all studies of a cohort share. several: the cohort has more than one study."""
+class Job:
+    """What all studies of a cohort share. several: the cohort has more than one study.
+
+    target: elements, None for all. reading: options of `Study.read`. sampler: those of `Synthesizer.synthesize`.
+    """
 
     output: Path
     models: Models
     target: Sequence[str] | None
     overwrite: bool
     preview: bool
+    report: bool
     several: bool
     reading: Mapping[str, Any]
     sampler: Mapping[str, Any]
@@ -132,9 +179,9 @@ class _Job:
                 self.listener.ended(entry, error)
         return entries
 
-    def open(self, files: StudyFiles) -> _Opened:
+    def open(self, files: StudyFiles) -> Opened:
         """Choose the model, see what there is to do, and read the files."""
-        opened = _Opened(files, {"study": files.name, "task": files.task, "status": "failed"})
+        opened = Opened(files, {"study": files.name, "task": files.task, "status": "failed"})
         try:
             if self.look_ahead(opened):
                 study = Study.read(files, **self.reading)
@@ -146,7 +193,7 @@ class _Job:
             opened.error = failure(files.name, error, "free some, or give a smaller image")
         return opened
 
-    def look_ahead(self, opened: _Opened) -> bool:
+    def look_ahead(self, opened: Opened) -> bool:
         """Fill in the entry; whether there is something to do, from the names alone."""
         files, entry = opened.files, opened.entry
         name, config = self.models.choose(files.task, files.files)
@@ -190,14 +237,14 @@ class _Job:
             for what, elements in notes.items()
         ]
 
-    def complete(self, opened: _Opened, error: CopeditError) -> None:
+    def complete(self, opened: Opened, error: CopeditError) -> None:
         """Of a study that lacks nothing, before any network is loaded: an outcome, and an error if it is the only
         one."""
         opened.entry["status"] = "complete"
         if not self.several:
             opened.error = error
 
-    def finish(self, opened: _Opened) -> tuple[dict[str, Any], CopeditError | None]:
+    def finish(self, opened: Opened) -> tuple[dict[str, Any], CopeditError | None]:
         """The study's entry after its outputs were written, and why it failed if it did."""
         try:
             if opened.error:
@@ -212,14 +259,22 @@ class _Job:
             return opened.entry | {"error": str(told)}, told
         return opened.entry, None
 
-    def write(self, opened: _Opened, study: Study) -> None:
+    def write(self, opened: Opened, study: Study) -> None:
+        """Write one study's outputs and fill in its entry."""
+        self.save(opened, self.compute(opened, study))
+
+    def compute(self, opened: Opened, study: Study) -> Result:
+        """What is missing from a study, synthesised."""
+        model = self.models.load(opened.entry["model"])
+        return model.synthesize(study, target=opened.todo or None, **self.sampler)
+
+    def save(self, opened: Opened, result: Result) -> None:
         """Write one study's outputs and fill in its entry."""
         files, entry = opened.files, opened.entry
-        model = self.models.load(entry["model"])
-        result = model.synthesize(study, target=opened.todo or None, **self.sampler)
         entry["notes"] += result.study.notes
         entry["perception"] = result.perception.to_dict()
-        result.record["reading"] = request(model.config, self.sampler, self.reading)["reading"]
+        config = self.models.load(entry["model"]).config
+        result.record["reading"] = request(config, self.sampler, self.reading)["reading"]
         entry["record"] = result.record
         if self.preview:
             from copedit_rt.images import preview
@@ -228,6 +283,11 @@ class _Job:
             record = result.record
             picture = preview.draw(result.study, model=record["model"], trained=record["trained_on"])
             preview.save(picture, Path(entry["preview"]))
+        if self.report:
+            from copedit_rt.report import page
+
+            entry["report"] = str(self.output / files.naming.subfolder / f"{files.name}_report.html")
+            page.write(result, entry["model"], Path(entry["report"]))
         result.study.write(self.output, model=result.record["model"], record=result.record, std=result.std or None)
         entry["status"] = "written"
 
@@ -247,7 +307,7 @@ def _check_target(files: StudyFiles, config: ModelConfig, target: Sequence[str])
 # -------------------------------------------------------------------------------------------------- processes
 
 
-def _shard() -> tuple[int, int]:
+def _process() -> tuple[int, int]:
     """Number of this process and of all of them."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):

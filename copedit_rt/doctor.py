@@ -25,6 +25,7 @@ DISTRIBUTION = "copedit"
 EXTRAS = {
     "fast": ["isal"],
     "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
+    "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "openvino": ["openvino"],
     "tensorrt": ["tensorrt"],

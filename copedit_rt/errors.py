@@ -9,6 +9,10 @@ class CopeditError(Exception):
     exit_code = 1
 
 
+class Fault(CopeditError):
+    """Not the input's doing: memory or disk that ran out, or what nobody foresaw. A server's 5xx."""
+
+
 class Stopped(CopeditError):
     """Work that a signal ended in good order: where it stands and how to go on. Exits as the signal would have."""
 
@@ -17,7 +21,7 @@ class Stopped(CopeditError):
         self.exit_code = 128 + signal
 
 
-def failure(about: str, error: Exception, memory: str) -> CopeditError:
+def failure(about: str, error: BaseException, memory: str) -> CopeditError:
     """Whatever went wrong with `about` as one sentence; the error itself where it is one already.
 
     memory: the remedy where memory ran out.
@@ -26,10 +30,10 @@ def failure(about: str, error: Exception, memory: str) -> CopeditError:
         return error
     # torch raises a RuntimeError on the CPU, a subclass of it on CUDA.
     if isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "allocate memory")):
-        told = CopeditError(f"{about}: memory ran out; {memory}")
+        told = Fault(f"{about}: memory ran out; {memory}")
     else:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        told = CopeditError(f"{about}: {said}; this is not foreseen: copedit --debug shows where it happened")
+        told = Fault(f"{about}: {said}; this is not foreseen: copedit --debug shows where it happened")
     told.__cause__ = error
     return told
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, Fault
 
 try:
     import fcntl
@@ -99,9 +99,13 @@ def _new_file(part: Path) -> int:
     return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _new_folder(part: Path) -> int:
-    part.mkdir()
+def _new_folder(part: Path, mode: int = 0o777) -> int:
+    part.mkdir(mode)
     return os.open(part, os.O_RDONLY)
+
+
+def _new_private(part: Path) -> int:
+    return _new_folder(part, 0o700)
 
 
 def _lock(handle: int) -> bool:
@@ -120,6 +124,20 @@ def _remove(part: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder below `parent` that only this user can read, gone at the end; what dead processes left there goes, too.
+
+    Raises CopeditError where it cannot be made.
+    """
+    try:
+        _sweep_once(parent)
+        with _claimed(parent / "copedit", _new_private) as (part, _):
+            yield part
+    except OSError as error:
+        raise unwritable(parent, error) from error
 
 
 def sweep(folder: Path) -> None:
@@ -186,6 +204,6 @@ def check_writable(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> CopeditError:
     """The sentence for a path that cannot be written."""
-    return CopeditError(
+    return Fault(
         f"cannot write {path}: {error.strerror or error}; choose another output folder with -o, or free space there"
     )

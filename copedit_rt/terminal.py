@@ -56,6 +56,8 @@ Dtype = Annotated[
         help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU.",
     ),
 ]
+Quiet = Annotated[bool, flag("-q", "--quiet", help="Say nothing but what went wrong.")]
+Verbose = Annotated[bool, flag("-v", "--verbose", help="Also say which model computed what, where and how long.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 
 
@@ -82,6 +84,16 @@ def choice(text: str | None, option: str, choices: Mapping[str, Any]) -> Any:
     return choices[text.strip().lower()]
 
 
+def shard(text: str | None) -> tuple[int, int]:
+    """I/N as (I, N), the whole for None. Raises CopeditError for anything else."""
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"\s*([0-9]{1,6})\s*/\s*([0-9]{1,6})\s*", text)
+    if not match or not 0 <= int(match[1]) <= int(match[2]) or not int(match[2]):
+        raise CopeditError(f"--shard {text}: expected I/N, as in 0/4 to 3/4 or 1/4 to 4/4")
+    return int(match[1]), int(match[2])
+
+
 def words(text: str | None) -> tuple[str, ...]:
     """one,two as (one, two)."""
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())
@@ -95,6 +107,19 @@ def size(text: str | None, option: str = "--max-memory") -> int | None:
     if not match:
         raise CopeditError(f"{option} {text}: expected an amount such as 2GB or 500MB")
     return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2].upper()])
+
+
+def secret(file: Path | None, variable: str = "COPEDIT_TOKEN") -> str | None:
+    """What a file holds, or else a variable of the environment: on a command line, everybody could read it."""
+    if file is None:
+        return os.environ.get(variable) or None
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise CopeditError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    if not text.isprintable() or not text.isascii() or " " in text or not text:
+        raise CopeditError(f"{file} holds no token: one line of letters and digits is expected")
+    return text
 
 
 def files_by_modality(pairs: Sequence[str] | None, **aliases: Path | None) -> dict[str, Path] | None:
@@ -201,13 +226,20 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 class Screen(Listener):
     """Tells on the terminal how a cohort goes: bars and remarks on stderr, outcomes to `say`.
 
-    debug: with a traceback for every study that fails.
+    debug: with a traceback for every study that fails. quiet: only what went wrong. verbose: also what computed.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None, debug: bool = False) -> None:
-        self._say, self._debug = say, debug
-        self._bar = progress(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes, the first shows it
-        self._tell = partial(tell, to=self._bar.console)
+    def __init__(
+        self,
+        say: Callable[[str], None] = lambda text: None,
+        debug: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        self._say, self._debug, self._verbose = (nothing if quiet else say), debug, verbose
+        # Of torchrun's processes, the first shows it.
+        self._bar = progress(quiet=quiet or os.environ.get("RANK", "0") != "0")
+        self._tell = nothing if quiet else partial(tell, to=self._bar.console)
         self._studies, self._sampler, self._build = (self._bar.add_task("", visible=False) for _ in range(3))
 
     def __enter__(self) -> Screen:
@@ -251,3 +283,21 @@ class Screen(Listener):
                 self._say(f"{name}: {element} {outcome}: {path}")
             if "preview" in entry:
                 self._say(f"{name}: picture written: {entry['preview']}")
+            if "report" in entry:
+                self._say(f"{name}: page written: {entry['report']}")
+        if self._verbose and not error:
+            self._tell(f"{name}: {_how(entry)}", "dim")
+
+
+def _how(entry: Mapping[str, Any]) -> str:
+    """By what a study's outputs were made."""
+    if not (record := entry.get("record")):
+        return f"{entry['status']}, {entry['seconds']:.1f} s"
+    sampler = record["sampler"]
+    drawn = f"{sampler['steps']} steps of {sampler['method']}, {sampler['samples']} samples, seed {sampler['seed']}"
+    where = f"{record['engine']} on {record['device']} in {record['dtype']}"
+    return f"{record['model']} by {where}; {drawn}; missing {', '.join(record['missing'])}; {entry['seconds']:.1f} s"
+
+
+def nothing(*said: object) -> None:
+    """Says nothing."""

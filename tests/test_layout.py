@@ -79,7 +79,8 @@ def test_everything_is_shipped(tmp_path: Path) -> None:
     built = {path.relative_to(lib).as_posix() for path in lib.rglob("*") if path.is_file()}
     weights = [path for path in (ROOT / "copedit_rt/weights").rglob("*") if path.is_file()]
     presets = list((ROOT / "training/copedit_training/presets").glob("*.toml"))
-    files = (*MODULES, *weights, *presets, ROOT / "copedit_rt/py.typed")
+    pages = [path for end in ("html", "js", "txt") for path in (ROOT / "copedit_rt/report").glob(f"*.{end}")]
+    files = (*MODULES, *pages, *weights, *presets, ROOT / "copedit_rt/py.typed")
     inside = {path: next(ROOT / f for n, f in FOLDERS.items() if n in path.relative_to(ROOT).parts) for path in files}
     assert built == {path.relative_to(folder).as_posix() for path, folder in inside.items()}
 

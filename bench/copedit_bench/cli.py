@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.terminal import Device, Dtype, Json, Output, check_writable, commands, counting, present, progress
+from copedit_rt.terminal import (
+    Device,
+    Dtype,
+    Json,
+    Output,
+    Steps,
+    check_writable,
+    commands,
+    counting,
+    present,
+    progress,
+)
 
 app = commands()
 benchmarks = commands("Measure speed and memory on this machine.")
@@ -148,6 +160,41 @@ def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, 
     text = "\n".join([*side_by_side.tables(report), "", *side_by_side.remarks(report), *report["notes"]])
     present(report, text, write(report, side_by_side.markdown(report), output, name), as_json)
     side_by_side.verify(report)
+
+
+@benchmarks.command("serve")
+def bench_serve(
+    output: Output,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME_OR_FOLDER", help="A model to serve; repeatable. The demo models.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Under load; every fifth is hostile.")] = 500,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    alone: Annotated[int, typer.Option(min=0, help="Requests before that, one at a time.")] = 50,
+    steps: Steps = None,
+    as_json: Json = False,
+) -> None:
+    """A real server under load on this machine: latency, memory, and that every answer is the command's.
+
+    Needs the extra `serve`. Writes serve.json and serve.md.
+    """
+    from copedit_bench import serving as body
+    from copedit_rt.files import write_atomically
+
+    check_writable(output)
+    with counting("requests") as progress:
+        report = body.run(
+            model or ["demo-brain", "demo-cardiac"],
+            requests=requests,
+            clients=clients,
+            alone=alone,
+            steps=steps,
+            progress=progress,
+        )
+    paths, text = [output / "serve.json", output / "serve.md"], body.markdown(report)
+    write_atomically(paths[0], (json.dumps(report, indent=2) + "\n").encode())
+    write_atomically(paths[1], text.encode())
+    present(report, text, paths, as_json)
 
 
 @benchmarks.command("cost")

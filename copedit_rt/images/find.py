@@ -10,6 +10,7 @@ from pathlib import Path
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import is_file
+from copedit_rt.images import bids
 from copedit_rt.images.names import (
     FOREIGN,
     FRAME,
@@ -71,11 +72,16 @@ class StudyFiles:
 
 
 class Found(list[StudyFiles]):
-    """Studies, and the files that were passed over with the reason."""
+    """Studies, and the files that were passed over with the reason. dataset: the BIDS data set that they are of."""
 
-    def __init__(self, studies: Sequence[StudyFiles] = (), skipped: Sequence[tuple[Path, str]] = ()) -> None:
+    def __init__(
+        self,
+        studies: Sequence[StudyFiles] = (),
+        skipped: Sequence[tuple[Path, str]] = (),
+        dataset: Path | None = None,
+    ) -> None:
         super().__init__(studies)
-        self.skipped = list(skipped)
+        self.skipped, self.dataset = list(skipped), dataset
 
     def reasons(self) -> dict[str, list[str]]:
         """The files that were passed over for each reason."""
@@ -91,6 +97,7 @@ def find_studies(
     *,
     task: Task | None = None,
     select: Sequence[str] = (),
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> Found:
     """Which studies there are in folders and files, from names alone.
 
@@ -104,19 +111,22 @@ def find_studies(
     task: pass over the studies of the other task; "cardiac" also makes a stack of every image that is not a brain's by
     its name, and of every file that is given itself.
     select: of several files of one modality those that carry these marks: run-01, acq-highres, brain (or plain).
-    Raises CopeditError where a path does not exist or no study is found, and for a mark that no file carries.
+    labels: of files named as BIDS has it those with these labels, {"sub": ["01"], "ses": ..., "run": ...}. A folder
+    that is a BIDS data set (`bids.is_dataset`) is walked as the standard says, anat folders alone, and outputs are
+    named as those of a derivative.
+    Raises CopeditError where a path does not exist or no study is found, and for a mark or label that no file carries.
     """
     inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if explicit:
         if inputs:
             raise CopeditError("give either input files and folders or one file per modality, not both")
-        if task or select:
-            raise CopeditError("--task and --select choose among found files; leave them out beside named files")
+        if task or select or labels:
+            raise CopeditError("--task, --select and labels choose among files; leave them out beside named files")
         return Found([_explicit(explicit)])
     if not inputs:
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")
     roots = [Path(item) for item in inputs]
-    search = _Search(roots, task and Task(task), tuple(select))
+    search = _Search(roots, task and Task(task), tuple(select), labels or {})
     search.collect()
     studies = search.studies()
     if not studies:
@@ -126,7 +136,7 @@ def find_studies(
         few = "; ".join(f"{path.name}: {reason}" for path, reason in search.skipped[:3])
         few += "; ..." * (len(search.skipped) > 3)
         raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
-    return Found(studies, sorted(search.skipped))
+    return Found(studies, sorted(search.skipped), search.dataset)
 
 
 @dataclass
@@ -136,18 +146,22 @@ class _Search:
     roots: list[Path]
     task: Task | None
     select: tuple[str, ...]
+    labels: Mapping[str, Sequence[str]]
     top: dict[Path, Path] = field(default_factory=dict)  # file -> the subfolder for its outputs
     named: set[Path] = field(default_factory=set)  # files that were given themselves
     images: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     unclear: dict[Path, str] = field(default_factory=dict)
+    dataset: Path | None = None  # the one root, where it is a BIDS data set
 
     def collect(self) -> None:
         """All images below the roots, but for those that are no observed images by name or mark."""
         several = sum(map(_is_folder, self.roots)) > 1
+        if len(self.roots) == 1 and bids.is_dataset(self.roots[0]):
+            self.dataset = self.roots[0]
         for root in self.roots:
             if _is_folder(root):
-                for path in _walk(root, self.skipped):
+                for path in bids.images(root) if self.dataset else _walk(root, self.skipped):
                     self.top.setdefault(path, Path(root.resolve().name) if several else Path())
             elif not root.exists():
                 raise CopeditError(f"{root} does not exist; give a NIfTI file or a folder of them")
@@ -160,6 +174,9 @@ class _Search:
             else:
                 self.top.setdefault(root, Path())
                 self.named.add(root)
+        bids.check_labels(list(self.top), self.labels)
+        self.top = {path: top for path, top in self.top.items() if bids.chosen(path, self.labels)}
+        self.named &= set(self.top)
         for path in self.top:
             if LABELS.search(stem_of(path)):
                 self.skipped.append((path, "a label map or mask by its name"))
@@ -317,7 +334,7 @@ class _Search:
             files[element] = one.path
             if more:
                 problem = f"{label}: two files for {element}: {one.path} and {more[0].path}; {_choices([one, *more])}"
-        return StudyFiles(label, Task.BRAIN, files, naming_of(names, subfolder), problem)
+        return StudyFiles(label, Task.BRAIN, files, naming_of(names, subfolder, self.dataset is not None), problem)
 
 
 def _choices(names: Sequence[Name]) -> str:

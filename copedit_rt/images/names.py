@@ -13,6 +13,7 @@ from pathlib import Path
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import read_json
+from copedit_rt.images.bids import DERIVED
 
 # Whose spelling each column of `written` below is; outputs follow the column that agrees best with the inputs.
 DATA_SETS = ("BraTS to 2021", "BraTS from 2023", "IXI", "UPENN-GBM", "UCSF-PDGM", "BIDS words in other names")
@@ -119,11 +120,15 @@ def modality(name: str) -> str:
 
 @dataclass(frozen=True)
 class Naming:
-    """How a study's files are named: head + spelling of the element, in subfolder of the output folder."""
+    """How a study's files are named: head + spelling of the element, in subfolder of the output folder.
+
+    derived: the outputs are a derivative of a BIDS data set.
+    """
 
     head: str
     spelling: Mapping[str, str]
     subfolder: Path = Path()
+    derived: bool = False
 
     def path(self, folder: Path, element: str, suffix: str = "", ending: str = ".nii.gz") -> Path:
         """Where an element's output goes below an output folder."""
@@ -289,13 +294,13 @@ def _channels(folder: Path) -> dict[str, str]:
     return {number: name.element for number, name in found.items() if name and not name.head}
 
 
-def naming_of(names: Sequence[Name], subfolder: Path) -> Naming:
+def naming_of(names: Sequence[Name], subfolder: Path, derived: bool = False) -> Naming:
     first = names[0]
     if first.tail is not None:  # BIDS
-        tail = first.tail
+        tail = first.tail + DERIVED * derived
         agent = next((m[1] for n in names if (m := re.search(r"_ce-([^_]+)", n.path.name))), "gadolinium")
         spelling = {row.name: f"ce-{agent}_" * bool(row.enhanced) + tail + row.bids for row in TABLE}
-        return Naming(first.head, spelling, subfolder)
+        return Naming(first.head, spelling, subfolder, derived)
     style = max(STYLES, key=lambda style: sum(style[n.element] == n.spelling for n in names))
     return Naming(first.head, {**style, **(first.channels or {})}, subfolder)
 

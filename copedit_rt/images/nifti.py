@@ -25,6 +25,7 @@ from copedit_rt.images.grids import Orientation, apart, spacing
 
 if TYPE_CHECKING:  # otherwise imported where a header is made, read or judged
     import nibabel as nib
+    from nibabel.spatialimages import SpatialImage
 
 deflate: Any
 try:
@@ -75,6 +76,39 @@ class Volume:
         header.set_sform(affine, 1)
         header.set_xyzt_units("mm")
         return cls(np.asarray(data, np.float32), np.asarray(affine, np.float64), header)
+
+    @classmethod
+    def from_image(cls, image: SpatialImage, what: str) -> Volume:
+        """A volume of an image that is in memory already, after the checks that its file would go through.
+
+        what: its name in errors, where it has no file. Numbers before scaling are kept, as an output may repeat them.
+        Raises CopeditError as `read_volume` does, and for an image that is marked as synthetic.
+        """
+        from nibabel import is_proxy
+
+        file = Path(name) if (name := image.get_filename()) else None
+        path = file or Path(what)
+        if image.affine is not None:
+            check_affine(path, image.affine)
+        header = _header_of(image)
+        shape, _ = _volume_shape(path, header)
+        affine = np.array(header.get_best_affine() if image.affine is None else image.affine, np.float64)
+        affine[:3] *= _UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
+        _check_extent(path, shape, affine)
+        if header["descrip"].item().startswith(MARK.encode()):
+            raise _synthetic(path)
+        try:
+            stored: Any = image.dataobj
+            raw = np.asarray(stored.get_unscaled() if is_proxy(stored) else stored)
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise CopeditError(f"{path} is truncated or damaged; copy or download it again") from error
+        raw = raw.reshape(shape)
+        return cls(_scaled(raw, header), affine, header, file, raw=raw)
+
+    @property
+    def called(self) -> Path | str:
+        """Its file; of a volume without one, that it has none."""
+        return self.path or "an image in memory"
 
     def save(self, path: Path, description: str | None = None) -> None:
         """Write data as float32 .nii or .nii.gz with this header, atomically."""
@@ -128,16 +162,46 @@ def _read(promise: Promise, keep_raw: bool) -> Volume:
     state = promise.path.stat()
     content, digest = _read_content(promise.path, promise.end)
     raw = np.frombuffer(content, header.get_data_dtype(), promise.voxels, promise.offset).reshape(shape, order="F")
+    stamp = state.st_size, state.st_mtime_ns
+    return Volume(
+        _scaled(raw, header), promise.affine, header, promise.path, digest, raw if keep_raw else None, stamp=stamp
+    )
+
+
+def _scaled(raw: NDArray, header: nib.Nifti1Header) -> NDArray[np.float32]:
+    """The grey values [X, Y, Z] of a file's numbers."""
     slope, inter = header.get_slope_inter()
-    data = np.empty(shape, np.float32, order="F")
+    data = np.empty(raw.shape, np.float32, order="F")
     with np.errstate(over="ignore", invalid="ignore"):
-        for k in range(shape[2]):  # slice by slice, as float64 takes twice the memory
+        for k in range(raw.shape[2]):  # slice by slice, as float64 takes twice the memory
             if slope in (None, 1) and inter in (None, 0):
                 data[..., k] = raw[..., k]
             else:
                 data[..., k] = raw[..., k].astype(np.float64) * slope + inter
-    stamp = state.st_size, state.st_mtime_ns
-    return Volume(data, promise.affine, header, promise.path, digest, raw if keep_raw else None, stamp)
+    return data
+
+
+def _header_of(image: SpatialImage) -> nib.Nifti1Header:
+    """The header under which a file holds an image of nibabel's, of whatever format; never the image's own."""
+    import nibabel as nib
+    from nibabel.spatialimages import HeaderDataError
+
+    data: Any = image.dataobj
+    proxy = nib.is_proxy(data)
+    kind = nib.Nifti2Header if isinstance(image, nib.Nifti2Image) else nib.Nifti1Header
+    header = image.header.copy() if isinstance(image.header, kind) else kind()
+    header.set_data_shape(image.shape)
+    with contextlib.suppress(HeaderDataError):  # a type that no NIfTI file has is refused by its name
+        header.set_data_dtype(data.dtype)
+    header.set_slope_inter(*((data.slope, data.inter) if proxy and hasattr(data, "slope") else (1, 0)))
+    if image.affine is not None and not (
+        isinstance(image.header, kind) and np.array_equal(header.get_best_affine(), image.affine)
+    ):
+        header.set_xyzt_units("mm")
+        header.set_sform(image.affine, 2)
+        with contextlib.suppress(HeaderDataError, ValueError, np.linalg.LinAlgError):
+            header.set_qform(image.affine, 2)
+    return header
 
 
 def read_outline(path: Path) -> Volume:
@@ -169,7 +233,7 @@ def _read_promise(path: Path) -> Promise:
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise CopeditError(f"{path}: its header is damaged ({error}); export or convert the image again") from error
     affine[:3] *= _UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
-    _check_affine(path, affine)
+    check_affine(path, affine)
     promise = Promise(path, header, shape, affine, offset, size)
     _check_size(promise)
     return promise
@@ -261,7 +325,7 @@ def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int,
 
 
 def _check_size(promise: Promise) -> None:
-    """Whether the file can hold what its header promises, and whether voxels and image are as large as a body's."""
+    """Whether the file can hold what its header promises, and voxels and image are as large as a body's."""
     on_disk = promise.path.stat().st_size
     with open(promise.path, "rb") as file:
         most = on_disk * (1032 if file.read(2) == _GZIP else 1)  # deflate's limit
@@ -273,13 +337,18 @@ def _check_size(promise: Promise) -> None:
             f"{promise.path} is truncated or its header is damaged: it promises {promise.size} voxels ({promise.end} "
             f"bytes), which {on_disk} bytes cannot hold; copy or download it again"
         )
-    size = spacing(promise.affine)
-    extent = size * promise.shape
+    _check_extent(promise.path, promise.shape, promise.affine)
+
+
+def _check_extent(path: Path, shape: tuple[int, ...], affine: NDArray) -> None:
+    """Whether voxels and image are as large as a body's."""
+    size = spacing(affine)
+    extent = size * shape
     longest = extent.max()
     if not (VOXEL_MM[0] <= size.min() and size.max() <= VOXEL_MM[1] and EXTENT_MM[0] <= longest <= EXTENT_MM[1]):
         words = " x ".join(f"{s:.3g}" for s in size), " x ".join(f"{e:.4g}" for e in extent)
         raise CopeditError(
-            f"{promise.path}: voxels of {words[0]} mm and an extent of {words[1]} mm are not those of a scan "
+            f"{path}: voxels of {words[0]} mm and an extent of {words[1]} mm are not those of a scan "
             f"({VOXEL_MM[0]:g} to {VOXEL_MM[1]:g} mm, {EXTENT_MM[0]:g} to {EXTENT_MM[1]:g} mm); correct the voxel "
             f"sizes, or the unit in the header's xyzt_units"
         )
@@ -305,7 +374,8 @@ def _too_large(promise: Promise, needed: int, available: int) -> CopeditError:
     )
 
 
-def _check_affine(path: Path, affine: NDArray) -> None:
+def check_affine(path: Path, affine: NDArray) -> None:
+    """CopeditError where an affine gives voxels no place in space."""
     columns = affine[:3, :3]
     if np.isfinite(affine).all() and (size := np.linalg.norm(columns, axis=0)).all():
         if abs(np.linalg.det(columns / size)) > 1e-3:
@@ -418,7 +488,11 @@ def is_synthetic(path: Path) -> bool:
 
 def refuse_synthetic(path: Path) -> None:
     if is_synthetic(path):
-        raise CopeditError(f"{path} is marked as synthetic by CoPeDiT in its header; give the observed image instead")
+        raise _synthetic(path)
+
+
+def _synthetic(path: Path) -> CopeditError:
+    return CopeditError(f"{path} is marked as synthetic by CoPeDiT in its header; give the observed image instead")
 
 
 def write_nifti(
@@ -428,6 +502,28 @@ def write_nifti(
 
     Returns the file's sha256. Written slice by slice, so that it takes little memory; atomic.
     """
+    header = _header_for(data, header, description, scaled)
+    stream = io.BytesIO()
+    header.write_to(stream)
+    stream.write(bytes(int(header.get_data_offset()) - stream.tell()))
+    pieces = _pieces(stream.getvalue(), data, header.get_data_dtype())
+    return write_atomically(path, _zipped(pieces) if path.name.lower().endswith(".gz") else pieces)
+
+
+def as_image(data: NDArray, header: nib.Nifti1Header, description: str, *, scaled: bool = False) -> nib.Nifti1Image:
+    """What `write_nifti` would write, as an image in memory. With the header's affine; scaled data as grey values."""
+    import nibabel as nib
+
+    header = _header_for(data, header, description, scaled)
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    if scaled and header.get_slope_inter() not in ((None, None), (1, 0)):
+        data = _scaled(data, header)
+        header = _header_for(data, header, None, scaled=False)
+    return kind(data, header.get_best_affine(), header)
+
+
+def _header_for(data: NDArray, header: nib.Nifti1Header, description: str | None, scaled: bool) -> nib.Nifti1Header:
+    """A header of a file that holds the array."""
     header = header.copy()
     header.set_data_shape(data.shape)
     header.set_data_dtype(data.dtype)
@@ -438,11 +534,7 @@ def write_nifti(
     _repair(header)  # so that every reader sees what we saw
     if description is not None:
         header["descrip"] = description.encode("ascii", "replace")[:79]
-    stream = io.BytesIO()
-    header.write_to(stream)
-    stream.write(bytes(int(header.get_data_offset()) - stream.tell()))
-    pieces = _pieces(stream.getvalue(), data, header.get_data_dtype())
-    return write_atomically(path, _zipped(pieces) if path.name.lower().endswith(".gz") else pieces)
+    return header
 
 
 def _pieces(head: bytes, data: NDArray, dtype: np.dtype) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt.config import ModelConfig
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, Fault
 from copedit_rt.images.detail import Detail, full_range
 from copedit_rt.images.grids import (
     SAME_SPACING,
@@ -85,7 +85,7 @@ class Prepared:
         if element_images.shape != self.images.shape:
             raise ValueError(f"element_images has shape {element_images.shape}, expected {self.images.shape}")
         if not np.isfinite(element_images).all():
-            raise CopeditError(f"{self.study.name}: the model returned NaN or infinity; nothing is written")
+            raise Fault(f"{self.study.name}: the model returned NaN or infinity; nothing is written")
         images = np.asarray(element_images, np.float32)
         if self.task.joint:
             return {next(iter(self.study.volumes)): self._filled(images, stack)}

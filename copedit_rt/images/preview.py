@@ -68,13 +68,18 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG in one step. Raises CopeditError if the folder cannot be written."""
-    content = io.BytesIO()
-    picture.save(content, format="PNG", optimize=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CopeditError(f"cannot write {path}: {error.strerror}; choose another output folder with -o") from error
-    write_atomically(path, content.getvalue())
+    write_atomically(path, encode(picture))
+
+
+def encode(picture: Image.Image) -> bytes:
+    """As PNG."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG", optimize=True)
+    return content.getvalue()
 
 
 def _brain(study: Study, truth: Mapping[str, np.ndarray]) -> Image.Image:
@@ -83,10 +88,10 @@ def _brain(study: Study, truth: Mapping[str, np.ndarray]) -> Image.Image:
     for name in sorted(study.volumes, key=lambda n: n in study.synthetic):
         volume = study.volumes[name]
         turn = Orientation.to_ras(volume.affine)  # files of one grid may still differ in voxel order
-        image = turn.apply(_window(volume.data))
+        image = turn.apply(window(volume.data))
         columns.append((name, "synthesised" if name in study.synthetic else "observed", image))
         if name in study.synthetic and name in truth:
-            true = turn.apply(_window(truth[name]))
+            true = turn.apply(window(truth[name]))
             columns += [(name, "truth", true), (name, "|difference|", np.abs(image - true))]
     affine = next(iter(study.volumes.values())).affine
     zooms = spacing(affine)[list(Orientation.to_ras(affine).order)]
@@ -122,9 +127,9 @@ def _heart(study: Study, truth: Mapping[str, np.ndarray]) -> Image.Image:
     turn = Orientation.slices_last(volume.affine, axis)
     zooms = spacing(volume.affine)[list(turn.order)]
     limits = _limits(volume.data)
-    images = {"synthesised": turn.apply(_window(volume.data, limits))}
+    images = {"synthesised": turn.apply(window(volume.data, limits))}
     if name in truth:
-        images["truth"] = turn.apply(_window(truth[name], limits))
+        images["truth"] = turn.apply(window(truth[name], limits))
         images["|difference|"] = np.abs(images["synthesised"] - images["truth"])
     width, height, count = images["synthesised"].shape
     scale = 150 / max(width * zooms[0], height * zooms[1])
@@ -208,7 +213,7 @@ def _limits(image: np.ndarray) -> tuple[float, float]:
     return float(low), float(high) if high > low else float(low) + 1.0
 
 
-def _window(image: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
+def window(image: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
     """Image on 0..1 between limits, by default its own percentiles; float32."""
     low, high = limits or _limits(image)
     return np.clip((np.nan_to_num(image, nan=low) - low) / (high - low), 0, 1).astype(np.float32)

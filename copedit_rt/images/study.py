@@ -7,20 +7,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
+from copedit_rt.images import bids
 from copedit_rt.images.find import StudyFiles, find_studies, output_path
 from copedit_rt.images.grids import GRID_TOLERANCE, from_border, slice_axis
-from copedit_rt.images.names import STYLES, Naming, stem_of
+from copedit_rt.images.names import MODALITIES, STYLES, Naming, stem_of
 from copedit_rt.images.nifti import (
     MARK,
     NEAR,
     Volume,
+    as_image,
     grid_distance,
     read_outline,
     read_volumes,
@@ -30,6 +32,11 @@ from copedit_rt.images.nifti import (
     write_nifti,
 )
 from copedit_rt.task import STACK, Task
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+STRIPPED = 0.6  # of the voxels are background, where a brain alone is left
 
 
 @dataclass(eq=False)
@@ -74,25 +81,50 @@ class Study:
             raise CopeditError(files.problem)
         volumes = read_volumes(files.files, keep_raw=files.task.joint)
         study = cls(files.name, files.task, volumes, naming=files.naming)
-        if study.task.joint:
-            _read_stack(study, missing_slices or (), check_content)
+        return study._checked(missing_slices, resample, check_content)
+
+    @classmethod
+    def of(
+        cls,
+        volumes: Mapping[str, Volume],
+        name: str = "study",
+        *,
+        missing_slices: Sequence[int] | None = None,
+        resample: bool = False,
+    ) -> Study:
+        """A study of volumes that are in memory: {modality: volume}, or {"sax": stack}; checked as `read` does.
+
+        Outputs lie on the grid of the first. name: with the seed it determines the noise, and what files are called.
+        missing_slices, resample: see `read`.
+        """
+        if not volumes or (STACK in volumes and len(volumes) > 1):
+            raise CopeditError(f"{name}: expected images of a brain, or one short-axis stack of a heart ({STACK})")
+        if unknown := [element for element in volumes if element not in (*MODALITIES, STACK)]:
+            raise CopeditError(f"{name}: unknown modality {unknown[0]!r}; known are {', '.join(MODALITIES)}")
+        copies = {element: replace(volume, data=volume.data.copy()) for element, volume in volumes.items()}
+        return cls(name, Task.HEART if STACK in volumes else Task.BRAIN, copies)._checked(missing_slices, resample)
+
+    def _checked(self, missing_slices: Sequence[int] | None, resample: bool, check_content: bool = True) -> Study:
+        """Itself, after all checks of what the images show, with what the user should know."""
+        if self.task.joint:
+            _read_stack(self, missing_slices or (), check_content)
         elif missing_slices:
-            raise CopeditError(f"{study.name} is a brain study; missing slices can be named for cardiac stacks only")
+            raise CopeditError(f"{self.name} is a brain study; missing slices can be named for cardiac stacks only")
         else:
-            _read_modalities(study, resample, check_content)
+            _read_modalities(self, resample, check_content)
         from nibabel import aff2axcodes
 
-        study.notes += tuple(
-            f"{v.path} has no orientation (qform and sform codes are 0); taken as {''.join(aff2axcodes(v.affine))}"
-            for v in volumes.values()
+        self.notes += tuple(
+            f"{v.called} has no orientation (qform and sform codes are 0); taken as {''.join(aff2axcodes(v.affine))}"
+            for v in self.volumes.values()
             if not (v.header["qform_code"] or v.header["sform_code"])
         )
-        study.notes += tuple(
-            f"{v.path}: qform and sform are {off:.2g} voxels apart; the sform is used"
-            for v in volumes.values()
+        self.notes += tuple(
+            f"{v.called}: qform and sform are {off:.2g} voxels apart; the sform is used"
+            for v in self.volumes.values()
             if (off := transforms_apart(v)) > NEAR
         )
-        return study
+        return self
 
     @classmethod
     def outline(cls, files: StudyFiles) -> Study:
@@ -148,9 +180,7 @@ class Study:
         or written by two at once, is not complete (`is_complete`). Existing files are replaced, inputs never.
         Returns the images' paths.
         """
-        header, written = self.reference.header.copy(), []
-        if not self.task.joint:
-            header["cal_min"] = header["cal_max"] = 0  # another image's display range
+        written = []
         for element in (name for name in self.volumes if name in self.synthetic):
             path = self.output_path(folder, element)
             sidecar = {
@@ -158,9 +188,11 @@ class Study:
                 "element": element,
                 "file": path.name,
                 "model": model,
+                **(self._bids() if self._naming.derived else {}),
                 **({"synthetic_slices": list(self.missing_slices)} if self.task.joint else {}),
                 **(record or {}),
             }
+            data, header, scaled = self._output(element)
             if std and element in std:
                 sd_header = header.copy()
                 sd_header["cal_min"] = sd_header["cal_max"] = 0
@@ -168,13 +200,39 @@ class Study:
                 spread = np.asarray(std[element], np.float32)
                 digest = write_nifti(sd_path, spread, sd_header, f"{MARK} {model}, SD map")
                 sidecar["sd"] = {"file": sd_path.name, "sha256": digest}
-            stack = self._raw_stack() if self.volumes[element].raw is not None else None
-            data = self.volumes[element].data if stack is None else stack
-            sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=stack is not None)
+            sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=scaled)
             text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
             write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             written.append(path)
         return written
+
+    def _bids(self) -> dict[str, Any]:
+        """What BIDS wants to know of a derivative. Skull-stripped: most of the reference is exactly its background."""
+        read = (v.path for name, v in self.volumes.items() if v.path and name not in self.synthetic)
+        data = self.reference.data
+        stripped = bool((data == np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])).mean() > STRIPPED)
+        return {"Synthetic": True, "Sources": bids.sources(list(read)), "SkullStripped": stripped}
+
+    def images(self, *, model: str, std: Mapping[str, NDArray] | None = None) -> dict[str, nib.Nifti1Image]:
+        """What was synthesised as nibabel's images, as `write` would write it; std: {element: map} as ELEMENT_sd."""
+        made = {}
+        for element in (name for name in self.volumes if name in self.synthetic):
+            data, header, scaled = self._output(element)
+            made[element] = as_image(data, header, f"{MARK} {model}", scaled=scaled)
+            if std and element in std:
+                header["cal_min"] = header["cal_max"] = 0
+                spread = np.asarray(std[element], np.float32)
+                made[f"{element}_sd"] = as_image(spread, header, f"{MARK} {model}, SD map")
+        return made
+
+    def _output(self, element: str) -> tuple[NDArray, nib.Nifti1Header, bool]:
+        """An element's numbers and header as a file holds them, and whether the header's slope applies."""
+        volume, header = self.volumes[element], self.reference.header.copy()
+        if self.task == "brain":
+            header["cal_min"] = header["cal_max"] = 0  # another image's display range
+        elif volume.raw is not None:
+            return self._raw_stack(), header, True
+        return volume.data, header, False
 
     def _raw_stack(self) -> NDArray:
         """The file's own numbers with the missing slices put in, rounded where the type is an integer."""
@@ -192,7 +250,7 @@ class Study:
             kept = np.isfinite(raw[tuple(where)].astype(np.float64) * (slope or 1) + (inter or 0))
         if not kept.all():
             raise CopeditError(
-                f"{volume.path}: its scl_slope of {slope:g} cannot hold the filled slices; rescale the stack"
+                f"{volume.called}: its scl_slope of {slope:g} cannot hold the filled slices; rescale the stack"
             )
         return raw
 
@@ -228,21 +286,21 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
     if check_content:
         for name, volume in study.volumes.items():
             if _empty_background(volume.data):
-                study.notes += (f"{volume.path}: the background of {name} is NaN and was set to 0",)
+                study.notes += (f"{volume.called}: the background of {name} is NaN and was set to 0",)
             if bad := volume.data.size - int(np.isfinite(volume.data).sum()):
-                raise CopeditError(f"{volume.path}: {bad} voxels of {name} are NaN or infinite; set them to 0")
+                raise CopeditError(f"{volume.called}: {bad} voxels of {name} are NaN or infinite; set them to 0")
             if volume.data.min() == volume.data.max():
                 raise CopeditError(
-                    f"{volume.path}: every voxel of {name} is {volume.data.flat[0]:g}, so it shows nothing; "
+                    f"{volume.called}: every voxel of {name} is {volume.data.flat[0]:g}, so it shows nothing; "
                     f"leave it out to have it synthesised"
                 )
     differing = [name for name in others if not same_grid(study.volumes[name], reference)]
     if differing and not resample:
-        grids = "; ".join(f"{name} ({study.volumes[name].path}): {study.volumes[name].grid}" for name in differing)
+        grids = "; ".join(f"{name} ({study.volumes[name].called}): {study.volumes[name].grid}" for name in differing)
         off = grid_distance(reference, study.volumes[differing[0]])
         far = f", {off:.3g} mm apart" if reference.grid == study.volumes[differing[0]].grid else ""
         raise CopeditError(
-            f"{study.name}: the files are on different grids, {first} ({reference.path}): {reference.grid}; "
+            f"{study.name}: the files are on different grids, {first} ({reference.called}): {reference.grid}; "
             f"{grids}{far}; use --resample to bring all onto the grid of {first}"
         )
     for name in (name for name in others if name not in differing):
@@ -254,8 +312,8 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
         data = resample_onto(volume, reference)
         if check_content and not data.any():
             raise CopeditError(
-                f"{study.name}: {name} ({volume.path}) does not overlap with {first} "
-                f"({reference.path}) in space; check that both are of the same patient and registered"
+                f"{study.name}: {name} ({volume.called}) does not overlap with {first} "
+                f"({reference.called}) in space; check that both are of the same patient and registered"
             )
         study.volumes[name] = replace(volume, data=data, affine=reference.affine)
         study.notes += (f"{name} was resampled from {volume.grid} onto the grid of {first}",)
@@ -276,7 +334,7 @@ def _read_stack(study: Study, missing_slices: Sequence[int], check_content: bool
     count = volume.data.shape[axis]
     if wrong := [index for index in missing_slices if not 0 <= index < count]:
         raise CopeditError(
-            f"{volume.path} has no slice {wrong[0]}; it has {count} slices, counted from 0 to {count - 1}"
+            f"{volume.called} has no slice {wrong[0]}; it has {count} slices, counted from 0 to {count - 1}"
         )
     blank = blank_slices(volume.data, axis)
     missing = sorted({*map(int, missing_slices), *blank})
@@ -287,12 +345,12 @@ def _read_stack(study: Study, missing_slices: Sequence[int], check_content: bool
         return
     if len(missing) == count:
         why = "blank (one value, or NaN)" if len(blank) == count else "blank or named as missing"
-        raise CopeditError(f"{volume.path}: all {count} slices are {why}, so nothing is observed; give another file")
+        raise CopeditError(f"{volume.called}: all {count} slices are {why}, so nothing is observed; give another file")
     slices = np.moveaxis(volume.data, axis, 0)
     bad = [index for index in range(count) if index not in missing and not np.isfinite(slices[index]).all()]
     if bad:
         raise CopeditError(
-            f"{volume.path}: slice {bad[0]} holds NaN or infinite voxels; set them to 0, or the whole "
+            f"{volume.called}: slice {bad[0]} holds NaN or infinite voxels; set them to 0, or the whole "
             f"slice to NaN if it is missing"
         )
 

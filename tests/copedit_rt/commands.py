@@ -55,7 +55,9 @@ def refused(result, *words: str) -> str:
 
 
 def files(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    """All that a command wrote, but for what a cohort leaves for --summary."""
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    return {name for name in found if not name.startswith("copedit_summary")}
 
 
 def truncated(folder: Path) -> None:

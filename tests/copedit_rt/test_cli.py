@@ -77,6 +77,26 @@ def test_files_by_option_and_target_and_samples(tmp_path, brain_model):
     refused(run("synth", "--t1", one, "-o", tmp_path / "x.nii.gz"), "x.nii.gz", "-o takes a folder")
 
 
+def test_quiet_and_verbose(tmp_path, brain_model):
+    study(tmp_path / "in" / "a", "a")
+    study(tmp_path / "in" / "b", "b")
+    save(tmp_path / "in" / "a" / "a_seg.nii.gz", image())
+    (tmp_path / "in" / "b" / "b_t2.nii.gz").write_bytes(b"")
+    command = ["synth", tmp_path / "in", "--model", brain_model]
+    quiet = run(*command, "-o", tmp_path / "one", "-q")
+    assert quiet.exit_code == 1 and quiet.stdout == "" and quiet.stderr.startswith("copedit: ")
+    assert quiet.stderr.count("\n") == 1 and "b_t2.nii.gz is an empty file" in quiet.stderr
+    told = run(*command, "-o", tmp_path / "two", "-v").stderr
+    assert "a: tiny-brain by torch on cpu in float32; 2 steps of ddim, 1 samples, seed 0; missing t1ce" in told
+    assert "a: kept, " in run(*command, "-o", tmp_path / "two", "--verbose").stderr
+    assert run("inspect", tmp_path / "in" / "b", "--model", brain_model, "-q").exit_code in (1, 3)
+
+
+def test_completion_for_a_shell():
+    shown = run("--show-completion", "bash")
+    assert shown.exit_code == 0 and "complete" in shown.stdout.lower()
+
+
 def test_heart(tmp_path, heart_model):
     stack = slices(20, 12)
     stack[..., 4] = 0

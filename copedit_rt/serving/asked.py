@@ -1,0 +1,220 @@
+"""What a request asks for: its fields as options, its files in a folder of its own. Nothing of it is trusted."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from copedit_rt import terminal
+from copedit_rt.errors import CopeditError
+from copedit_rt.images.find import StudyFiles, find_studies
+from copedit_rt.images.names import is_nifti, modality
+from copedit_rt.task import STACK
+
+MOST_FILES, MOST_FIELDS, MOST_MEMBERS = 64, 32, 10_000
+MOST_SAMPLES = 100
+FILE = "file"  # the field of files that are known by their names
+_TRUE = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_DETAIL = {"guided": True, "none": False}
+_TASKS = {"brain": "brain", "cardiac": "cardiac"}
+
+
+class Refused(CopeditError):
+    """A request that is not served: the status of HTTP, and for how many seconds it is no use to try again."""
+
+    def __init__(self, message: str, status: int = 400, after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.after = status, after
+
+
+@dataclass
+class Asked:
+    """One request.
+
+    folder: its own, gone after the answer. name: the study's, where its files have none.
+    sampler: options of `Synthesizer.synthesize`; reading: of `Study.read`.
+    """
+
+    folder: Path
+    name: str = "study"
+    model: str | None = None
+    target: list[str] | None = None
+    task: Any = None
+    select: tuple[str, ...] = ()
+    preview: bool = False
+    report: bool = False
+    sampler: dict[str, Any] = field(default_factory=dict)
+    reading: dict[str, Any] = field(default_factory=dict)
+    explicit: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "in" / self.name
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    def study(self) -> StudyFiles:
+        """The one study that the files are. Raises CopeditError as `find_studies` does, and for several."""
+        paths = [] if self.explicit else [self.home]
+        found = find_studies(paths, self.explicit, task=self.task, select=self.select)
+        if len(found) > 1:
+            few = ", ".join(study.name for study in found[:3]) + ", ..." * (len(found) > 3)
+            raise CopeditError(f"the files are of {len(found)} studies ({few}); send one study a request")
+        return found[0]
+
+
+def read_fields(fields: Mapping[str, str], folder: Path, models: Iterable[str]) -> Asked:
+    """A request without its files. Raises Refused for a field that is unknown or has no such value."""
+    if unknown := sorted(set(fields) - set(_FIELDS)):
+        raise Refused(f"the field {unknown[0][:40]!r} is unknown; known are {', '.join(sorted(_FIELDS))}")
+    asked = Asked(folder)
+    for name, text in fields.items():
+        if text.strip():
+            try:
+                _FIELDS[name](asked, text.strip())
+            except CopeditError as error:
+                raise Refused(str(error)) from error
+    if asked.model is not None and asked.model not in set(models):
+        raise Refused(f"the model {asked.model!r} is not served here; choose among {', '.join(models)}")
+    return asked
+
+
+def _whole(text: str, name: str, least: int, most: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
+        raise CopeditError(f"{name} {text[:40]}: expected a whole number from {least} to {most}")
+    return int(text)
+
+
+def _set(part: str, name: str, read: Any) -> Any:
+    def put(asked: Asked, text: str) -> None:
+        getattr(asked, part)[name] = read(text)
+
+    return put
+
+
+def _attribute(name: str, read: Any) -> Any:
+    return lambda asked, text: setattr(asked, name, read(text))
+
+
+def _targets(text: str) -> list[str] | None:
+    return None if text.lower() == "all" else [modality(word) for word in terminal.words(text)]
+
+
+_FIELDS = {
+    "name": _attribute("name", lambda text: _safe(text)),
+    "model": _attribute("model", str),
+    "target": _attribute("target", _targets),
+    "task": _attribute("task", lambda text: terminal.choice(text, "--task", _TASKS)),
+    "select": _attribute("select", terminal.words),
+    "preview": _attribute("preview", lambda text: terminal.choice(text, "--preview", _TRUE)),
+    "report": _attribute("report", lambda text: terminal.choice(text, "--report", _TRUE)),
+    "steps": _set("sampler", "steps", lambda text: _whole(text, "--steps", 1, 1000)),
+    "seed": _set("sampler", "seed", lambda text: _whole(text, "--seed", 0, 2**53)),
+    "samples": _set("sampler", "samples", lambda text: _whole(text, "--samples", 1, MOST_SAMPLES)),
+    "solver": _set("sampler", "solver", str),
+    "detail": _set("sampler", "detail", lambda text: terminal.choice(text, "--detail", _DETAIL)),
+    "missing_slices": _set("reading", "missing_slices", terminal.numbers),
+    "resample": _set("reading", "resample", lambda text: terminal.choice(text, "--resample", _TRUE)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+def keep_files(asked: Asked, files: Iterable[tuple[str, str, BinaryIO]], limit: int) -> None:
+    """Put the files (field, name, content) into the request's folder, zips unpacked.
+
+    Fields are modalities, sax, or `file` for files that are known by their names. limit: bytes, of all files unpacked.
+    Raises Refused for no file, fields that do not go together, names that are no names, and more bytes.
+    """
+    home, room = asked.home, _Room(limit)
+    for key, name, content in files:
+        try:
+            element = "" if key == FILE else STACK if key == STACK else modality(key)
+        except CopeditError as error:
+            raise Refused(f"the field of a file, {key[:40]!r}, is neither {FILE} nor a modality ({error})") from error
+        name = _safe(PurePosixPath(name.replace("\\", "/")).name)
+        if name.lower().endswith(".zip") and not element:
+            _unpack(content, home, room)
+            continue
+        if element and not is_nifti(Path(name)):
+            raise Refused(f"{name}: expected a NIfTI file (.nii or .nii.gz) as {key}", 422)
+        if element in asked.explicit:
+            raise Refused(f"two files for {element}; send one")
+        path = home / name if not (home / name).exists() else home / (element or "file") / name
+        if path.exists():
+            raise Refused(f"two files are called {name}; rename one")
+        _write(path, iter(lambda source=content: source.read(1 << 20), b""), room)  # type: ignore[misc]
+        if element:
+            asked.explicit[element] = path
+    if not home.exists():
+        raise Refused(f"no file was sent; send NIfTI files as {FILE}, or as t1, t2 and so on")
+    if asked.explicit and any(p not in asked.explicit.values() for p in home.rglob("*") if p.is_file()):
+        raise Refused(f"send files either all as {FILE}, or each as its modality")
+
+
+@dataclass
+class _Room:
+    """How many bytes may still be written."""
+
+    left: int
+
+    def take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise Refused("the files are larger, unpacked, than this server takes; send fewer or smaller ones", 413)
+
+
+def _write(path: Path, pieces: Iterator[bytes], room: _Room) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        for piece in pieces:
+            room.take(len(piece))
+            file.write(piece)
+
+
+def _unpack(content: BinaryIO, home: Path, room: _Room) -> None:
+    """The members of a zip; sizes are counted, not believed, and no name leads out of the folder."""
+    try:
+        with zipfile.ZipFile(content) as packed:
+            members = [member for member in packed.infolist() if not member.is_dir()]
+            if len(members) > MOST_MEMBERS:
+                raise Refused(f"the zip has {len(members)} members, more than {MOST_MEMBERS}; send one study", 413)
+            for member in members:
+                parts = [_safe(part) for part in PurePosixPath(member.filename.replace("\\", "/")).parts if part != "/"]
+                with packed.open(member) as source:
+                    path = home.joinpath(*parts)
+                    if path.exists() or any(p.is_file() for p in path.parents if home in p.parents):
+                        raise Refused(f"two members of the zip are called {'/'.join(parts)}; rename one")
+                    _write(path, iter(lambda source=source: source.read(1 << 20), b""), room)  # type: ignore[misc]
+    except Refused:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        said = "the zip is damaged, encrypted or packed in a way that is not understood; pack it again"
+        raise Refused(said, 422) from error
+
+
+def _safe(name: str) -> str:
+    """A name that is one on every system, and none that is hidden or leads elsewhere."""
+    clean = re.sub(r"[^\w.+= -]", "_", name).strip(". ")
+    if len(clean.encode()) > 200:
+        raise Refused(f"the name {clean[:40]}... is too long; rename the file")
+    return clean or "_"
+
+
+def public(said: BaseException | str, folder: Path) -> str:
+    """A sentence as a stranger may read it: without paths, options of the command as fields."""
+    text = str(said)
+    homes = [path for path in (folder / "in").glob("*") if path.is_dir()]
+    for root in (*homes, folder / "in", folder / "out", folder):
+        text = text.replace(f"{root}/", "")
+    text = re.sub(r"(?<![\w.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)", r"\1", text)
+    text = re.sub(r"--file (\w+)=\S+", r"the field \1", text)
+    return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda match: f"the field {match[1].replace('-', '_')}", text)
