@@ -13,17 +13,17 @@ from copedit_rt.config import ModelConfig
 def request(config: ModelConfig, sampler: Mapping[str, Any], reading: Mapping[str, Any]) -> dict[str, Any]:
     """What a run asks of a model, as a sidecar has it: "sampler", "output" and "reading".
 
-    sampler: options of `Synthesizer.synthesize`, None for the model's own; reading: those of `Study.read`.
+    sampler: options of `Synthesizer.synthesize`, left out or None for the model's own; reading: those of `Study.read`.
     """
     own = {"steps": config.diffusion.steps, "solver": config.diffusion.solver, "detail": config.preprocessing.detail}
-    asked = {name: own.get(name) if value is None else value for name, value in sampler.items()}
+    asked = {"seed": 0, "samples": 1} | own | {name: value for name, value in sampler.items() if value is not None}
     drawn = {name: asked[name] for name in ("steps", "seed", "samples")}
     return {
         "sampler": {"method": asked["solver"], **drawn},
         "output": {"detail": asked["detail"]},
         "reading": {
-            "missing_slices": sorted(set(reading["missing_slices"] or ())),
-            "resample": bool(reading["resample"]),
+            "missing_slices": sorted(set(reading.get("missing_slices") or ())),
+            "resample": bool(reading.get("resample")),
         },
     }
 

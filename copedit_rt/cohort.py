@@ -227,6 +227,8 @@ class Job:
 
     def outdated(self, model: str, config: ModelConfig, files: StudyFiles, done: Mapping[str, Any]) -> list[str]:
         """A note on each difference between runs that wrote outputs that are kept (their sidecars) and this one."""
+        if not self.sampler:  # `survey` asks for nothing
+            return []
         asked = request(config, self.sampler, self.reading)
         notes: dict[str, list[str]] = {}
         for element, sidecar in done.items():

@@ -57,8 +57,9 @@ def run(source: Path, output: Path, model: Path, **options: object) -> dict:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files; of a sidecar not which elements were made in the same run."""
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """All files but the summary, which says when; of a sidecar not which elements were made in the same run."""
+    there = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("copedit_summary"))
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in there}
     return {n: re.sub(rb'"synthesised": [^]]*]', b"", x) if n.endswith(".json") else x for n, x in found.items()}
 
 

@@ -14,7 +14,7 @@ def test_both_tasks_have_a_built_in_model():
 def test_built_in_model(name):
     folder = checkpoint.locate(name)
     config, vae, _ = checkpoint.load_tokenizer(folder)
-    files = ["README.md", "config.json", "denoiser.safetensors", "tokenizer.safetensors"]
+    files = ["README.md", "config.json", "denoiser.safetensors", "tokenizer.safetensors", "training.json"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(files + ["prior.safetensors"] * config.denoiser.prior)
     checkpoint.load_prior(folder, config)
     checkpoint.load_denoiser(folder)

@@ -43,14 +43,14 @@ def outputs(engine) -> list[np.ndarray]:
     """Everything that an engine computes of one input."""
     config = engine.config
     m, generator = len(config.elements), np.random.default_rng(0)
-    images = generator.random((m - 1, 1, *config.image), np.float32)
+    images = generator.random((1, m - 1, 1, *config.image), np.float32)
     encoded = engine.encode(images)
-    observed = np.arange(m) < m - 1
-    z = generator.standard_normal((m, *encoded.latents.shape[1:])).astype(np.float32)
-    z[observed] = encoded.latents
+    observed = np.arange(m)[None] < m - 1
+    z = generator.standard_normal((1, m, *encoded.latents.shape[2:])).astype(np.float32)
+    z[observed] = encoded.latents[0]
     sampled = engine.sample(z, encoded.prompts, observed, 3, "dpm2m")
     assert np.array_equal(sampled[observed], z[observed])
-    chosen = sampled if config.task == "cardiac" else sampled[~observed]
+    chosen = sampled if config.task.joint else sampled[~observed][None]
     return [*vars(encoded).values(), sampled, engine.decode(chosen)]
 
 

@@ -55,10 +55,10 @@ def test_every_call_of_an_engine(loose, monkeypatch):
         (tokenizer.CoPeVAE, "images"),
     ):
         spy(owner, name)
-    encoded = engine.encode(np.random.default_rng(0).random((2, 1, *BRAIN.image), np.float32))
+    encoded = engine.encode(np.random.default_rng(0).random((1, 2, 1, *BRAIN.image), np.float32))
     observed = np.array([True, True, False, False])
-    z = np.zeros((4, *encoded.latents.shape[1:]), np.float32)
-    engine.decode(engine.sample(z, encoded.prompts, observed, 2, "ddim"))
+    z = np.zeros((1, 4, *encoded.latents.shape[2:]), np.float32)
+    engine.decode(engine.sample(z, encoded.prompts, observed[None], 2, "ddim"))
     assert set(seen) == {"forward", "prompts_of_each", "assess", "__init__", "run", "predict", "images"}
     assert all(found == ["ieee", "ieee"] for calls in seen.values() for found in calls)
     assert precisions() == ["tf32", "tf32"]

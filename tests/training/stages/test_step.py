@@ -68,7 +68,7 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole_batch(config):
     observed = torch.cat([batch.observed for batch in batches], 1)
     pretext = pretext_losses(task.tokenizer, each, observed)
     codes, _ = task.tokenizer.quantise(z.detach())
-    l1 = (task.tokenizer.decode(z + (codes - z).detach(), task.cardiac) - x).abs().mean()
+    l1 = (task.tokenizer.decode(z + (codes - z).detach(), task.config.task.joint) - x).abs().mean()
     commitment = (z - codes).square().mean()
     loss = l1 + 0.25 * commitment + 0.01 * (pretext["count"] + 0.5 * pretext["position"] + 0.5 * pretext["contrast"])
     loss.backward()
