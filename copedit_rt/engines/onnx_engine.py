@@ -100,7 +100,7 @@ class OnnxEngine:
         self.weights = {"tokenizer": digests[checkpoint.TOKENIZER], "denoiser": digests[checkpoint.DENOISER]}
         self.versions = {self.name: str(library.__version__)}
         threads = os.environ.get("OMP_NUM_THREADS", "")
-        self._sessions = self._open(folder, library, int(threads) if threads.isdigit() else 0)
+        self._sessions = self._open(folder, library, int(threads) if threads.isdecimal() else 0)
 
     def _library(self) -> Any:
         return importlib.import_module("onnxruntime")
