@@ -211,6 +211,7 @@ def synth(
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
     if summary:
+        _refuse_beside_summary(ctx)
         found = {"task": terminal.choice(task, "--task", TASKS), "select": terminal.words(select), "explicit": explicit}
         found["labels"] = _labels(participant_label, session, run)
         rows = cohort.survey([*(inputs or ()), *(more or ())], output, model=model, target=target, **found)
@@ -253,6 +254,18 @@ def synth(
     cohort.wait_for_others()
     if made["failed"]:
         raise typer.Exit(1)
+
+
+# What says which studies and outputs are meant, and how it is told. All other options are of what is computed.
+_MEANT = {"output", "more", "inputs", "file", *MODALITIES, STACK, "task", "select", "participant_label", "session"}
+_MEANT |= {"run", "model", "target", "summary", "device", "quiet", "verbose", "as_json"}
+
+
+def _refuse_beside_summary(ctx: typer.Context) -> None:
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if name not in _MEANT and source is not None and source.name == "COMMANDLINE":
+            raise CopeditError(f"--summary computes nothing; leave out --{name.replace('_', '-')}")
 
 
 def _labels(

@@ -267,7 +267,7 @@ class Job:
 
     def compute(self, opened: Opened, study: Study) -> Result:
         """What is missing from a study, synthesised."""
-        model = self.models.load(opened.entry["model"])
+        model = self.models.introduced(opened.entry["model"])
         return model.synthesize(study, target=opened.todo or None, **self.sampler)
 
     def save(self, opened: Opened, result: Result) -> None:

@@ -70,7 +70,7 @@ def _perceive(report: Report, study: Study, files: StudyFiles, models: Models) -
     if not study.volumes:
         return
     try:
-        perceived = models.load(name).perceive(study)
+        perceived = models.introduced(name).perceive(study)
     except UnusableModel:
         raise
     except Exception as error:

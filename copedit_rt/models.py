@@ -79,10 +79,15 @@ class Models:
                 raise UnusableModel(error) from error
             for note in getattr(loaded.engine, "notes", ()):
                 self._listener.remark(note)
-            if loaded.trained:
-                self._listener.remark(f"{name} was trained on {loaded.trained.words}")
             self._loaded[name] = loaded
         return self._loaded[name]
+
+    def introduced(self, name: str) -> Synthesizer:
+        """`load`; the first time it says what the model was trained on."""
+        new, model = name not in self._loaded, self.load(name)
+        if new and model.trained:
+            self._listener.remark(f"{name} was trained on {model.trained.words}")
+        return model
 
 
 @contextmanager

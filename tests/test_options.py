@@ -32,13 +32,16 @@ COMMANDS = dict(leaves(typer.main.get_command(cli.app)))
 # What applies whatever else is given. Permissions, which say what may be done where it is needed, are among them:
 # --overwrite, --resample, --resume, --large, --compile.
 ALWAYS = {
-    "synth": "output more model steps seed samples solver device dtype overwrite resample preview as_json",
-    "inspect": "more model device as_json",
+    "synth": "output more model steps seed samples solver device dtype overwrite resample preview report shard "
+    "quiet verbose as_json",
+    "inspect": "more model device quiet as_json",
+    "serve": "host port model device engine dtype max_memory queue max_size time_limit grace token_file scratch quiet",
     "doctor": "as_json",
     "export onnx": "model output precision as_json",
     "export tensorrt": "model output precision device as_json",
     "export triton-repo": "model output backend precision max_batch as_json",
-    "bench kernels": "output op dtype seconds device as_json",
+    "bench kernels": "output op dtype seconds against device as_json",
+    "bench serve": "output model requests clients alone steps as_json",
     "bench cpu": "output large as_json",
     "bench sampler": "output batch steps dtype compiled device as_json",
     "bench train-step": "output stage batch compiled device as_json",
@@ -54,21 +57,27 @@ ALWAYS = {
     "train denoiser": "preset output quick estimate",
     "train prior": "preset output tokenizer data",
     "train check-data": "data preset deep as_json output",
+    "train check-simulation": "studies data preset count",
 }
 # Where the others do not apply, and what is said there. IN: a brain study; SAX: a stack; OUT, MODEL: of a heart.
+AMONG = "--task, --select and labels choose among files"
 EXPLICIT = ["--file", "t1=IN/case_t1.nii.gz"]
 SYNTH: list[tuple[str, list[str], str]] = [
     ("inputs", ["-i", "IN", *EXPLICIT], "not both"),
     ("file", ["-i", "IN", *EXPLICIT], "not both"),
     *((name, ["-i", "IN", f"--{name}", "IN/case_t1.nii.gz"], "not both") for name in "t1 t1ce t2 flair pd sax".split()),
-    ("task", [*EXPLICIT, "--task", "brain"], "--task and --select choose among found files"),
-    ("select", [*EXPLICIT, "--select", "run-1"], "--task and --select choose among found files"),
+    ("task", [*EXPLICIT, "--task", "brain"], AMONG),
+    ("select", [*EXPLICIT, "--select", "run-1"], AMONG),
+    ("participant_label", [*EXPLICIT, "--participant-label", "01"], AMONG),
+    ("session", [*EXPLICIT, "--session", "a"], AMONG),
+    ("run", [*EXPLICIT, "--run", "1"], AMONG),
     ("missing_slices", ["-i", "IN", "--missing-slices", "1"], "cardiac stacks only"),
     ("engine", ["-i", "SAX", "--engine", "onnxruntime", "--device", "cuda"], "the engine onnxruntime runs on the CPU"),
 ]
 LEFT_OUT: list[tuple[str, str, list[str], str]] = [
     *(("synth", option, [*given, "-o", "OUT"], words) for option, given, words in SYNTH),
     *(("inspect", option, given, words) for option, given, words in SYNTH),
+    ("synth", "summary", ["-i", "IN", "-o", "OUT", "--summary", "--steps", "3"], "computes nothing; leave out --steps"),
     ("synth", "target", ["-i", "SAX", "-o", "OUT", "--target", "t1"], "name slices with --missing-slices"),
     ("synth", "detail", ["-i", "SAX", "-o", "OUT", "--model", "MODEL", "--detail", "guided"], "among a brain's images"),
     (

@@ -119,7 +119,7 @@ def test_a_killed_shard_and_one_that_was_started_twice(tmp_path, brain_model):
     again = run(*command[3:-1], "--shard", "0/2")
     assert again.exit_code == 0 and outputs("abcdef") <= files(tmp_path / "out")
     assert not [name for name in files(tmp_path / "out") if name.endswith(".part")]
-    assert run(*command[3:-1], "--summary").exit_code == 0
+    assert run(*command[3:9], "--summary").exit_code == 0
 
 
 def script(page: str, kind: str) -> str:

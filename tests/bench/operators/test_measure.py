@@ -401,7 +401,7 @@ def test_command(tmp_path, monkeypatch):
 def test_a_command_that_finds_ours_wrong_fails(tmp_path, monkeypatch):
     wrong = altered("swiglu", ours=Contestant(lambda h: 1.01 * ops.swiglu(h)))
     monkeypatch.setattr(body, "plan", lambda op, device, dtype: ([tiny("swiglu")], CPU, torch.float32))
-    monkeypatch.setattr(body, "run", partial(body.run, operators=wrong))
+    monkeypatch.setattr(body, "rivals", lambda against: wrong)
     done = CliRunner().invoke(cli.app, ["bench", "kernels", "-o", str(tmp_path)])
     assert done.exit_code == 1 and "an operator gave a wrong answer" in done.stderr and "kernels.md" in done.stderr
 
