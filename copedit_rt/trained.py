@@ -16,7 +16,7 @@ from copedit_rt.prior import QUANTILES, shown
 
 TRAINING = "training.json"
 RANGE = (0.5, 99.5)  # percent of the training images whose quantiles count as known
-STRANGE = 2  # so many quantiles of an image outside of it are worth a remark: of simulated images 3 % have them
+STRANGE = 2  # so many quantiles of an image outside of it are worth a remark: one alone is often chance
 
 Images = NDArray[np.float32]
 

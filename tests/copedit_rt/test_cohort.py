@@ -22,6 +22,7 @@ from copedit_rt.listener import Listener
 from copedit_rt.models import Models
 from copedit_rt.perception import Perception
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.trained import TrainedOn
 
 ROOT = Path(cohort.__file__).parents[1]
 
@@ -205,6 +206,16 @@ def test_a_network_that_overflows_writes_nothing(tmp_path, brain_model, part, wh
     told = [line for line in result.stderr.splitlines() if f"the {what} of tiny-brain returned NaN or infinity" in line]
     assert result.exit_code == 1 and [line[:12] for line in told] == ["copedit: a: ", "copedit: b: "]
     assert files(tmp_path / "out") == set()
+
+
+def test_what_a_model_was_trained_on_is_said_once(tmp_path, brain_model):
+    model = Path(shutil.copytree(brain_model, tmp_path / "model"))
+    TrainedOn("noise").save(model)
+    for name in "ab":
+        study(tmp_path / "in" / name, name)
+    result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", model)
+    assert result.exit_code == 0 and result.stderr.count("was trained on noise") == 1
+    assert run("inspect", "-i", tmp_path / "in", "--model", model).stderr.count("was trained on noise") == 1
 
 
 def test_names_that_are_no_text(tmp_path, brain_model):

@@ -23,6 +23,7 @@ from copedit_rt.networks import sampler
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.trained import TrainedOn
 
 BRAIN = ModelConfig(
     "tiny-brain",
@@ -265,6 +266,15 @@ def test_a_memory_ceiling_changes_nothing_but_the_memory(brain_model, heart_mode
         monkeypatch.setattr(model.engine, "max_memory", 2**10)
         with pytest.raises(CopeditError, match="max_memory of"):
             model.synthesize(study)
+
+
+def test_what_a_model_was_trained_on_stands_in_the_record_and_what_is_unlike_it_in_the_notes(brain_model, monkeypatch):
+    assert brain_model.synthesize(brain("t1", "t2")).record["trained_on"] is None
+    known = {"t1": [[0.0, 1.0]] * 5, "t2": [[2.0, 3.0]] * 5}
+    monkeypatch.setattr(brain_model, "trained", TrainedOn("noise", known))
+    result = brain_model.synthesize(brain("t1", "t2"))
+    (note,) = [note for note in result.study.notes if "unlike what the model was trained on" in note]
+    assert note.startswith("t2 ") and result.record["trained_on"] == "noise" and result.perception.unlike == (note,)
 
 
 def test_noise_comes_from_seed_study_and_element(brain_model):

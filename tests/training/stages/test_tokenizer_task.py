@@ -107,6 +107,28 @@ def test_patients_teach_the_heads_what_simulation_shows_otherwise(tmp_path):
     assert TrainedOn.load(taught).words == "simulated phantoms and 3 patients"
 
 
+def test_heads_that_are_too_sure_are_tempered_once():
+    task = TokenizerTask(TINY, TokenizerSettings(steps=4, batch_size=1, lr=1e-3, dtype="float32", draws=20))
+    features = torch.randn((60, 2, 3, TINY.tokenizer.prompt_channels[1]), generator=torch.Generator().manual_seed(0))
+    weights = [head[-1].weight for head in task.tokenizer.heads]
+    patterns = task.patterns(np.random.default_rng(1), 60)
+
+    def position() -> float:
+        with torch.no_grad():
+            return float(task.judge(features, patterns)["position"])
+
+    with torch.no_grad():
+        weights[1].mul_(60)  # sure, and of features that say nothing
+        before, contrast, sure = weights[1].clone(), weights[2].clone(), position()
+        task.temper(features)
+        ratio = (before / weights[1]).flatten()
+        assert ratio.min() > 2 and torch.allclose(ratio, ratio[0]), "divided by one temperature"
+        assert position() < 0.5 * sure and torch.equal(weights[2], contrast)
+        after = weights[1].clone()
+        task.temper(features)
+        assert torch.allclose(weights[1], after, rtol=0.1), "what is tempered stays"
+
+
 def test_the_adversary_is_trained_beside_and_resumed(tmp_path):
     extra = ("steps=6", "adversarial_from=2", "crop=0", "lr=1e-3")
     whole = train("tokenizer", tmp_path / "whole", *extra, config=HEART)

@@ -25,7 +25,7 @@ QUANTILES = (5, 25, 50, 75, 95)
 CLASSES = ("fluid", "grey", "white")
 INSIDE = (5.0, 95.0)  # percent: a real value within these ranks is expected by the simulation
 FIRST = 2_000_000  # seed of the studies that are compared with: none is trained on
-STRIPPED = 0.35  # of the grid's voxels: a brain fills less of it, a head more
+BRAIN_ALONE = 0.35  # of the grid's voxels: a brain fills less of it, a head more
 _VOXELS = 20000  # of a study that k-means looks at
 
 Images = Mapping[str, np.ndarray]
@@ -120,7 +120,7 @@ def check(
     if not names:
         raise CopeditError(f"{folder}: no image is there in all of its studies; give studies with the same images")
     for patient in patients:
-        if np.mean((patient.images > 0).any(0)) > STRIPPED:
+        if np.mean((patient.images > 0).any(0)) > BRAIN_ALONE:
             raise CopeditError(f"{patient.name}: the check is of brains whose skull is off; strip it, or leave it out")
     real = [dict(zip(names, patient.images[common], strict=True)) for patient in patients]
     simulator = labels.simulator(config, None, stripped=1.0)

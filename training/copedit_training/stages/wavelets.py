@@ -1,7 +1,6 @@
 """A start for small autoencoders: the Haar wavelets (Haar 1910) of the voxels that one latent stands for.
 
-Random layers of one level, trained for an hour of one core, reconstruct real brains at 17 dB; these, untrained, at 30.
-What was trained goes on from there.
+Random layers of one level need long to come near them; training goes on from there.
 """
 
 from __future__ import annotations
