@@ -243,7 +243,10 @@ class Synthesizer:
                         spread[name] += delta * (value - mean[name])
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
         volumes = {name: value.astype(np.float32, copy=False) for name, value in mean.items()}
-        record = self._record(prepared, wanted, {"method": solver, "steps": steps, "seed": seed, "samples": samples})
+        sampling = {"method": solver, "steps": steps, "seed": seed, "samples": samples}
+        if config.diffusion.start < 1:
+            sampling["start"] = config.diffusion.start
+        record = self._record(prepared, wanted, sampling)
         record["output"] = {"detail": detail, "whole_range": config.preprocessing.whole_range}
         made = study.with_synthetic(volumes)
         perception = self._perception(prepared, encoded)
@@ -268,9 +271,10 @@ class Synthesizer:
             report = None
             if progress:
                 report = lambda i, n, some=some: progress(some.start * n + i * len(some), samples * n)  # noqa: E731
-            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample) for sample in some])
+            fill = begun.latents
+            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample, fill) for sample in some])
             prompts, observed = encoded.prompts.repeat(len(some), 0), there[None].repeat(len(some), 0)
-            prior = None if begun.latents is None else begun.latents[None].repeat(len(some), 0)
+            prior = None if fill is None else fill[None].repeat(len(some), 0)
             yield from self.sample(start, prompts, observed, steps, solver, report, prior, about=name)
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
@@ -336,13 +340,21 @@ class Synthesizer:
             )
 
     def start(
-        self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int = 0, sample: int = 0
+        self,
+        latents: np.ndarray,
+        observed: np.ndarray,
+        study: str,
+        seed: int = 0,
+        sample: int = 0,
+        fill: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Where sampling starts [m, 8, h, w, d]: latents [k, 8, h, w, d] of what is observed [m], noise elsewhere."""
+        """Where sampling starts [m, 8, h, w, d]: latents [k, 8, h, w, d] of what is observed [m], noise elsewhere, or
+        the fill's latents [m, 8, h, w, d] with noise, in a model whose `diffusion.start` is below 1."""
         z = np.empty((len(observed), *latents.shape[1:]), np.float32)
         z[observed] = latents
         for i in np.flatnonzero(~observed):
-            z[i] = schedule.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
+            noise = schedule.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
+            z[i] = schedule.begun(self.config.diffusion, noise, None if fill is None else fill[i])
         return z
 
     def decode(self, z: np.ndarray, observed: np.ndarray) -> np.ndarray:

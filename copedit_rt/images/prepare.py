@@ -24,11 +24,11 @@ from copedit_rt.images.grids import (
     Frame,
     Orientation,
     fill_slices,
-    from_border,
     nearest_matrices,
     slabs,
     slice_axis,
     spacing,
+    surroundings,
 )
 from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.study import Study
@@ -284,7 +284,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         frame=frames[0],
         intensity=intensity,
         fill=fills[0],
-        background=from_border(background),
+        background=surroundings(background),
         study=study,
         version=config.preprocessing.version,
         outside=_unseen(turned, frames[0]) if frames[0].cuts else 0,
