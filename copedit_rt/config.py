@@ -22,6 +22,7 @@ Triple = tuple[int, int, int]
 Prompts = Literal["full", "none", "mask", "no-count", "no-position", "no-contrast"]
 Injection = Literal["across", "within", "both"]
 Backbone = Literal["mdit3d", "dit3d", "dit", "unet"]
+Identity = Literal["sincos", "orthogonal"]
 Solver = Literal["ddim", "dpm2m"]
 # What a number may be, and each of several; far beyond all that is of use, but small enough to be computed with.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -129,6 +130,8 @@ class DenoiserConfig:
     injection: the blocks that receive them. Only "mdit3d" has both kinds; the other backbones take them everywhere.
     prior: a fill of what is missing (`prior.Prior`) is encoded, given to the network as a second latent of each missing
     element, and corrected by it; off, as in the paper, the network starts from noise alone.
+    identity: what tells one element from another, sine and cosine of its index, as positions are told in the paper, of
+    which those of neighbours are nearly parallel, or orthogonal directions of the same length.
     """
 
     width: int = 768
@@ -139,6 +142,7 @@ class DenoiserConfig:
     prompts: Prompts = "full"
     injection: Injection = "across"
     prior: bool = False
+    identity: Identity = "sincos"
 
     def __post_init__(self) -> None:
         _check_ranges(self, "denoiser")
@@ -146,7 +150,8 @@ class DenoiserConfig:
             raise CopeditError(
                 f"denoiser: width {self.width} over {self.heads} heads must give a head dimension divisible by 8"
             )
-        for name, kind in (("backbone", Backbone), ("prompts", Prompts), ("injection", Injection)):
+        kinds = {"backbone": Backbone, "prompts": Prompts, "injection": Injection, "identity": Identity}
+        for name, kind in kinds.items():
             if getattr(self, name) not in typing.get_args(kind):
                 known = ", ".join(typing.get_args(kind))
                 raise CopeditError(f"denoiser: {name} {getattr(self, name)!r} is unknown; choose one of {known}")

@@ -52,7 +52,7 @@ def batch(task):
     return seen[0]
 
 
-@pytest.mark.parametrize("kind", ["prompts", "injection", "backbone"])
+@pytest.mark.parametrize("kind", ["prompts", "injection", "backbone", "identity"])
 def test_all_variants_see_the_same_batches(experiment, kind):
     if kind == "backbone":
         pytest.importorskip("monai", reason="the UNet baseline needs the extra `train`")

@@ -45,7 +45,7 @@ from copedit_training.stages.prior import fit_prior
 from copedit_training.stages.settings import DenoiserSettings, load_settings
 from copedit_training.stages.trainer import check_subjects, fit
 
-Ablation = Literal["prompts", "injection", "backbone", "prior"]
+Ablation = Literal["prompts", "injection", "backbone", "prior", "identity"]
 
 # Enough for differences of a tenth of a dB, and little enough for two CPU cores. Without `--full`, these and `NETWORK`
 # replace the preset's own.
@@ -102,6 +102,10 @@ VARIANTS: dict[Ablation, tuple[Variant, ...]] = {
         Variant("dit3d-wide", "DiT-3D, twice as wide", {"backbone": "dit3d", "width": 2}),
         Variant("dit", "DiT", {"backbone": "dit"}),
         Variant("unet", "UNet", {"backbone": "unet"}),
+    ),
+    "identity": (
+        Variant("full", "sine and cosine of the index (CoPeDiT)", {}),
+        Variant("orthogonal", "orthogonal directions", {"identity": "orthogonal"}),
     ),
     "prior": (
         Variant("full", "from noise (CoPeDiT)", {}),
