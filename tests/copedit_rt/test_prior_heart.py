@@ -107,6 +107,21 @@ def test_without_weights_it_is_interpolation_and_keeps_a_ramp():
     np.testing.assert_allclose(weights(0).fill_stack(stack(), (0, 3, 4)), fill_slices(stack(), (0, 3, 4), 2), atol=1e-6)
 
 
+def test_between_thin_slices_it_is_nearly_interpolation():
+    """A share of the correction, the cube of the distance to the next slice; classes by distance, not by slices."""
+    data, prior, missing = stack(), weights(), (3, 4)
+    linear, kept = fill_slices(data, missing, 2), [0, 1, 2, 5, 6, 7]
+    found = {apart: prior.fill_stack(data, missing, apart) - linear for apart in (0.5, 2.5, 5.0, 9.0)}
+    assert np.array_equal(found[9.0], found[5.0]) and np.array_equal(
+        found[5.0], prior.fill_stack(data, missing) - linear
+    )
+    assert np.abs(found[0.5]).max() < 0.002 * np.abs(found[5.0]).max()
+    kind, given = features(blurs(data[..., kept]), kept, 3, 0.5)
+    assert kind == (1, 1, 2)
+    expected = np.clip(given[0] + np.tensordot(prior.of_class(kind), given, 1) / 8, 0, 1) - linear[..., 3]
+    np.testing.assert_allclose(found[2.5][..., 3], expected, atol=1e-6)
+
+
 def test_a_prior_of_a_brain_is_refused(tmp_path):
     weights().save(tmp_path)
     assert np.array_equal(SlicePrior.load(tmp_path, MODEL).weights, weights().weights)
