@@ -36,6 +36,7 @@ from copedit_rt.task import Task
 
 NOTHING = np.float32(1e-3)  # the least that tissue may be
 TISSUE = 0.1  # of the percentile range: brighter is taken for the head
+THICK = 5.0  # mm from slice to slice of a stack
 WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
 
 
@@ -153,13 +154,34 @@ class Prepared:
         made = np.concatenate(list(images[:, 0]), axis=-1) @ outward.T
         beyond = ~inward.any(0)  # slices that the model's grid has no room for
         made[..., beyond] += (kept - kept @ inward.T @ outward.T)[..., beyond]
-        volume = self._to_range(self.frame.stack_to_file(np.clip(made, 0, 1)))
+        volume = self._to_range(self.frame.stack_to_file(np.clip(made, 0, 1)) + self._lost())
         volume[self.background] = 0
         where: list[Any] = [slice(None)] * 3
         where[self.frame.orientation.order[2]] = list(self.missing_slices)
         result = self.study.reference.data.copy()
         result[tuple(where)] = volume[tuple(where)]
         return result
+
+    @property
+    def apart(self) -> float:
+        """mm from slice to slice of a heart's stack."""
+        return float(spacing(self.study.reference.affine)[self.frame.orientation.order[2]])
+
+    def _lost(self) -> NDArray[np.float32] | float:
+        """What the model's plane cannot hold of interpolated slices, in 0..1 on the file's grid; the nearer the next
+        one is, the more of it."""
+        assert isinstance(self.fill, np.ndarray) and self.stack is not None
+        axis, (low, high) = self.frame.orientation.order[2], next(iter(self.intensity.values()))
+        count = self.fill.shape[axis]
+        kept = [index for index in range(count) if index not in self.missing_slices]
+        share = np.zeros(count, np.float32)
+        for index in self.missing_slices:
+            share[index] = 1 - remoteness(kept, index, self.apart)
+        if not share.any():
+            return 0.0
+        lost = _normalise(self.fill.copy(), low, high) - self.frame.stack_to_file(self.stack)
+        lost *= self.frame.orientation.invert(self.frame.coverage())
+        return lost * np.expand_dims(share, [other for other in range(3) if other != axis])
 
     def _to_range(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """0..1 on the file's grid to the reference's intensities; `fill` outside the field of view."""
@@ -289,6 +311,15 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         version=config.preprocessing.version,
         outside=_unseen(turned, frames[0]) if frames[0].cuts else 0,
     )
+
+
+def remoteness(kept: Sequence[int], index: int, apart: float) -> float:
+    """How little a slice has to do with the nearest of those that are there, 0..1: the cube of its distance over THICK.
+
+    apart: mm from slice to slice. So measured on brains cut into slices of 1 to 4 mm, where what has been learnt of
+    thick slices loses up to 12 dB against interpolation.
+    """
+    return min(1.0, min(abs(index - other) for other in kept) * apart / THICK) ** 3
 
 
 def _head_centre(
