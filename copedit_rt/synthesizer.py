@@ -213,7 +213,7 @@ class Synthesizer:
         steps = config.diffusion.steps if steps is None else steps
         solver = config.diffusion.solver if solver is None else solver
         schedule.solver_tables(config.diffusion, steps, solver)
-        if detail is not None and config.task == "cardiac":
+        if detail is not None and config.task.joint:
             raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
         detail = config.preprocessing.detail if detail is None else detail
         if not 1 <= samples <= SAMPLES:
