@@ -61,12 +61,13 @@ class Begun:
 
     latents [m, 8, h, w, d]: of the fill, and of what is observed its own. beyond [m, 1, H, W, D]: what the fill shows
     and its decoded latents do not. It is added to what is decoded, so that a correction of nothing changes nothing.
-    stack: see `Prepared.restore`.
+    stack, bright: see `Prepared.restore`.
     """
 
     latents: np.ndarray | None = None
     beyond: np.ndarray | float = 0.0
     stack: np.ndarray | None = None
+    bright: np.ndarray | None = None
 
 
 class Synthesizer:
@@ -228,7 +229,8 @@ class Synthesizer:
             begun = self._begun(prepared.observed, encoded, fill, study.name)
             for sample, z in enumerate(self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)):
                 decoded = self.decode(z, prepared.observed) + begun.beyond
-                images = prepared.restore(decoded, detail, config.preprocessing.whole_range, begun.stack)
+                whole = config.preprocessing.whole_range
+                images = prepared.restore(decoded, detail, whole, begun.stack, begun.bright)
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                     if samples == 1:
@@ -305,7 +307,7 @@ class Synthesizer:
         z = np.empty((len(there), *encoded.latents.shape[2:]), np.float32)
         z[there] = encoded.latents[0]
         z[~there] = self.encode(fill.images[~there], about).latents[0]
-        return Begun(z, fill.images - self.decode(z, there), fill.stack)
+        return Begun(z, fill.images - self.decode(z, there), fill.stack, fill.bright)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements

@@ -73,12 +73,14 @@ class Prepared:
         detail: bool = False,
         whole_range: bool = False,
         stack: NDArray[np.float32] | None = None,
+        bright: NDArray[np.float32] | None = None,
     ) -> dict[str, NDArray[np.float32]]:
         """Images of all elements [m, 1, H, W, D] on the model's grid -> volumes on the reference file's grid.
 
         Brain: {missing modality: float32 [X, Y, Z]}, 0..1 mapped to the reference's percentile range; observed
         elements are not used. detail: what the grid could not hold is carried over from the observed images
-        (`detail.Detail`); whole_range: the brightest voxels are lifted to the top of the range (`detail.full_range`).
+        (`detail.Detail`); whole_range: the brightest voxels are lifted to the top of the range (`detail.full_range`),
+        by the chances bright [m, 1, H, W, D] if they are given.
         Cardiac: {"sax": the stack}, its missing slices filled and every other voxel as it was. stack [H, W, slices of
         the file]: a heart's own fill (None: `self.stack`). What it holds and the model's grid cannot, as that has fewer
         slices, is kept.
@@ -92,12 +94,15 @@ class Prepared:
             return {next(iter(self.study.volumes)): self._filled(images, stack)}
         images = np.clip(images, 0, 1)
         volumes = {}
-        for name, image, there in zip(self.elements, np.clip(images[:, 0], 0, 1), self.observed, strict=True):
+        chances: Any = [None] * len(images) if bright is None else bright[:, 0]
+        for name, image, chance, there in zip(self.elements, images[:, 0], chances, self.observed, strict=True):
             if not there:
-                volumes[name] = self._restore_image(image, detail, whole_range)
+                volumes[name] = self._restore_image(image, detail, whole_range, chance)
         return volumes
 
-    def _restore_image(self, image: NDArray[np.float32], detail: bool, whole_range: bool) -> NDArray[np.float32]:
+    def _restore_image(
+        self, image: NDArray[np.float32], detail: bool, whole_range: bool, bright: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
         """One modality on the file's grid."""
         guided = Detail(image, self.images[self.observed, 0], self.frame) if detail else None
         beyond = self._beyond(image)
@@ -114,11 +119,19 @@ class Prepared:
             turned[..., part] = np.clip(slab, NOTHING, 1, out=slab) if detail or whole_range else slab
         volume[self.background] = 0
         if whole_range:
-            volume = full_range(volume)
+            volume = full_range(volume, None if bright is None else self._on_file(bright))
         volume *= high - low
         volume += low
         volume[self.background] = self.fill
         return volume
+
+    def _on_file(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """An image [H, W, D] of the model's grid on the file's."""
+        made = np.empty(self.study.reference.data.shape, np.float32)
+        turned, planes = self.frame.orientation.apply(made), self.frame.to_plane(image)
+        for part in slabs(turned.shape):
+            turned[..., part] = self.frame.to_slab(planes, part)
+        return made
 
     def _shown(self, part: slice) -> Iterator[NDArray[np.float32]]:
         """Slices `part` of the observed images in 0..1, in the model's orientation."""
