@@ -441,16 +441,20 @@ def export_triton(
     model: ExportModel,
     output: Output,
     backend: Annotated[
-        str, typer.Option(metavar="onnxruntime|tensorrt", help="What the server computes with.")
+        str,
+        typer.Option(
+            metavar="onnxruntime|python|tensorrt",
+            help="What the server computes with; python is ONNX Runtime for servers without that backend.",
+        ),
     ] = "onnxruntime",
     precision: Precision = "float32",
     max_batch: Annotated[int, typer.Option(min=1, help="Studies that the server may join into one batch.")] = 4,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """A model repository for Triton Inference Server: encoder, step and decoder as three models.
+    """A model repository for Triton Inference Server: a study in, its missing images out.
 
-    With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
+    The model NAME-study calls encoder, step and decoder, three models that can be asked as well. With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
     """
     from copedit_rt.engines import server_export as body
     from copedit_rt.models import remarks

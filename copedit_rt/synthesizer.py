@@ -17,7 +17,7 @@ import copedit_rt
 from copedit_rt import checkpoint, schedule
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
-from copedit_rt.engines.engine import ENGINES, TORCHLESS, Encoded, Engine
+from copedit_rt.engines.engine import ENGINES, TORCHLESS, Encoded, Engine, Whole
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
@@ -110,6 +110,16 @@ class Synthesizer:
             self._turn = _TURNS.setdefault("cuda:0" if engine.device == "cuda" else engine.device, threading.RLock())
 
     @classmethod
+    def on(cls, engine: Whole, folder: Path) -> Synthesizer:
+        """On an engine that is loaded; folder: of its model, where prior and training lie."""
+        self = cls.__new__(cls)
+        prior = checkpoint.load_prior(folder, engine.config)
+        more = checkpoint.digests(folder, [PRIOR]) if prior else {}
+        self._use(engine.config, engine, engine.weights | more, prior)
+        self.trained = TrainedOn.load(folder)
+        return self
+
+    @classmethod
     def load(
         cls,
         model: str | Path,
@@ -162,12 +172,7 @@ class Synthesizer:
             else:
                 if dtype not in ("auto", built.precision):
                     raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
-                self = cls.__new__(cls)
-                prior = checkpoint.load_prior(folder, built.config)
-                more = checkpoint.digests(folder, [PRIOR]) if prior else {}
-                self._use(built.config, built, built.weights | more, prior)
-                self.trained = TrainedOn.load(folder)
-                return self
+                return cls.on(built, folder)
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
         prior, digests = checkpoint.load_prior(folder, config), {"tokenizer": first, "denoiser": second}
@@ -359,14 +364,7 @@ class Synthesizer:
             "weights_sha256": self.weights,
             "trained_on": self.trained.words if self.trained else None,
             "study": study.name,
-            "inputs": {
-                name: {
-                    "file": volume.path.name if volume.path else None,
-                    "sha256": volume.sha256,
-                    "size_mtime_ns": list(volume.stamp) if volume.stamp else None,
-                }
-                for name, volume in study.volumes.items()
-            },
+            "inputs": inputs_of(study),
             "missing": list(prepared.missing),
             "missing_slices": list(prepared.missing_slices),
             "synthesised": wanted,
@@ -382,3 +380,15 @@ class Synthesizer:
                 "python": platform.python_version(),
             },
         }
+
+
+def inputs_of(study: Study) -> dict[str, Any]:
+    """A study's files as a record names them."""
+    return {
+        name: {
+            "file": volume.path.name if volume.path else None,
+            "sha256": volume.sha256,
+            "size_mtime_ns": list(volume.stamp) if volume.stamp else None,
+        }
+        for name, volume in study.volumes.items()
+    }

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from copedit_rt.config import ModelConfig
+
 ENGINES = ("torch", "onnxruntime", "openvino", "tensorrt")
 TORCHLESS = ("onnxruntime", "openvino")
 
@@ -79,3 +81,10 @@ class Engine(Protocol):
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Images [B, k, 1, H, W, D] of latents [B, k, 8, h, w, d]; cardiac: of all slabs, decoded together."""
         ...
+
+
+class Whole(Engine, Protocol):
+    """An engine that knows which model it computes."""
+
+    config: ModelConfig
+    weights: dict[str, str]  # SHA-256 of each file
