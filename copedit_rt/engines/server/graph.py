@@ -11,6 +11,7 @@ from typing import Any
 
 sys.path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # which the server's Python passes over
 
+import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 
@@ -19,6 +20,8 @@ class TritonPythonModel:
     """Inputs and outputs are those of the graph."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        if np.lib.NumpyVersion(np.__version__) >= "2.0.0":  # whose outputs have no bytes in servers as of 2024
+            raise pb_utils.TritonModelException(f"numpy {np.__version__} is too new for this server; use numpy<2")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised as well
         threads = os.environ.get("OMP_NUM_THREADS", "")

@@ -75,8 +75,8 @@ class TritonPythonModel:
     """See docs/deploy.md for inputs and outputs."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        if not np.array_equal(pb_utils.Tensor("x", np.arange(3, dtype=np.float32)).as_numpy(), [0, 1, 2]):
-            raise pb_utils.TritonModelException(f"this server does not understand numpy {np.__version__}; use numpy<2")
+        if np.lib.NumpyVersion(np.__version__) >= "2.0.0":  # whose outputs have no bytes in servers as of 2024
+            raise pb_utils.TritonModelException(f"numpy {np.__version__} is too new for this server; use numpy<2")
         self._model = Synthesizer.on(ServerEngine(HERE / "model"), HERE / "model")
 
     def execute(self, requests: list[Any]) -> list[Any]:
