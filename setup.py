@@ -66,6 +66,7 @@ setup(
     extras_require={
         "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
         "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
+        "triton": ["tritonclient[grpc,http]"],  # a client of Triton Inference Server
         "fast": ["isal"],  # gzip several times as fast
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "openvino": ["openvino"],

@@ -454,7 +454,8 @@ def export_triton(
 ) -> None:
     """A model repository for Triton Inference Server: a study in, its missing images out.
 
-    The model NAME-study calls encoder, step and decoder, three models that can be asked as well. With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
+    NAME-study calls encoder, step and decoder, models that can be asked as well. With the backend tensorrt, plans
+    for the GPU here (extra `tensorrt`). Needs the extra `export`.
     """
     from copedit_rt.engines import server_export as body
     from copedit_rt.models import remarks

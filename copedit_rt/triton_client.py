@@ -38,7 +38,7 @@ class TritonClient:
         try:
             self._library = importlib.import_module(_WAYS[parts.scheme])
         except ImportError as error:
-            raise CopeditError(f"a client of Triton Inference Server: {error}; pip install 'copedit[triton]'") from error
+            raise CopeditError(f"{type(self).__name__}: {error}; pip install 'copedit[triton]'") from error
         self.address, self._model, self._seconds = address, f"{model}-study", seconds
         http = {"connection_timeout": seconds, "network_timeout": seconds} if parts.scheme == "http" else {}
         self._client = self._library.InferenceServerClient(parts.netloc, **http)

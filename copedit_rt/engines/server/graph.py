@@ -11,9 +11,9 @@ from typing import Any
 
 sys.path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # which the server's Python passes over
 
-import numpy as np  # noqa: E402
-import onnxruntime  # noqa: E402
-import triton_python_backend_utils as pb_utils  # noqa: E402
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:

@@ -203,7 +203,8 @@ def test_a_study_is_that_of_the_engine(config, name, request, tmp_path, monkeypa
     server_export.export_triton(exported, tmp_path / "repository", "python", max_batch=2)
     given = study(config, "t1", "flair")
     images = {element: volume.data for element, volume in given.volumes.items()}
-    images |= {"study": np.array([given.name.encode()], object), "seed": np.array([5]), "steps": np.array([2], np.int32)}
+    images |= {"seed": np.array([5]), "steps": np.array([2], np.int32)}
+    images["study"] = np.array([given.name.encode()], object)
     found, refused = ask(tmp_path / "repository", f"{config.name}-study", tmp_path, affine=GRID[None], **images)
     expected = Synthesizer.load(exported, engine="onnxruntime").synthesize(given, seed=5, steps=2)
     assert not refused and {word.decode() for word in found["elements"]} == expected.study.synthetic

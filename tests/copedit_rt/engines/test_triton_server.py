@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,10 +69,8 @@ def test_samples_targets_and_defaults(server, brain):
     options = {"samples": 3, "target": ["flair"], "steps": 1}
     expected, found = here.synthesize(given, **options), client.synthesize(given, **options)
     # More samples than the server joins: batches of another size than here, which may differ by rounding.
-    for mine, other in ((found.study.volumes["flair"].data, expected.study.volumes["flair"].data), *[
-        (found.std["flair"], expected.std["flair"])
-    ]):
-        np.testing.assert_allclose(mine, other, atol=1e-5)
+    mine, other = ([x.study.volumes["flair"].data, x.std["flair"]] for x in (found, expected))
+    np.testing.assert_allclose(mine, other, atol=1e-5)
     assert found.study.synthetic == {"flair"} and list(found.std) == ["flair"]
     # Nothing but images and an affine.
     with grpc.InferenceServerClient(server[0]["grpc"].removeprefix("grpc://")) as plain:

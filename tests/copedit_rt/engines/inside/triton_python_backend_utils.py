@@ -7,7 +7,7 @@ where torch was loaded. A refusal goes to stdout.
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def get_input_tensor_by_name(request: Any, name: str) -> Tensor:
 class InferenceRequest:
     """Both a request to a model in Python and one of it to another model."""
 
-    sessions: dict[str, Any] = {}
+    sessions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, inputs: list[Tensor], model_name: str = "", **ignored: Any):
         self._inputs, self._model = inputs, model_name
