@@ -40,7 +40,7 @@ def fill(
     detail: bool | None = None,
     resample: bool = False,
     device: str = "auto",
-    engine: str = "torch",
+    engine: str = "auto",
     dtype: str = "auto",
     max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -17,7 +17,7 @@ import copedit_rt
 from copedit_rt import checkpoint, schedule
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
-from copedit_rt.engines.engine import ENGINES, TORCHLESS, Encoded, Engine, Whole
+from copedit_rt.engines.engine import Encoded, Engine, Whole, choose_engine
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
@@ -125,14 +125,14 @@ class Synthesizer:
         model: str | Path,
         device: str = "auto",
         max_memory: int | None = None,
-        engine: str = "torch",
+        engine: str = "auto",
         dtype: str = "auto",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Synthesizer:
         """A built-in model by name or a model folder; max_memory and dtype as above.
 
         engine: "torch", or "onnxruntime" or "openvino" for a folder that `copedit export onnx` wrote, on the CPU and
-        without torch.
+        without torch; "auto": torch where it is installed, otherwise one of the other two.
         "tensorrt": for a folder that `copedit export tensorrt` or `onnx` wrote, on a CUDA GPU; plans that are not there
         yet are built, which may take minutes. ONNX files that are damaged, stale or foreign are refused: torch takes
         over with a warning (UserWarning), as it does for what TensorRT cannot do. progress: called while plans are
@@ -142,14 +142,8 @@ class Synthesizer:
         that is unknown, not installed or cannot do what is asked, and ONNX files that are refused where there is no
         torch.
         """
-        folder = checkpoint.locate(model)
-        if engine not in ENGINES:
-            raise CopeditError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-        if engine not in TORCHLESS and find_spec("torch") is None:
-            raise CopeditError(
-                f"engine {engine}: torch is not installed; install it, or choose the engine {' or '.join(TORCHLESS)} "
-                "and a folder that copedit export onnx wrote"
-            )
+        engine = choose_engine(engine)
+        folder = checkpoint.locate(model, exported=engine != "torch")
         if engine != "torch":
             from copedit_rt.engines.onnx_engine import OnnxEngine, Refused
 

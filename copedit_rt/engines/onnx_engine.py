@@ -39,7 +39,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if foreign := [graph for graph in graphs if graph.is_file()]:
             raise Refused(f"{foreign[0]}: there is no {MANIFEST} beside it, so copedit did not write it; {again}")
         raise CopeditError(
-            f"{folder} holds no ONNX files; write them with copedit export onnx --model {folder.name} -o FOLDER"
+            f"{folder} holds no ONNX files; write them where torch is installed, with copedit export onnx --model "
+            f"{folder.name} -o FOLDER, and give --model FOLDER"
         )
     try:
         manifest = read_json(path)
