@@ -22,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 METADATA := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint weights clean
+.PHONY: help demo test lint weights wheel clean
 
 help:
 	@echo "make demo    install, then synthesise the missing parts of simulated studies into demo-output/"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint    the lint, the type check and the check of imports alone"
 	@echo "make weights train the built-in models again, in runs/ (hours on a CPU), and put them into the package; those of"
 	@echo "             patients need LABELS=FOLDER PATIENTS=FOLDER HEARTS=FOLDER"
+	@echo "make wheel   dist/copedit-*.whl with the ONNX files of the patients' models: pip install 'WHEEL[cpu]' needs no torch"
 	@echo "make clean   remove .venv and everything else that make made"
 
 demo: $(VENV)/installed
@@ -71,7 +72,16 @@ mkdir -p copedit_rt/weights/$(1)
 cp runs/$(1)/denoiser/model/* copedit_rt/weights/$(1)/
 endef
 
+# A wheel that runs without torch (extra `cpu`): the ONNX files of the models of patients, made from their weights here.
+wheel: $(VENV)/installed-test
+	rm -rf copedit_rt/weights/*/onnx build
+	$(foreach model,brain-2mm heart-3mm,$(BIN)/copedit export onnx --model $(model) \
+	    -o copedit_rt/weights/$(model)/onnx &&) true
+	$(BIN)/python -m pip wheel --disable-pip-version-check $(PIP_FLAGS) --no-deps -w dist .
+	rm -rf copedit_rt/weights/*/onnx build
+
 clean:
+	rm -rf copedit_rt/weights/*/onnx
 	rm -rf $(VENV) build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/created:
@@ -84,7 +94,7 @@ $(VENV)/created:
 
 $(VENV)/installed: $(VENV)/created $(METADATA)
 	@echo "==> installing copedit and what it runs on into $(VENV) (torch is most of it: minutes the first time)"
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[torch]"
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

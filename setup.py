@@ -46,17 +46,16 @@ setup(
             "report/*.txt",
             "weights/**/*.json",
             "weights/**/*.safetensors",
+            "weights/**/*.onnx",  # of make wheel; git has none
             "weights/**/*.md",
         ],
         "copedit_training": ["presets/*.toml"],
     },
     python_requires=">=3.11",
+    # An extra cannot take a dependency away, so what computes is one: copedit[torch] or copedit[cpu].
     install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
         "einops",
         "numpy",
-        "scipy",  # for the demo's phantoms and scores; the runtime wants it for --resample only
         "nibabel",
         "safetensors",
         "typer",
@@ -64,13 +63,20 @@ setup(
         "pillow",
     ],
     extras_require={
-        "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
+        "torch": [
+            "torch>=2.11",
+            "triton>=3.6; platform_system == 'Linux'",
+            "scipy",  # for the demo's phantoms and scores; the runtime wants it for --resample only
+        ],
+        "cpu": ["onnxruntime"],  # without torch, for the ONNX files of make wheel or copedit export onnx
+        "train": ["copedit[torch]", "monai", "tensorboard", "matplotlib", "scikit-learn"],
         "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
+        "triton": ["tritonclient[grpc,http]"],  # a client of Triton Inference Server
         "fast": ["isal"],  # gzip several times as fast
-        "export": ["onnx", "onnxscript", "onnxruntime"],
+        "export": ["copedit[torch]", "onnx", "onnxscript", "onnxruntime"],
         "openvino": ["openvino"],
-        "tensorrt": ["tensorrt"],
-        "bench": ["flash-attn", "xformers", "matplotlib"],
+        "tensorrt": ["copedit[torch]", "tensorrt"],
+        "bench": ["copedit[torch]", "flash-attn", "xformers", "matplotlib"],
         # A builder that needs no GPU, for tests only.
         "tensorrt-rtx": [
             "onnxruntime-ep-nv-tensorrt-rtx-cu13; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from copedit_rt.images.nifti import Volume
     from copedit_rt.images.study import Study
     from copedit_rt.synthesizer import Result, Synthesizer
+    from copedit_rt.triton_client import TritonClient
 
 _PUBLIC = {
     "Client": "copedit_rt.client",
@@ -23,6 +24,7 @@ _PUBLIC = {
     "Result": "copedit_rt.synthesizer",
     "Study": "copedit_rt.images.study",
     "Synthesizer": "copedit_rt.synthesizer",
+    "TritonClient": "copedit_rt.triton_client",
     "Volume": "copedit_rt.images.nifti",
     "fill": "copedit_rt.filling",
     "find_studies": "copedit_rt.images.find",
@@ -34,6 +36,7 @@ __all__ = [
     "Result",
     "Study",
     "Synthesizer",
+    "TritonClient",
     "Volume",
     "__version__",
     "fill",

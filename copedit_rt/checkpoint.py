@@ -30,6 +30,7 @@ M = TypeVar("M", bound="nn.Module")
 # How files of torch.save and of pickle's protocols begin.
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 BUILT_IN = Path(__file__).parent / "weights"
+EXPORTED = "onnx"  # the folder of its ONNX files in a model's own, where a wheel brings them
 CONFIG, TOKENIZER, DENOISER = "config.json", "tokenizer.safetensors", "denoiser.safetensors"
 
 
@@ -50,11 +51,14 @@ def list_models() -> list[str]:
     return sorted(names, key=lambda name: (name.startswith("demo-"), name))
 
 
-def locate(model: str | Path) -> Path:
-    """Folder of a built-in name or a path. Raises CopeditError if it is neither."""
+def locate(model: str | Path, exported: bool = False) -> Path:
+    """Folder of a built-in name or a path; exported: of its ONNX files, where the model has such a folder inside.
+
+    Raises CopeditError for what is neither a name nor a path.
+    """
     for folder in (BUILT_IN / str(model), Path(model)):
         if is_file(folder / CONFIG):
-            return folder
+            return folder / EXPORTED if exported and is_file(folder / EXPORTED / CONFIG) else folder
     raise CopeditError(
         f"model {str(model)!r}: no folder with a {CONFIG} and no built-in name; built in are {', '.join(list_models())}"
     )

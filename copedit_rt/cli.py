@@ -27,6 +27,7 @@ from copedit_rt.terminal import Device, Dtype, Json, Output, Quiet, Solver, Step
 
 FLAGGED = 3
 TASKS = {task.value: task for task in Task}
+TORCH = ("torch", "triton", "scipy")  # what the extra `torch` brings
 COMMANDS = "copedit.commands"  # the group of entry points that add commands
 
 
@@ -39,6 +40,13 @@ class _Root(TyperGroup):
         except CopeditError as error:
             terminal.tell_error(error, ctx.params["debug"])
             raise typer.Exit(error.exit_code) from None
+        except ModuleNotFoundError as error:
+            if error.name not in TORCH:
+                raise
+            reason = CopeditError(f"this needs {error.name}, which is not installed; pip install 'copedit[torch]'")
+            reason.__cause__ = error
+            terminal.tell_error(reason, ctx.params["debug"])
+            raise typer.Exit(reason.exit_code) from None
         except OSError as error:  # a path that is too long, for one
             if error.errno == errno.EPIPE or error.filename is None:
                 raise
@@ -102,8 +110,8 @@ Model = Annotated[
 Engine = Annotated[
     str,
     typer.Option(
-        metavar="torch|onnxruntime|openvino|tensorrt",
-        help="What computes; all but torch take a folder of copedit export.",
+        metavar="auto|torch|onnxruntime|openvino|tensorrt",
+        help="What computes; all but torch take a folder of copedit export. auto: torch where it is installed.",
     ),
 ]
 Slices = Annotated[
@@ -181,7 +189,7 @@ def synth(
         ),
     ] = None,
     device: Device = "auto",
-    engine: Engine = "torch",
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     max_memory: MaxMemory = None,
     overwrite: Annotated[bool, flag("--overwrite", help="Replace outputs that exist.")] = False,
@@ -308,7 +316,7 @@ def inspect(
     run: Run = None,
     model: Model = None,
     device: Device = "auto",
-    engine: Engine = "torch",
+    engine: Engine = "auto",
     missing_slices: Slices = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -350,7 +358,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute, one study at a time; repeatable."),
     ] = None,
-    engine: Engine = "torch",
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     max_memory: MaxMemory = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests in the house at most; others are told to wait.")] = 16,
@@ -441,16 +449,21 @@ def export_triton(
     model: ExportModel,
     output: Output,
     backend: Annotated[
-        str, typer.Option(metavar="onnxruntime|tensorrt", help="What the server computes with.")
+        str,
+        typer.Option(
+            metavar="onnxruntime|python|tensorrt",
+            help="What the server computes with; python is ONNX Runtime for servers without that backend.",
+        ),
     ] = "onnxruntime",
     precision: Precision = "float32",
     max_batch: Annotated[int, typer.Option(min=1, help="Studies that the server may join into one batch.")] = 4,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """A model repository for Triton Inference Server: encoder, step and decoder as three models.
+    """A model repository for Triton Inference Server: a study in, its missing images out.
 
-    With the backend tensorrt, plans for the GPU here (extra `tensorrt`). Needs the extra `export`.
+    NAME-study calls encoder, step and decoder, models that can be asked as well. With the backend tensorrt, plans
+    for the GPU here (extra `tensorrt`). Needs the extra `export`.
     """
     from copedit_rt.engines import server_export as body
     from copedit_rt.models import remarks

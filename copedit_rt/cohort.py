@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def synthesise(
     solver: str | None = None,
     detail: bool | None = None,
     device: str = "auto",
-    engine: str = "torch",
+    engine: str = "auto",
     dtype: str = "auto",
     max_memory: int | None = None,
     overwrite: bool = False,
@@ -330,7 +331,7 @@ def wait_for_others() -> None:
 
 def _own_device(device: str, world: int) -> str:
     """Of several processes each takes the GPU of its number on this machine."""
-    if world == 1 or device not in ("auto", "cuda"):
+    if world == 1 or device not in ("auto", "cuda") or find_spec("torch") is None:
         return device
     import torch
 

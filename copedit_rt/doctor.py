@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 DISTRIBUTION = "copedit"
 # What each extra adds, should the installed metadata not tell (a bare checkout on the path).
 EXTRAS = {
+    "torch": ["torch", "triton", "scipy"],
+    "cpu": ["onnxruntime"],
     "fast": ["isal"],
+    "triton": ["tritonclient"],
     "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
     "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
@@ -54,7 +57,7 @@ def diagnose() -> dict[str, Any]:
     # Triton is only published for Linux; elsewhere the reference runs. ONNX Runtime or OpenVINO alone will do, too.
     spared = {"triton"} if platform.system() != "Linux" else set()
     if any(report["engines"][name] for name in TORCHLESS):
-        spared |= {"torch", "triton", "einops"} if not report["engines"]["torch"] else set()
+        spared |= {"torch", "triton", "einops", "scipy"} if not report["engines"]["torch"] else set()
     for name, found in report["packages"].items():
         if found is None and name not in spared:
             problems.append(f"{name} is not installed: {_pip([name])}")
@@ -224,7 +227,7 @@ def _extras() -> dict[str, Any]:
         pass
     extras = {}
     for extra, requirements in (wanted or EXTRAS).items():
-        names = {re.split(r"[\s<>=!~\[(]", r)[0]: r for r in requirements}
+        names = {re.split(r"[\s<>=!~\[(]", r)[0]: r for r in requirements if not r.startswith(f"{DISTRIBUTION}[")}
         missing = [r for name, r in names.items() if version(name) is None]
         extras[extra] = {
             "installed": {name: version(name) for name in names if version(name) is not None},

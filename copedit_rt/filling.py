@@ -15,7 +15,7 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.names import modality
-from copedit_rt.images.nifti import Volume, check_affine, read_volume, refuse_synthetic
+from copedit_rt.images.nifti import Volume, read_volume, refuse_synthetic
 from copedit_rt.images.study import Study
 from copedit_rt.listener import Listener
 from copedit_rt.task import STACK
@@ -40,7 +40,7 @@ def fill(
     detail: bool | None = None,
     resample: bool = False,
     device: str = "auto",
-    engine: str = "torch",
+    engine: str = "auto",
     dtype: str = "auto",
     max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -105,12 +105,10 @@ def _volume(element: str, image: Image) -> Volume:
         return read_volume(Path(image), keep_raw=element == STACK)
     try:
         array, affine = np.asarray(image[0]), np.asarray(image[1], np.float64).reshape(4, 4)
-        check_affine(Path(element), affine)
-        placed = nib.Nifti1Image(array, affine, dtype=array.dtype)
+        return Volume.placed(array, affine, element)
     except (TypeError, ValueError, IndexError, HeaderDataError) as error:
         given = f"expected a file, an image of nibabel's or (array, affine), got {type(image).__name__}"
         raise CopeditError(f"{element}: {given} ({error})") from error
-    return Volume.from_image(placed, element)
 
 
 class _Warn(Listener):

@@ -9,6 +9,7 @@ from typing import Any
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
+from copedit_rt.engines.engine import choose_engine
 from copedit_rt.errors import CopeditError
 from copedit_rt.listener import Listener
 from copedit_rt.prior import PRIOR
@@ -33,7 +34,7 @@ class Models:
         device: str = "auto",
         *,
         max_memory: int | None = None,
-        engine: str = "torch",
+        engine: str = "auto",
         dtype: str = "auto",
         listener: Listener | None = None,
     ) -> None:
@@ -66,7 +67,8 @@ class Models:
         """SHA-256 of the files that a record names, of the model of a name that `choose` gave; nothing is loaded."""
         if name not in self._weights:
             files = (checkpoint.TOKENIZER, checkpoint.DENOISER, PRIOR)
-            self._weights[name] = checkpoint.digests(checkpoint.locate(name), files)
+            folder = checkpoint.locate(name, exported=choose_engine(self._options["engine"]) != "torch")
+            self._weights[name] = checkpoint.digests(folder, files)
         return self._weights[name]
 
     def load(self, name: str) -> Synthesizer:

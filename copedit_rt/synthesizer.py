@@ -17,7 +17,7 @@ import copedit_rt
 from copedit_rt import checkpoint, schedule
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
-from copedit_rt.engines.engine import ENGINES, TORCHLESS, Encoded, Engine
+from copedit_rt.engines.engine import Encoded, Engine, Whole, choose_engine
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
@@ -111,19 +111,29 @@ class Synthesizer:
             self._turn = _TURNS.setdefault("cuda:0" if engine.device == "cuda" else engine.device, threading.RLock())
 
     @classmethod
+    def on(cls, engine: Whole, folder: Path) -> Synthesizer:
+        """On an engine that is loaded; folder: of its model, where prior and training lie."""
+        self = cls.__new__(cls)
+        prior = checkpoint.load_prior(folder, engine.config)
+        more = checkpoint.digests(folder, [PRIOR]) if prior else {}
+        self._use(engine.config, engine, engine.weights | more, prior)
+        self.trained = TrainedOn.load(folder)
+        return self
+
+    @classmethod
     def load(
         cls,
         model: str | Path,
         device: str = "auto",
         max_memory: int | None = None,
-        engine: str = "torch",
+        engine: str = "auto",
         dtype: str = "auto",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Synthesizer:
         """A built-in model by name or a model folder; max_memory and dtype as above.
 
         engine: "torch", or "onnxruntime" or "openvino" for a folder that `copedit export onnx` wrote, on the CPU and
-        without torch.
+        without torch; "auto": torch where it is installed, otherwise one of the other two.
         "tensorrt": for a folder that `copedit export tensorrt` or `onnx` wrote, on a CUDA GPU; plans that are not there
         yet are built, which may take minutes. ONNX files that are damaged, stale or foreign are refused: torch takes
         over with a warning (UserWarning), as it does for what TensorRT cannot do. progress: called while plans are
@@ -133,14 +143,8 @@ class Synthesizer:
         that is unknown, not installed or cannot do what is asked, and ONNX files that are refused where there is no
         torch.
         """
-        folder = checkpoint.locate(model)
-        if engine not in ENGINES:
-            raise CopeditError(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}")
-        if engine not in TORCHLESS and find_spec("torch") is None:
-            raise CopeditError(
-                f"engine {engine}: torch is not installed; install it, or choose the engine {' or '.join(TORCHLESS)} "
-                "and a folder that copedit export onnx wrote"
-            )
+        engine = choose_engine(engine)
+        folder = checkpoint.locate(model, exported=engine != "torch")
         if engine != "torch":
             from copedit_rt.engines.onnx_engine import OnnxEngine, Refused
 
@@ -163,12 +167,7 @@ class Synthesizer:
             else:
                 if dtype not in ("auto", built.precision):
                     raise CopeditError(f"dtype {dtype!r}: {folder} was exported in {built.precision}; use auto")
-                self = cls.__new__(cls)
-                prior = checkpoint.load_prior(folder, built.config)
-                more = checkpoint.digests(folder, [PRIOR]) if prior else {}
-                self._use(built.config, built, built.weights | more, prior)
-                self.trained = TrainedOn.load(folder)
-                return self
+                return cls.on(built, folder)
         config, tokenizer, first = checkpoint.load_tokenizer(folder)
         _, denoiser, second = checkpoint.load_denoiser(folder)
         prior, digests = checkpoint.load_prior(folder, config), {"tokenizer": first, "denoiser": second}
@@ -373,14 +372,7 @@ class Synthesizer:
             "weights_sha256": self.weights,
             "trained_on": self.trained.words if self.trained else None,
             "study": study.name,
-            "inputs": {
-                name: {
-                    "file": volume.path.name if volume.path else None,
-                    "sha256": volume.sha256,
-                    "size_mtime_ns": list(volume.stamp) if volume.stamp else None,
-                }
-                for name, volume in study.volumes.items()
-            },
+            "inputs": inputs_of(study),
             "missing": list(prepared.missing),
             "missing_slices": list(prepared.missing_slices),
             "synthesised": wanted,
@@ -396,3 +388,15 @@ class Synthesizer:
                 "python": platform.python_version(),
             },
         }
+
+
+def inputs_of(study: Study) -> dict[str, Any]:
+    """A study's files as a record names them."""
+    return {
+        name: {
+            "file": volume.path.name if volume.path else None,
+            "sha256": volume.sha256,
+            "size_mtime_ns": list(volume.stamp) if volume.stamp else None,
+        }
+        for name, volume in study.volumes.items()
+    }

@@ -86,7 +86,7 @@ def test_everything_is_shipped(tmp_path: Path) -> None:
 
 
 def test_weights_stay_small() -> None:
-    sizes = {path.name: path.stat().st_size for path in (ROOT / "copedit_rt/weights").rglob("*.safetensors")}
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "copedit_rt/weights").glob("*/*.safetensors")}
     assert all(size <= WEIGHT_LIMIT for size in sizes.values()), sizes
 
 
@@ -101,7 +101,7 @@ def test_every_direct_dependency_is_pinned() -> None:
     wanted = list(ast.literal_eval(given["install_requires"]))
     for extra in ast.literal_eval(given["extras_require"]).values():
         wanted += extra
-    assert names("\n".join(wanted)) == pinned
+    assert names("\n".join(wanted)) - {"copedit"} == pinned
 
 
 def test_every_package_above_the_runtime_adds_its_commands() -> None:

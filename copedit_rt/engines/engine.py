@@ -9,12 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+
 ENGINES = ("torch", "onnxruntime", "openvino", "tensorrt")
 TORCHLESS = ("onnxruntime", "openvino")
+
+
+def choose_engine(name: str) -> str:
+    """The engine of a name; auto is torch where it is installed, and otherwise what is there that needs none.
+
+    Raises CopeditError for an unknown name, and where what it stands for is not installed.
+    """
+    if name not in ("auto", *ENGINES):
+        raise CopeditError(f"engine {name!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+    if name in TORCHLESS or find_spec("torch"):
+        return "torch" if name == "auto" else name
+    there = [engine for engine in TORCHLESS if find_spec(engine)]
+    if name != "auto":
+        raise CopeditError(
+            f"engine {name}: torch is not installed; install it, or choose the engine {' or '.join(TORCHLESS)} "
+            "and a folder that copedit export onnx wrote"
+        )
+    if not there:
+        raise CopeditError(
+            "nothing that computes is installed; pip install 'copedit[torch]', or 'copedit[cpu]' for ONNX Runtime alone"
+        )
+    return there[0]
 
 
 @dataclass(frozen=True)
@@ -79,3 +105,10 @@ class Engine(Protocol):
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Images [B, k, 1, H, W, D] of latents [B, k, 8, h, w, d]; cardiac: of all slabs, decoded together."""
         ...
+
+
+class Whole(Engine, Protocol):
+    """An engine that knows which model it computes."""
+
+    config: ModelConfig
+    weights: dict[str, str]  # SHA-256 of each file

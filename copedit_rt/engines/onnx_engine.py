@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from copedit_rt import checkpoint, schedule
+from copedit_rt import checkpoint
 from copedit_rt.checkpoint import digest
-from copedit_rt.engines.engine import Encoded
+from copedit_rt.engines.graphs import DECODER, ENCODER, GRAPHS, STEP, GraphEngine
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import read_json
 from copedit_rt.prior import PRIOR
 
-MANIFEST, ENCODER, STEP, DECODER = "onnx.json", "encoder.onnx", "step.onnx", "decoder.onnx"
-GRAPHS = (ENCODER, STEP, DECODER)
+MANIFEST = "onnx.json"
 FORMAT = 2  # of the manifest, and of the graphs' inputs and outputs
 PRECISIONS = ("float32", "float16", "bfloat16")
 
@@ -40,7 +39,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if foreign := [graph for graph in graphs if graph.is_file()]:
             raise Refused(f"{foreign[0]}: there is no {MANIFEST} beside it, so copedit did not write it; {again}")
         raise CopeditError(
-            f"{folder} holds no ONNX files; write them with copedit export onnx --model {folder.name} -o FOLDER"
+            f"{folder} holds no ONNX files; write them where torch is installed, with copedit export onnx --model "
+            f"{folder.name} -o FOLDER, and give --model FOLDER"
         )
     try:
         manifest = read_json(path)
@@ -73,7 +73,7 @@ def refusing(path: Path, library: str) -> Iterator[None]:
         raise Refused(f"{path}: {library}: {str(error).strip().splitlines()[0]}") from error
 
 
-class OnnxEngine:
+class OnnxEngine(GraphEngine):
     """See `engine.Engine`."""
 
     name, device, title = "onnxruntime", "cpu", "ONNX Runtime"
@@ -118,7 +118,6 @@ class OnnxEngine:
         return sessions
 
     def _run(self, graph: str, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Outputs of a graph; a network without prompts has no such input."""
         given = {name: value for name, value in inputs.items() if name in self._takes[graph]}
         try:
             return self._compute(graph, given)
@@ -129,39 +128,3 @@ class OnnxEngine:
 
     def _compute(self, graph: str, given: dict[str, np.ndarray]) -> list[np.ndarray]:
         return self._sessions[graph].run(None, given)
-
-    def encode(self, images: np.ndarray) -> Encoded:
-        there = np.ones((1, images.shape[1]), bool)
-        return Encoded.join([Encoded(*self._run(ENCODER, images=one, observed=there)) for one in images[:, None]])
-
-    def sample(
-        self,
-        z: np.ndarray,
-        prompts: np.ndarray,
-        observed: np.ndarray,
-        steps: int,
-        solver: str,
-        progress: Callable[[int, int], None] | None = None,
-        prior: np.ndarray | None = None,
-    ) -> np.ndarray:
-        config = self.config.diffusion
-        coefficients = schedule.step_coefficients(config, steps, solver)[:, None].repeat(len(z), 1)
-        now, previous = z, np.zeros_like(z)
-        begun = {} if prior is None else {"prior": prior}
-        for i, t in enumerate(schedule.timesteps(config, steps)):
-            now, previous = self._run(
-                STEP,
-                z=now,
-                t=np.full(len(z), t),
-                prompts=prompts,
-                observed=observed,
-                previous=previous,
-                coefficients=coefficients[i],
-                **begun,
-            )
-            if progress:
-                progress(i + 1, steps)
-        return now
-
-    def decode(self, z: np.ndarray) -> np.ndarray:
-        return np.concatenate([self._run(DECODER, z=one)[0] for one in z[:, None]])

@@ -105,6 +105,14 @@ class Volume:
         raw = raw.reshape(shape)
         return cls(_scaled(raw, header), affine, header, file, raw=raw)
 
+    @classmethod
+    def placed(cls, array: NDArray, affine: NDArray[np.float64], what: str) -> Volume:
+        """A volume of an array and its affine, checked as `from_image` does, and the affine too."""
+        import nibabel as nib
+
+        check_affine(Path(what), affine)
+        return cls.from_image(nib.Nifti1Image(array, affine, dtype=array.dtype), what)
+
     @property
     def called(self) -> Path | str:
         """Its file; of a volume without one, that it has none."""

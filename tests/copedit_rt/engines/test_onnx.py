@@ -15,7 +15,7 @@ from small import BRAIN, check_batch, exported, saved, study, write
 
 from copedit_rt import checkpoint, cli, cohort, schedule, synthesizer
 from copedit_rt.config import ModelConfig
-from copedit_rt.engines import onnx_engine, onnx_export
+from copedit_rt.engines import engine, onnx_engine, onnx_export
 from copedit_rt.engines.onnx_engine import DECODER, ENCODER, MANIFEST, STEP, OnnxEngine
 from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
@@ -282,19 +282,22 @@ def test_a_study_comes_out_as_on_torch(either, samples):
     assert lean.perceive(given) == found.perception
 
 
-def without_torch(*arguments: str | Path, blocked: bool = False) -> subprocess.CompletedProcess[str]:
+def without_torch(
+    *arguments: str | Path, blocked: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, which says at the end whether it holds torch or triton.
 
-    blocked: as if these were not installed.
+    blocked: as if these, and what else the extra `cpu` does not bring, were not installed.
     """
     code = (
         "import atexit, sys\n"
-        f"sys.modules.update({dict.fromkeys(['torch', 'triton'])} if {blocked} else {{}})\n"
+        f"sys.modules.update({dict.fromkeys(['torch', 'triton', 'scipy', 'onnx']) if blocked else {}})\n"
         "atexit.register(lambda: print('heavy:', *[n for n in ('torch', 'triton') if sys.modules.get(n)]))\n"
         f"sys.argv = {['copedit', *map(str, arguments)]}\n"
         "from copedit_rt.cli import main; main()"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    given = {"cwd": ROOT, "env": os.environ | variables, "timeout": 300}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **given)
 
 
 def test_the_command_line_loads_neither_torch_nor_triton(brain, tmp_path):
@@ -320,8 +323,12 @@ def test_where_torch_is_not_installed(brain, copy, tmp_path):
 
     done = synth("--model", brain, "--engine", "onnxruntime")
     assert done.returncode == 0, done.stderr
-    done = synth("--model", brain, "--overwrite")
+    done = synth("--model", brain, "--engine", "torch", "--overwrite")
     assert done.returncode == 1 and done.stderr.startswith("copedit: engine torch: torch is not installed")
+    done = synth("--model", "brain-2mm", "--overwrite")
+    assert done.returncode == 1 and "brain-2mm holds no ONNX files; write them where torch is installed" in done.stderr
+    done = without_torch("demo", "-o", tmp_path / "demo", blocked=True)
+    assert done.returncode == 1 and "pip install 'copedit[torch]'" in done.stderr and len(done.stderr.splitlines()) == 1
     damage(copy / STEP)
     done = synth("--model", copy, "--engine", "onnxruntime", "--overwrite")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
@@ -329,6 +336,44 @@ def test_where_torch_is_not_installed(brain, copy, tmp_path):
     done = without_torch("doctor", "--json", blocked=True)
     report = json.loads(done.stdout.removesuffix("heavy:\n"))
     assert report["engines"]["onnxruntime"] == ort.__version__ and report["kernels"]["in_use"] is None
+
+
+def test_a_wheel_with_onnx_files_needs_no_torch(brain, tmp_path):
+    """A model as in the wheel of `make wheel`: without torch its ONNX files are taken unasked, with the same bytes."""
+    model = shutil.copytree(brain.parent / "model", tmp_path / "model")
+    shutil.copytree(brain, model / checkpoint.EXPORTED)
+    folder, out = write(study(BRAIN, "t1", "t2"), tmp_path), [tmp_path / "lean", tmp_path / "full"]
+    command = ("synth", "-i", folder, "--model", model, "-o")
+    done = without_torch(*command, out[0], blocked=True)
+    assert done.returncode == 0, done.stderr
+    assert without_torch(*command, out[1], "--engine", "onnxruntime").returncode == 0
+    lean, full = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in out)
+    assert lean == full and len(lean) == 4 and b'"engine": "onnxruntime"' in lean["s1_flair.json"]
+    done = without_torch(*command, out[0], blocked=True, RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 0 and "weights" not in done.stderr, "kept, and by the weights of the ONNX files"
+    done = without_torch("inspect", "-i", folder, "--model", model, blocked=True)
+    assert done.returncode in (0, cli.FLAGGED) and "s1" in done.stdout, done.stderr
+    assert checkpoint.locate(model) == model and checkpoint.locate(model, exported=True) == model / "onnx"
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing", "answer"),
+    [
+        ("auto", (), "torch"),
+        ("auto", ("torch",), "onnxruntime"),
+        ("auto", ("torch", "onnxruntime"), "openvino"),
+        ("auto", ("torch", "onnxruntime", "openvino"), "pip install 'copedit\\[torch\\]', or 'copedit\\[cpu\\]'"),
+        ("tensorrt", ("torch",), "engine tensorrt: torch is not installed"),
+        ("openvino", ("torch", "openvino"), "openvino"),
+    ],
+)
+def test_the_engine_that_is_there(monkeypatch, asked, missing, answer):
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name in missing else object())
+    if answer in engine.ENGINES:
+        assert engine.choose_engine(asked) == answer
+    else:
+        with pytest.raises(CopeditError, match=answer):
+            engine.choose_engine(asked)
 
 
 class Exact(TorchEngine):
@@ -429,7 +474,7 @@ def test_the_command_line_says_that_torch_took_over(copy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tensorflow"}, "engine 'tensorflow' is unknown; choose one of torch, onnxruntime"),
+        ({"engine": "tensorflow"}, "engine 'tensorflow' is unknown; choose one of auto, torch, onnxruntime"),
         ({"engine": "onnxruntime", "device": "cuda"}, "runs on the CPU"),
         ({"engine": "onnxruntime", "max_memory": 2**30}, "takes whole volumes"),
     ],
@@ -440,7 +485,7 @@ def test_what_the_engine_cannot_do(brain, options, message):
 
 
 def test_a_model_that_was_never_exported():
-    with pytest.raises(CopeditError, match="holds no ONNX files; write them with copedit export onnx --model demo-b"):
+    with pytest.raises(CopeditError, match=r"holds no ONNX files; write them where torch .*export onnx --model demo-b"):
         Synthesizer.load("demo-brain", "cpu", engine="onnxruntime")
 
 

@@ -1,17 +1,21 @@
 """The model repository, read back with the server's own schema of config.pbtxt."""
 
+import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small import BRAIN
+from small import BRAIN, GRID, HEART, study
 
 from copedit_rt import checkpoint, cli
 from copedit_rt.engines import onnx_export, server_export, tensorrt_engine
 from copedit_rt.errors import CopeditError
+from copedit_rt.synthesizer import Synthesizer
 
 onnx = pytest.importorskip("onnx", reason="needs the extra export")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra export")
@@ -21,6 +25,7 @@ stand_in = pytest.importorskip("stand_in")
 
 KINDS = {"TYPE_FP32": onnx.TensorProto.FLOAT, "TYPE_INT64": onnx.TensorProto.INT64, "TYPE_BOOL": onnx.TensorProto.BOOL}
 PARTS = ("encoder", "step", "decoder")
+INSIDE = Path(__file__).parent / "inside" / "triton_python_backend_utils.py"
 
 
 @pytest.fixture
@@ -60,11 +65,21 @@ def check_tensors(config: schema.ModelConfig, graph) -> None:
             assert tensor.HasField("reshape") == (not inner) and not list(tensor.reshape.shape)
 
 
+def check_study(config: schema.ModelConfig, count: int) -> None:
+    """Images may be left out, and all that has a default; the server takes so many studies at once."""
+    assert config.backend == "python" and not config.max_batch_size and config.instance_group[0].count == count
+    given = {tensor.name: tensor for tensor in config.input}
+    assert [name for name in given if not given[name].optional] == ["affine"]
+    assert [list(given[name].dims) for name in BRAIN.elements] == [[-1, -1, -1]] * 4
+    assert {tensor.name for tensor in config.output} == {"elements", "images", "deviation", "about"}
+
+
 def test_onnxruntime(exported_already, tmp_path, capsys):
     cli.export_triton(str(exported_already), tmp_path / "repository", max_batch=8)
     assert "tiny-brain-step/config.pbtxt" in capsys.readouterr().out
     found = configs(tmp_path / "repository")
-    assert sorted(found) == sorted(f"tiny-brain-{part}" for part in PARTS)
+    assert sorted(found) == sorted(f"tiny-brain-{part}" for part in (*PARTS, "study"))
+    check_study(found.pop("tiny-brain-study"), 8)
     generator = np.random.default_rng(0)
     for name, config in found.items():
         assert config.backend == "onnxruntime" and config.max_batch_size == 8 and config.HasField("dynamic_batching")
@@ -125,7 +140,11 @@ def test_tensorrt(exported_already, tensorrt, tmp_path):
         plan = (tmp_path / "repository" / config.name / "1" / "model.plan").read_bytes()
         engine = stand_in.ICudaEngine(plan)
         assert all(least[0] == 1 and most[0] == 5 for least, most in engine._ranges.values())
-    assert len(report["files"]) == 6, "plans and configurations, nothing else"
+    plans = [name for name in report["files"] if "-study/" not in name]
+    assert len(plans) == 6, "plans and configurations, nothing else"
+    check_study(found["tiny-brain-study"], 5)
+    about = json.loads((tmp_path / "repository/tiny-brain-study/1/model/server.json").read_text())
+    assert about["device"] == "cuda" and about["max_batch"] == 5
 
 
 @pytest.mark.parametrize("fault", ["build", "wrong"])
@@ -160,3 +179,51 @@ def test_export_of_plans(brain, exported_already, tensorrt, tmp_path, monkeypatc
     with pytest.raises(CopeditError, match="cannot build it"):
         cli.export_tensorrt(str(brain), tmp_path / "other", "float32")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- the study, with a stand-in for the server; the real one: test_triton_server.py
+
+
+def ask(repository: Path, model: str, folder: Path, **inputs: np.ndarray) -> tuple[dict[str, np.ndarray], str]:
+    """Outputs of a model in Python and what it refused, in a process that has the repository's runtime alone."""
+    given, made = folder / "given.npz", folder / "made.npz"
+    np.savez(given, **inputs)
+    command = [sys.executable, INSIDE, repository, model, given, made]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with np.load(made, allow_pickle=True) as held:
+        return {name: held[name] for name in held.files}, done.stdout.strip()
+
+
+@pytest.mark.parametrize(("config", "name"), [(BRAIN, "brain"), (HEART, "heart")])
+def test_a_study_is_that_of_the_engine(config, name, request, tmp_path, monkeypatch):
+    """With the runtime that the repository holds: without torch, every file of it is needed, and no other is."""
+    exported = request.getfixturevalue(name)
+    monkeypatch.setattr(server_export, "export_onnx", lambda m, o, p: shutil.copytree(exported, o, dirs_exist_ok=True))
+    server_export.export_triton(exported, tmp_path / "repository", "python", max_batch=2)
+    given = study(config, "t1", "flair")
+    images = {element: volume.data for element, volume in given.volumes.items()}
+    images |= {"seed": np.array([5]), "steps": np.array([2], np.int32)}
+    images["study"] = np.array([given.name.encode()], object)
+    found, refused = ask(tmp_path / "repository", f"{config.name}-study", tmp_path, affine=GRID[None], **images)
+    expected = Synthesizer.load(exported, engine="onnxruntime").synthesize(given, seed=5, steps=2)
+    assert not refused and {word.decode() for word in found["elements"]} == expected.study.synthetic
+    for element, image in zip(found["elements"], found["images"], strict=True):
+        assert np.array_equal(image, expected.study.volumes[element.decode()].data)
+    about = json.loads(found["about"][0])
+    assert about["perception"] == expected.perception.to_dict() and about["record"]["engine"] == "triton (python)"
+    _, refused = ask(tmp_path / "repository", f"{config.name}-study", tmp_path, affine=GRID[None])
+    assert refused.startswith("invalid study: expected images of a brain, or one short-axis stack")
+
+
+def test_a_graph_in_python(exported_already, tmp_path):
+    server_export.export_triton(exported_already, tmp_path / "repository", "python")
+    assert configs(tmp_path / "repository")["tiny-brain-decoder"].backend == "python"
+    z = np.random.default_rng(0).standard_normal((1, 2, 3, *BRAIN.latent), np.float32)
+    found, _ = ask(tmp_path / "repository", "tiny-brain-decoder", tmp_path, z=z)
+    expected = ort.InferenceSession(exported_already / "decoder.onnx").run(None, {"z": z})
+    assert np.array_equal(found["images"], expected[0])
+    _, refused = ask(tmp_path / "repository", "tiny-brain-decoder", tmp_path, z=z[:, :, :1])
+    assert refused.startswith("internal onnxruntime: ") and "\n" not in refused
+    needs = (tmp_path / "repository/tiny-brain-study/requirements.txt").read_text().split()
+    assert needs == ["numpy<2", "nibabel", "safetensors", "onnxruntime"]
