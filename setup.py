@@ -66,6 +66,7 @@ setup(
     extras_require={
         "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
         "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
+        "dicom": ["pydicom", "dcm2niix"],
         "fast": ["isal"],  # gzip several times as fast
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "openvino": ["openvino"],

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "copedit"
 # What each extra adds, should the installed metadata not tell (a bare checkout on the path).
 EXTRAS = {
+    "dicom": ["pydicom", "dcm2niix"],
     "fast": ["isal"],
     "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],
     "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
