@@ -55,7 +55,7 @@ class Unpacked:
     def __init__(self, path: Path, parent: Path | None = None) -> None:
         parent, stack = parent or Path(tempfile.gettempdir()), ExitStack()
         scratch = stack.enter_context(scratch_folder(parent))
-        weakref.finalize(self, stack.close)
+        self.close = weakref.finalize(self, stack.close)
         self.folder = scratch / safe_name(path.name[: -len(".zip")])
         self.folder.mkdir()
         most = min(max(_SMALL, _RATIO * path.stat().st_size), shutil.disk_usage(parent).free // 2)
@@ -65,6 +65,7 @@ class Unpacked:
             with open(path, "rb") as content:
                 unpack(content, self.folder, room, MOST_MEMBERS)
         except CopeditError as error:
+            self.close()
             raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
 
 

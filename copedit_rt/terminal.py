@@ -253,7 +253,8 @@ class Screen(Listener):
         self._bar.update(self._studies, description="studies", completed=0, total=mine, visible=mine > 1)
         for study in found:
             if study.source and not study.problem:
-                self._tell(f"{study.name}: {study.source.told()}", "dim")
+                for line in study.source.told():
+                    self._tell(f"{study.name}: {line}", "dim")
         for reason, paths in found.reasons(series=False).items():
             files = "a file" if len(paths) == 1 else f"{len(paths)} files"
             self._tell(f"passed over {files}: {reason} ({paths[0]}{', ...' * (len(paths) > 1)})", "dim")

@@ -147,21 +147,11 @@ def find_studies(
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")
     roots = [Path(item) for item in inputs]
     search = _Search(roots, task and Task(task), tuple(select), labels or {}, explicit or {}, scratch)
-    search.collect()
-    if explicit and not (search.medical and len(roots) == 1):
-        raise CopeditError(
-            "give either input files and folders or one file per modality, not both; a series of DICOM is named beside "
-            "the folder of one study"
-        )
-    studies = search.studies()
-    if not studies:
-        where = ", ".join(map(str, roots))
-        if not search.skipped:
-            raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz, or be DICOM")
-        few = "; ".join(f"{path.name}: {reason}" for path, reason in search.skipped[:3])
-        few += "; ..." * (len(search.skipped) > 3)
-        raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
-    return Found(studies, sorted(search.skipped), search.dataset)
+    try:
+        return search.found()
+    except BaseException:
+        search.close()
+        raise
 
 
 @dataclass
@@ -181,10 +171,35 @@ class _Search:
     images: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     unclear: dict[Path, str] = field(default_factory=dict)
+    given: list[Path] = field(default_factory=list)  # the roots as they were given, zips as such
     dataset: Path | None = None  # the one root, where it is a BIDS data set
+
+    def found(self) -> Found:
+        """All studies. Raises CopeditError as `find_studies` does."""
+        self.collect()
+        if self.explicit and not (self.medical and len(self.roots) == 1):
+            raise CopeditError(
+                "give either input files and folders or one file per modality, not both; a series of DICOM is named "
+                "beside the folder of one study"
+            )
+        studies = self.studies()
+        if not studies:
+            where = ", ".join(map(str, self.given))
+            if not self.skipped:
+                raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz, or be DICOM")
+            few = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
+            few += "; ..." * (len(self.skipped) > 3)
+            raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
+        return Found(studies, sorted(self.skipped), self.dataset)
+
+    def close(self) -> None:
+        """Remove what was unpacked."""
+        for unpacked in self.zips.values():
+            unpacked.close()
 
     def collect(self) -> None:
         """All images below the roots, but for those that are no observed images by name or mark."""
+        self.given = list(self.roots)
         self.roots = [self._opened(root) for root in self.roots]
         several = sum(map(_is_folder, self.roots)) > 1
         if len(self.roots) == 1 and bids.is_dataset(self.roots[0]):

@@ -232,7 +232,8 @@ class Study:
 
         assert self.source is not None
         reference = next(iter(self.volumes))
-        real = [k for k in range(data.shape[2]) if k not in self.missing_slices] if self.task.joint else []
+        along = self.task.joint and slice_axis(data.shape, self.reference.affine) == 2
+        real = [k for k in range(data.shape[2]) if k not in self.missing_slices] if along else []
         made = Made(element, data, self.reference.affine, reference, model, record, real)
         return write_series(self.dicom_path(folder, element), self.source, made)
 

@@ -1,4 +1,4 @@
-"""DICOM studies for tests, written with pydicom from phantoms: several series, oblique and upright, with a localizer."""
+"""DICOM studies for tests, written with pydicom from phantoms: several series, upright and oblique, with localizer."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ def localizer() -> list[Any]:
     return sets
 
 
-# A study as of a hospital: the T1 sagittal and isotropic, the others axial, oblique and thick. No T1 with contrast agent.
+# A study as of a hospital: the T1 sagittal and isotropic, the others axial, oblique and thick. No T1 after contrast.
 T1 = Made("t1_mprage_sag_p2_iso", 2, tilted(SAGITTAL, 3, -4), (40, 36, 34), (1.6, 1.6, 1.5), 1)
 T2 = Made("t2_tse_tra_320_p2", 3, tilted(), seed=2, tags={"RepetitionTime": 5000, "EchoTime": 100})
-FLAIR = Made(
-    "t2_tirm_tra_dark-fluid", 4, tilted(), seed=3, tags={"RepetitionTime": 9000, "EchoTime": 90, "InversionTime": 2500}
-)
+FLUID = {"RepetitionTime": 9000, "EchoTime": 90, "InversionTime": 2500}
+FLAIR = Made("t2_tirm_tra_dark-fluid", 4, tilted(), seed=3, tags=FLUID)
 DIFFUSION = Made("ep2d_diff_3scan_trace_p2", 5, shape=(16, 16, 6), seed=4)
-ADC = Made("ep2d_diff_3scan_trace_p2_ADC", 6, shape=(16, 16, 6), seed=4, tags={"ImageType": ["DERIVED", "PRIMARY", "ADC"]})
+_MAP = {"ImageType": ["DERIVED", "PRIMARY", "ADC"]}
+ADC = Made("ep2d_diff_3scan_trace_p2_ADC", 6, shape=(16, 16, 6), seed=4, tags=_MAP)
 
 
 def study(folder: Path, *series: Made, **changed: Any) -> Path:

@@ -52,8 +52,8 @@ def convert(series: Series, folder: Path, called: Path) -> Path:
         return made[0]
     packed = f" (transfer syntax {_syntax(series.first.syntax)})" * series.first.compressed
     if not made:
-        reason = _reason(said, folder)
-        raise CopeditError(f"{called}: dcm2niix makes no image of it{packed}{reason}; export it again, uncompressed")
+        how = f", {reason}" if (reason := _reason(said, folder)) else ""
+        raise CopeditError(f"{called}: dcm2niix makes no image of it{packed}{how}; export it again, uncompressed")
     kinds = ", ".join(path.stem.removeprefix("image") or "image" for path in made[:4])
     raise CopeditError(
         f"{called}: dcm2niix makes other volumes of it than one ({kinds}), as of a tilted gantry, uneven slices, "
@@ -93,9 +93,9 @@ def _limit(process: int, size: int) -> None:
 def _reason(said: str, folder: Path) -> str:
     """The first thing that it complained of, without paths."""
     for line in said.splitlines():
-        if match := re.search(r"(?:error|warning|unsupported|unable)\b[:\s]*(.*)", line, re.I):
-            text = re.sub(r"\S*/\S*", "", line.replace(str(folder), "")) if match else ""
-            return f" ({' '.join(text.split())[:160]})"
+        if re.search(r"error|warning|unsupported|unable", line, re.I) and "manufacturer" not in line:
+            text = re.sub(r"\S*/\S*", "", line.replace(str(folder), ""))
+            return " ".join(text.split())[:160]
     return ""
 
 

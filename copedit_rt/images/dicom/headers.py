@@ -18,7 +18,7 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"  # its header could be a bomb, and dcm2nii
 _SUFFIXES = (".dcm", ".ima")
 _TAGS = (
     "SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID SyntheticData Modality SeriesDescription PatientID "
-    "PatientName BodyPartExamined ContrastBolusAgent ScanningSequence RepetitionTime EchoTime InversionTime "
+    "BodyPartExamined ContrastBolusAgent ScanningSequence RepetitionTime EchoTime InversionTime "
     "ProtocolName SequenceName DiffusionBValue StudyInstanceUID SeriesInstanceUID SeriesNumber "
     "ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID NumberOfFrames Rows Columns PixelSpacing "
     "BitsAllocated SamplesPerPixel"
@@ -135,7 +135,7 @@ def _read(path: Path) -> Header:
         str(getattr(read.file_meta, "TransferSyntaxUID", "")),
         text("SOPClassUID"),
         *uids,
-        patient=text("PatientID") or text("PatientName"),
+        patient=text("PatientID"),
         kind=text("Modality"),
         number=text("SeriesNumber"),
         description=text("SeriesDescription"),

@@ -15,7 +15,7 @@ from copedit_rt.images.dicom.headers import Header
 from copedit_rt.images.dicom.series import Series
 from copedit_rt.task import STACK
 
-SYNTHETIC = "synthetic"
+SYNTHETIC, BY_DESCRIPTION = "synthetic", "by its description"
 # What is left out, and what it is called. Words are compared whole, in lower case; a hyphen or blank may be left out.
 _LEFT_OUT = (
     ("a localizer", "loc localizer localiser scout survey aahscout aaheadscout topogram 3plane threeplane 3pl plan"),
@@ -45,8 +45,8 @@ _WORDS = {
     STACK: r"sax|shortaxis|shax|kurzachse|kurzeachse|sacine|cinesa|sastack",
 }
 _AGENT = (
-    r"\+?c\+?|c\+|\+c|ce|gd|\+gd|gad|gado|gadolinium|gadovist|dotarem|prohance|multihance|magnevist|km|\+km|mdc|post"
-    r"|postcontrast|postgad|postgd|contrast|kontrast|contraste|enhanced|cont|t1ce|t1c|t1gd|t1\+c|t1\+|t1post|t1km|wc"
+    r"\+?(?:c|ce|gd|gad|gado|gadolinium|gadovist|dotarem|prohance|multihance|magnevist|km|mdc|post|postcontrast|postgad"
+    r"|postgd|contrast|kontrast|contraste|enhanced|cont|wc)\+?"
 )
 _PLAIN = r"pre|precontrast|pregad|pregd|native?|nativ|noncontrast|unenhanced|without|ohne|nonenhanced|w/o|wo|sans|plain"
 _T1_AGENT = r"s?[23]?d?t1w?\+?(?:ce|c|gd|gad|gado|km|post|\+)"
@@ -90,8 +90,8 @@ def _one(found: set[str], text: str, series: Series) -> tuple[str | None, str]:
     if element == "flair" and timed == "t1":
         return None, "its description says FLAIR, its times say T1"
     if element == "t1" and agent(text) is not False and (agent(text) or series.first.contrast):
-        return "t1ce", "by its description" if agent(text) else "by its description and contrast agent"
-    return element, "by its description"
+        return "t1ce", BY_DESCRIPTION if agent(text) else "by its description and contrast agent"
+    return element, BY_DESCRIPTION
 
 
 def unusable(series: Series) -> str | None:

@@ -12,7 +12,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import scratch_folder
 from copedit_rt.images.dicom import convert
 from copedit_rt.images.dicom.headers import Header, dicom_files, need_extra, read_headers
-from copedit_rt.images.dicom.match import SYNTHETIC, judge, unusable
+from copedit_rt.images.dicom.match import BY_DESCRIPTION, SYNTHETIC, judge, unusable
 from copedit_rt.images.dicom.series import Series, group
 from copedit_rt.images.names import MODALITIES, modality
 from copedit_rt.images.nifti import Volume, read_volumes
@@ -52,13 +52,13 @@ class DicomStudy:
         """The files of a modality's series, in the order of its slices."""
         return tuple(header.path for header in self.chosen[element][0].headers)
 
-    def told(self) -> str:
-        """The match in a line."""
-        taken = [f"{e} is series {self.chosen[e][0]}, {self.chosen[e][1]}" for e in self.files()]
-        others = [f"{series}: {reason}" for series, reason in self.left_out]
-        text = "; ".join(taken)
-        text += f"; left out are {', '.join(others)}" * bool(others)
-        return text + f"; {self.duplicates} files are there twice" * bool(self.duplicates)
+    def told(self) -> list[str]:
+        """The match in one or two lines."""
+        chosen = {e: self.chosen[e] for e in self.files()}
+        how = {e: f" {why}" * (why != BY_DESCRIPTION) for e, (_, why) in chosen.items()}
+        lines = [", ".join(f"{e} is series {series}{how[e]}" for e, (series, _) in chosen.items())]
+        lines += ["left out: " + ", ".join(f"{one}: {why}" for one, why in self.left_out)] * bool(self.left_out)
+        return lines + [f"{self.duplicates} files are copies of others"] * bool(self.duplicates)
 
     def read(self, elements: Mapping[str, Path], *, keep_raw: bool = False) -> dict[str, Volume]:
         """The series of these modalities as volumes, by dcm2niix, whose files are gone at the end.
@@ -125,7 +125,7 @@ def dicom_studies(
 def _with_damaged(study: DicomStudy, damaged: Sequence[tuple[Path, str]], alone: bool) -> DicomStudy:
     """Refused where a file that cannot be read may be one of its slices."""
     mine = [(path, reason) for path, reason in damaged if alone or path.is_relative_to(study.folder)]
-    if not mine or study.problem:
+    if not mine:
         return study
     (path, reason), more = mine[0], f", and {len(mine) - 1} more" * (len(mine) > 1)
     return replace(study, problem=f"{study.name}: {path} is {reason}{more}; copy or export it again, or move it away")
@@ -179,7 +179,7 @@ def _rivals(name: str, element: str, series: Sequence[Series]) -> str:
 def _several(folder: Path, headers: Sequence[Header]) -> str | None:
     """That files of several studies or patients are mixed, with one of each; None where they are not."""
     for of, what in (("study", "studies"), ("patient", "patients")):
-        each = {getattr(header, of): header.path for header in reversed(headers)}
+        each = {value: header.path for header in reversed(headers) if (value := getattr(header, of))}
         if len(each) > 1:
             few = ", ".join(str(path.relative_to(folder)) for path in list(each.values())[:2])
             return f"DICOM files of {len(each)} {what} lie side by side, for example {few}"

@@ -8,7 +8,6 @@ the same UIDs and another one has others; for this, no date or time of making is
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import uuid
 import warnings
@@ -27,7 +26,7 @@ from copedit_rt.files import new_folder, unwritable
 from copedit_rt.images.dicom.headers import MR
 from copedit_rt.images.dicom.series import Series
 from copedit_rt.images.dicom.studies import DicomStudy
-from copedit_rt.images.names import MODALITIES
+from copedit_rt.images.names import MODALITIES, STYLES
 from copedit_rt.task import STACK
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def _default(image: Dataset, keyword: str, value: str = "") -> None:
 
 
 def _series(image: Dataset, study: DicomStudy, made: Made, values: NDArray) -> None:
-    called = "stack" if made.element == STACK else made.element.upper()
+    called = "Stack" if made.element == STACK else STYLES[0][made.element]
     drawn = made.record.get("sampler", {})
     how = "{steps} steps of {method}, {samples} samples, seed {seed}".format_map(defaultdict(lambda: "?", drawn))
     inputs = ", ".join(study.files())
@@ -155,13 +154,13 @@ def _series(image: Dataset, study: DicomStudy, made: Made, values: NDArray) -> N
         what = f"Slices {missing} (from 0) of the stack synthesised from the others"
     else:
         what = f"{called} synthesised from {inputs}"
-    image.SOPClassUID, image.Modality, image.ImageType = MR, "MR", ["DERIVED", "SECONDARY"]
-    record = json.dumps(made.record, sort_keys=True, default=str)
+    image.SOPClassUID, image.Modality, image.ImageType = MR, "MR", ["DERIVED", "SECONDARY", "OTHER"]
+    image.DerivationDescription = f"{what} by CoPeDiT {copedit_rt.__version__}, {made.model}, {how}"[:1024]
     content = hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
-    image.SeriesInstanceUID = _uid(study, made.element, made.model, record, content, made.affine.tobytes().hex())
+    grid = made.affine.tobytes().hex()
+    image.SeriesInstanceUID = _uid(study, made.element, content, grid, image.DerivationDescription)
     image.SeriesNumber = str(_next_number(study) + [*MODALITIES, STACK].index(made.element))
     image.SeriesDescription = f"{called} synthetic, CoPeDiT {made.model}"[:64]
-    image.DerivationDescription = f"{what} by CoPeDiT {copedit_rt.__version__}, {made.model}, {how}"[:1024]
     image.ImageComments = "Synthetic: computed, not measured. Research only; not for diagnosis."
     image.BurnedInAnnotation = "NO"
     image.ScanningSequence, image.SequenceVariant = "RM", "NONE"
@@ -254,7 +253,7 @@ def _places(made: Made, reference: Series) -> list[dict[str, list[float]]]:
             if all(t.shape == here[n].shape and np.abs(t - here[n]).max() < _SAME for n, t in theirs.items()):
                 here = theirs
                 break
-        thickness = {"thickness": size[2:]}
+        thickness = {"thickness": [float(f"{size[2]:.6g}")]}
         places.append({name: [float(x) for x in value] for name, value in (here | thickness).items()})
     return places
 
