@@ -184,5 +184,6 @@ def public(said: BaseException | str, folder: Path) -> str:
     for root in (*homes, folder / "in", folder / "out", folder):
         text = text.replace(f"{root}/", "")
     text = re.sub(r"(?<![\w.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)", r"\1", text)
-    text = re.sub(r"--file (\w+)=\S+", r"the field \1", text)
+    text = re.sub(r"--file (\w+)=[A-Z]+\b", r"the field \1", text)
+    text = re.sub(r"--file (\w+=)", r"the field \1", text)
     return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda match: f"the field {match[1].replace('-', '_')}", text)

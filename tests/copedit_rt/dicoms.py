@@ -144,3 +144,33 @@ def study(folder: Path, *series: Made, **changed: Any) -> Path:
             setattr(one, name, value)
         save(images(one), folder / f"{one.number:04d}")
     return folder
+
+
+def multi_frame(made: Made) -> Any:
+    """The series as one Enhanced MR image, as newer scanners write it."""
+    import pydicom
+    from pydicom import Dataset
+
+    sets = images(made)
+    one = pydicom.Dataset(sets[0])
+    one.file_meta = sets[0].file_meta
+    one.SOPClassUID = one.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
+    plane, measures, shared = Dataset(), Dataset(), Dataset()
+    plane.ImageOrientationPatient = one.ImageOrientationPatient
+    measures.PixelSpacing, measures.SliceThickness = one.PixelSpacing, one.SliceThickness
+    measures.SpacingBetweenSlices = one.SliceThickness
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [plane], [measures]
+    one.SharedFunctionalGroupsSequence = [shared]
+    frames = []
+    for k, other in enumerate(sets):
+        frame, position, content = Dataset(), Dataset(), Dataset()
+        position.ImagePositionPatient = other.ImagePositionPatient
+        content.StackID, content.InStackPositionNumber, content.DimensionIndexValues = "1", k + 1, [1, k + 1]
+        frame.PlanePositionSequence, frame.FrameContentSequence = [position], [content]
+        frames.append(frame)
+    one.PerFrameFunctionalGroupsSequence, one.NumberOfFrames = frames, len(sets)
+    for keyword in "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness".split():
+        delattr(one, keyword)
+    del one.SpacingBetweenSlices
+    one.PixelData = b"".join(other.PixelData for other in sets)
+    return one

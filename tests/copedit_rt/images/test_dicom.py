@@ -163,6 +163,20 @@ def test_frames_of_reference(tmp_path):
     assert any("several frames of reference" in note for note in study.notes)
 
 
+def test_multi_frame_images(tmp_path, brain_model):
+    """One Enhanced MR image gives what one file a slice gives, and is a source of what is written."""
+    (tmp_path / "new").mkdir()
+    dicoms.multi_frame(T2).save_as(tmp_path / "new" / "IM1", enforce_file_format=True)
+    one, two = (Study.read(f).reference for f in (tmp_path / "new", dicoms.study(tmp_path / "old", T2)))
+    assert np.array_equal(one.data, two.data)
+    np.testing.assert_allclose(one.affine, two.affine, rtol=0, atol=1e-5)
+    assert run("synth", tmp_path / "new", "-o", tmp_path / "o", "--model", brain_model, "--target", "t1").exit_code == 0
+    made = converted(tmp_path / "o" / "new_t1_dicom", tmp_path / "back")
+    np.testing.assert_allclose(made.affine, one.affine, rtol=0, atol=1e-5)
+    (item,) = pydicom.dcmread(tmp_path / "o" / "new_t1_dicom" / "0001.dcm").SourceImageSequence
+    assert item.ReferencedSOPClassUID == pydicom.uid.EnhancedMRImageStorage
+
+
 def test_a_stack_of_the_heart(tmp_path, heart_model):
     sax = Made("cine_sax", 1, tilted(), (24, 20, 12), (2, 2, 3), tags={"BodyPartExamined": "HEART"})
     dicoms.study(tmp_path / "heart", sax)
