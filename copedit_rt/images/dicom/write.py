@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LPS = np.diag([-1.0, -1.0, 1.0])  # NIfTI's axes point right, anterior, superior; DICOM's left, posterior, superior
 STEPS = 65535
+_SOURCES = 0x00082112  # the tag of the Source Image Sequence
 _SAME = 1e-3  # mm: a place that is as near to one of the source is that one, in its words
 _IMPLEMENTATION = "2.25.156741429252609168188955388097473286541"
 # Of the patient, the study, the frame of reference and the clinical trial: what is true of every image of the study.
@@ -84,15 +85,15 @@ def write_series(folder: Path, study: DicomStudy, made: Made) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         template = _template(study, made, values)
         places = _places(made, study.chosen[made.reference][0])
-        digest = hashlib.sha256()
+        sources, digest = _encoded(_sources(study)), hashlib.sha256()
         if folder.is_dir() and any(not re.fullmatch(r"\d{4,}\.dcm", path.name) for path in folder.iterdir()):
             raise CopeditError(f"{folder} is there and holds other files than a series; choose another folder with -o")
         try:
             with new_folder(folder, replace=True) as part:
                 for k in range(values.shape[2]):
-                    path = part / f"{k + 1:04d}.dcm"
-                    _slice(template, made, values[..., k], k, places[k]).save_as(path, enforce_file_format=True)
-                    digest.update(path.read_bytes())
+                    content = _file(_slice(template, made, values[..., k], k, places[k]), sources)
+                    (part / f"{k + 1:04d}.dcm").write_bytes(content)
+                    digest.update(content)
         except OSError as error:
             raise unwritable(folder, error) from error
     scale = {"low": low, "step": step}
@@ -135,7 +136,6 @@ def _template(study: DicomStudy, made: Made, values: NDArray) -> Dataset:
     _equipment(image)
     _pixels(image, values)
     _lossy(image, study)
-    image.SourceImageSequence = _sources(study)
     return image
 
 
@@ -213,8 +213,8 @@ def _lossy(image: Dataset, study: DicomStudy) -> None:
             return
 
 
-def _sources(study: DicomStudy) -> Any:
-    """All images that it was made from."""
+def _sources(study: DicomStudy) -> Dataset:
+    """All images that it was made from, as a part of a data set."""
     from pydicom import Dataset, Sequence
 
     items = []
@@ -222,7 +222,9 @@ def _sources(study: DicomStudy) -> Any:
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.sop_class, header.instance
         items.append(item)
-    return Sequence(items)
+    part = Dataset()
+    part.SourceImageSequence = Sequence(items)
+    return part
 
 
 def _uid(study: DicomStudy, *what: str) -> str:
@@ -244,24 +246,22 @@ def _places(made: Made, reference: Series) -> list[dict[str, list[float]]]:
     axes = columns / size
     if np.abs(axes.T @ axes - np.eye(3)).max() > 1e-3:
         raise CopeditError(f"{made.element}: its axes are not at right angles, which DICOM cannot hold; use --no-dicom")
-    places = []
+    places, there = [], np.array([header.position or (np.inf,) * 3 for header in reference.headers])
     for k in range(made.data.shape[2]):
         position = LPS @ (made.affine @ [0, made.data.shape[1] - 1, k, 1])[:3]
         here = {"position": position, "orientation": np.concatenate([row, column]), "spacing": size[[1, 0]]}
-        for header in reference.headers:
-            theirs = {name: np.array(getattr(header, name) or np.inf) for name in here}
-            if all(t.shape == here[n].shape and np.abs(t - here[n]).max() < _SAME for n, t in theirs.items()):
-                here = theirs
-                break
+        header = reference.headers[int(np.argmin(np.abs(there - position).max(axis=1)))]
+        theirs = {name: np.array(getattr(header, name) or np.inf) for name in here}
+        if all(t.shape == here[n].shape and np.abs(t - here[n]).max() < _SAME for n, t in theirs.items()):
+            here = theirs
         thickness = {"thickness": [float(f"{size[2]:.6g}")]}
         places.append({name: [float(x) for x in value] for name, value in (here | thickness).items()})
     return places
 
 
 def _slice(template: Dataset, made: Made, values: NDArray, k: int, place: Mapping[str, list[float]]) -> Dataset:
-    """One file's content. values [X, Y]."""
+    """One image but for its sources. values [X, Y]."""
     from pydicom import Dataset
-    from pydicom.uid import ExplicitVRLittleEndian
     from pydicom.valuerep import DSfloat
 
     image = Dataset()
@@ -278,16 +278,32 @@ def _slice(template: Dataset, made: Made, values: NDArray, k: int, place: Mappin
     image.SpacingBetweenSlices = image.SliceThickness
     image.PixelData = np.ascontiguousarray(values.T[::-1]).astype(values.dtype.newbyteorder("<")).tobytes()
     image["PixelData"].VR = "OW"
-    meta = _meta(image)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    image.file_meta = meta
     return image
 
 
-def _meta(image: Dataset) -> Any:
+def _file(image: Dataset, sources: bytes) -> bytes:
+    """A file's content. sources: the encoded sequence, hundreds of items that are the same in every file."""
     from pydicom.dataset import FileMetaDataset
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_file_meta_info
+    from pydicom.uid import ExplicitVRLittleEndian
 
-    meta = FileMetaDataset()
+    meta, head = FileMetaDataset(), DicomBytesIO()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
     meta.ImplementationClassUID, meta.ImplementationVersionName = _IMPLEMENTATION, "COPEDIT"
-    return meta
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    write_file_meta_info(head, meta)
+    text = image.get("SpecificCharacterSet", "iso8859")
+    before, after = _encoded(image[:_SOURCES], text), _encoded(image[_SOURCES + 1 :], text)
+    return bytes(128) + b"DICM" + head.getvalue() + before + sources + after
+
+
+def _encoded(part: Dataset, text: Any = "iso8859") -> bytes:
+    """A part of a data set in explicit little-endian; text: its character set."""
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_dataset
+
+    stream = DicomBytesIO()
+    stream.is_implicit_VR, stream.is_little_endian = False, True
+    write_dataset(stream, part, text)
+    return stream.getvalue()

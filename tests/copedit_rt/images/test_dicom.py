@@ -1,5 +1,6 @@
 """DICOM in and out, through the real dcm2niix; validators and servers where they are installed."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.features
+import PIL.Image
 import pytest
 
 pytest.importorskip("pydicom", reason="needs the extra dicom")
@@ -491,13 +494,29 @@ def test_duplicates_are_one(tmp_path):
     assert found.source.duplicates == 12 and not found.problem and len(found.inputs()["flair"]) == 12
 
 
-def test_compressed_files(tmp_path):
-    """RLE, which pydicom can write and dcm2niix read; the same voxels."""
+def run_length(one) -> None:
+    one.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+
+
+def jpeg_2000(one) -> None:
+    packed = io.BytesIO()
+    pixels = PIL.Image.fromarray(one.pixel_array.astype(np.uint16))
+    pixels.save(packed, "JPEG2000", no_jp2=True, irreversible=False, num_resolutions=3)
+    one.PixelData, one.BitsStored, one.HighBit = pydicom.encaps.encapsulate([packed.getvalue()]), 16, 15
+    one["PixelData"].VR = "OB"
+    one.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+
+
+@pytest.mark.parametrize("compress", [run_length, jpeg_2000])
+def test_compressed_files(tmp_path, compress):
+    """The same voxels as of files that are not compressed, from what pydicom and Pillow can write without loss."""
+    if compress is jpeg_2000 and not PIL.features.check("jpg_2000"):
+        pytest.skip("needs Pillow with JPEG 2000")
     plain = Study.read(dicoms.study(tmp_path / "plain", T2)).volumes["t2"]
     case = dicoms.study(tmp_path / "case", T2)
     for path in case.rglob("IM*"):
         one = pydicom.dcmread(path)
-        one.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+        compress(one)
         one.save_as(path)
     packed = Study.read(case).volumes["t2"]
     assert np.array_equal(packed.data, plain.data) and np.array_equal(packed.affine, plain.affine)
