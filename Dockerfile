@@ -11,11 +11,11 @@ COPY bench bench
 ENTRYPOINT ["copedit"]
 
 FROM base AS cpu
-RUN pip install -c constraints.txt $PIP_FLAGS ".[torch,serve,export,fast]"
+RUN pip install -c constraints.txt $PIP_FLAGS ".[torch,serve,export,fast,dicom]"
 USER 1000
 
 # torch's CUDA build brings CUDA's libraries; Triton compiles its launcher at run time and needs a C compiler.
 FROM base AS cuda
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install -c constraints.txt $PIP_FLAGS ".[torch,serve,export,fast]"
+RUN pip install -c constraints.txt $PIP_FLAGS ".[torch,serve,export,fast,dicom]"
 USER 1000

@@ -98,6 +98,6 @@ $(VENV)/installed: $(VENV)/created $(METADATA)
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	@echo "==> installing the test tools and the extras \`train\`, \`export\` and \`serve\`"
-	$(INSTALL) --quiet -e ".[test,train,export,serve]"
+	@echo "==> installing the test tools and the extras \`train\`, \`export\`, \`serve\` and \`dicom\`"
+	$(INSTALL) --quiet -e ".[test,train,export,serve,dicom]"
 	@touch $@

@@ -72,6 +72,7 @@ setup(
         "train": ["copedit[torch]", "monai", "tensorboard", "matplotlib", "scikit-learn"],
         "serve": ["starlette", "uvicorn", "python-multipart", "prometheus-client"],
         "triton": ["tritonclient[grpc,http]"],  # a client of Triton Inference Server
+        "dicom": ["pydicom", "dcm2niix"],
         "fast": ["isal"],  # gzip several times as fast
         "export": ["copedit[torch]", "onnx", "onnxscript", "onnxruntime"],
         "openvino": ["openvino"],

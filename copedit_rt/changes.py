@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ def changes(
     model: str,
     weights: Mapping[str, str],
     asked: Mapping[str, Mapping[str, Any]],
-    files: Mapping[str, Path],
+    files: Mapping[str, Sequence[Path]],
 ) -> list[str]:
     """What differs from the run that wrote a sidecar, each in a few words. Of what the sidecar does not hold, no notice
     is taken.
 
-    model: name in the configuration; weights: SHA-256 of its files; asked: a `request`; files: of what is observed.
+    model: name in the configuration; weights: SHA-256 of its files; asked: a `request`; files: of what is
+    observed, several of a DICOM series.
     """
     found = []
     if (before := sidecar.get("model", model)) != model:
@@ -53,24 +54,29 @@ def changes(
     return found
 
 
-def _changed_inputs(inputs: Mapping[str, Any], files: Mapping[str, Path]) -> Iterator[str]:
+def _changed_inputs(inputs: Mapping[str, Any], files: Mapping[str, Sequence[Path]]) -> Iterator[str]:
     """Of a sidecar's inputs."""
-    for name, path in files.items():
+    for name, paths in files.items():
         if name not in inputs:
             yield f"{name} was not among the inputs"
-        elif not _same_file(path, _part(inputs, name)):
+        elif not _same_files(paths, _part(inputs, name)):
             yield f"{name} is another image"
     yield from (f"{name} was among the inputs" for name in inputs if name not in files)
 
 
-def _same_file(path: Path, noted: Mapping[str, Any]) -> bool:
-    """Whether a file is the one that was read: by size and time of change, or else by content."""
+def _same_files(paths: Sequence[Path], noted: Mapping[str, Any]) -> bool:
+    """Whether files are those that were read: by all their bytes and the last change, or else by content."""
     try:
-        state = path.stat()
-        if [state.st_size, state.st_mtime_ns] == noted.get("size_mtime_ns"):
+        states = [path.stat() for path in paths]
+        size = sum(state.st_size for state in states)
+        if [size, max(state.st_mtime_ns for state in states)] == noted.get("size_mtime_ns"):
             return True
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == noted.get("sha256")
+        digest = hashlib.sha256()
+        for path in paths:
+            with open(path, "rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+        return digest.hexdigest() == noted.get("sha256")
     except OSError:
         return False
 

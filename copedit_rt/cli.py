@@ -92,7 +92,12 @@ def _root(
 
 Input = Annotated[
     list[Path] | None,
-    typer.Option("-i", "--input", metavar="PATH", help="A study folder, a folder of studies, or files; repeatable."),
+    typer.Option(
+        "-i",
+        "--input",
+        metavar="PATH",
+        help="A study folder (NIfTI or DICOM), a folder of studies, a zip of these, or NIfTI files; repeatable.",
+    ),
 ]
 More = Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as after -i.")]
 Files = Annotated[
@@ -100,7 +105,8 @@ Files = Annotated[
     typer.Option(
         "--file",
         metavar="MODALITY=PATH",
-        help=f"Instead of -i, the file of a modality, whatever its name; repeatable: {', '.join(MODALITIES)}, {STACK}.",
+        help=f"Instead of -i, the file of a modality, whatever its name; repeatable: {', '.join(MODALITIES)}, {STACK}. "
+        "Beside a DICOM study, number, UID or description of the series instead of a path, or none.",
     ),
 ]
 Model = Annotated[
@@ -198,6 +204,7 @@ def synth(
     report: Annotated[
         bool, flag("--report", help="Also write a page per study that a browser opens, and one of a cohort.")
     ] = False,
+    no_dicom: Annotated[bool, flag("--no-dicom", help="Of a DICOM study, write NIfTI files alone.")] = False,
     missing_slices: Slices = None,
     shard: Annotated[
         str | None,
@@ -248,6 +255,7 @@ def synth(
             resample=resample,
             preview=preview,
             report=report,
+            dicom=not no_dicom,
             missing_slices=missing,
             shard=terminal.shard(shard),
             max_memory=memory,

@@ -55,6 +55,7 @@ def synthesise(
     resample: bool = False,
     preview: bool = False,
     report: bool = False,
+    dicom: bool = True,
     missing_slices: Sequence[int] | None = None,
     shard: tuple[int, int] = (0, 1),
     listener: Listener | None = None,
@@ -66,6 +67,7 @@ def synthesise(
     resample those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that
     are there and complete (`is_complete`), which are kept otherwise, with a note on what has changed since (`changes`).
     preview: also write a PNG per study; report: a page per study that a browser opens, and of several an index.html.
+    dicom: of DICOM studies also write each image as a derived series (`Study.write`).
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
@@ -89,7 +91,7 @@ def synthesise(
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     sampler["progress"] = listener.step
     reading = {"missing_slices": missing_slices, "resample": resample}
-    job = Job(output, models, elements, overwrite, preview, report, several, reading, sampler, listener)
+    job = Job(output, models, elements, overwrite, preview, report, several, reading, sampler, listener, dicom)
     entries = job.run(mine)
     counts = Counter(entry["status"] for entry in entries)
     if counts["complete"] == len(found):
@@ -162,6 +164,7 @@ class Job:
     reading: Mapping[str, Any]
     sampler: Mapping[str, Any]
     listener: Listener
+    dicom: bool = True
 
     def run(self, studies: Sequence[StudyFiles]) -> list[dict[str, Any]]:
         """The studies' entries. One study ahead is read while the device computes."""
@@ -212,6 +215,8 @@ class Job:
         entry["sidecars"] = {element: str(path) for element, path in sidecars.items()}
         done = {} if self.overwrite else {e: there for e, p in outputs.items() if (there := complete_sidecar(p))}
         entry["notes"] = self.outdated(name, config, files, done)
+        if files.source and self.dicom and (bare := [e for e, sidecar in done.items() if "dicom" not in sidecar]):
+            entry["notes"].append(f"kept without a DICOM series: {', '.join(bare)}; --overwrite makes it again")
         if outputs and len(done) == len(outputs):
             entry["status"] = "kept"
             if self.preview and not self.picture(files).is_file():
@@ -233,7 +238,7 @@ class Job:
         asked = request(config, self.sampler, self.reading)
         notes: dict[str, list[str]] = {}
         for element, sidecar in done.items():
-            if found := changes(sidecar, config.name, self.models.weights(model), asked, files.files):
+            if found := changes(sidecar, config.name, self.models.weights(model), asked, files.inputs()):
                 notes.setdefault("; ".join(found), []).append(element)
         return [
             f"kept though made otherwise: {', '.join(elements)} ({what}); --overwrite makes it again"
@@ -291,7 +296,11 @@ class Job:
 
             entry["report"] = str(self.output / files.naming.subfolder / f"{files.name}_report.html")
             page.write(result, entry["model"], Path(entry["report"]))
-        result.study.write(self.output, model=result.record["model"], record=result.record, std=result.std or None)
+        std = result.std or None
+        result.study.write(self.output, model=result.record["model"], record=result.record, std=std, dicom=self.dicom)
+        if files.source and self.dicom:
+            made = [name for name in result.study.volumes if name in result.study.synthetic]
+            entry["dicom"] = {name: str(result.study.dicom_path(self.output, name)) for name in made}
         entry["status"] = "written"
 
 

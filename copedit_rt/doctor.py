@@ -25,6 +25,7 @@ DISTRIBUTION = "copedit"
 EXTRAS = {
     "torch": ["torch", "triton", "scipy"],
     "cpu": ["onnxruntime"],
+    "dicom": ["pydicom", "dcm2niix"],
     "fast": ["isal"],
     "triton": ["tritonclient"],
     "train": ["monai", "tensorboard", "matplotlib", "scikit-learn"],

@@ -53,17 +53,18 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> str:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Fill the folder that this gives, beside `folder`; it gets that name at the end, so that all is there or nothing.
 
-    Raises CopeditError for a folder that is not empty or cannot be written.
+    replace: in the place of one that is there, which goes with all that it holds. Raises CopeditError for a folder that
+    is not empty (but for `replace`) or cannot be written.
     """
     folder = folder.absolute()
     if folder in _OPEN:  # part of one that is being filled: whole or not at all already
         yield folder
         return
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not replace)):
             raise CopeditError(f"{folder} is there and not empty; choose another folder with -o, or delete it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(folder.parent)
@@ -73,7 +74,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 yield part
             finally:
                 _OPEN.discard(part)
-            os.replace(part, folder)
+            if replace and folder.exists():
+                with _claimed(folder, _new_folder) as (old, _):
+                    os.replace(folder, old)
+                    os.replace(part, folder)
+            else:
+                os.replace(part, folder)
     except OSError as error:
         raise unwritable(folder, error) from error
 
@@ -161,6 +167,14 @@ def _sweep(folder: Path, names: Iterable[str]) -> None:
                     _remove(part)
             finally:
                 os.close(handle)
+
+
+def digest_of(folder: Path) -> str:
+    """The sha256 of a folder's files one after another, in the order of their names. Raises OSError."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def is_file(path: Path) -> bool:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 NAME = "copedit_summary"
-KEPT = ("study", "task", "status", "model", "outputs", "preview", "report", "seconds", "notes", "error")  # of an entry
+# What is kept of an entry.
+KEPT = ("study", "task", "status", "model", "outputs", "preview", "report", "dicom", "seconds", "notes", "error")
 OUTCOMES = ("done", "complete", "failed", "not done")  # complete: nothing is missing; not done: or only in part
 
 

@@ -123,7 +123,7 @@ def secret(file: Path | None, variable: str = "COPEDIT_TOKEN") -> str | None:
 
 
 def files_by_modality(pairs: Sequence[str] | None, **aliases: Path | None) -> dict[str, Path] | None:
-    """--file t1=PATH and the options that stand for it as {t1: PATH}; None if there is none."""
+    """--file t1=PATH, or t1=SERIES, and the options that stand for it as {t1: PATH}; None if there is none."""
     files = {name: path for name, path in aliases.items() if path is not None}
     for pair in pairs or ():
         name, _, path = pair.partition("=")
@@ -251,7 +251,11 @@ class Screen(Listener):
 
     def found(self, found: Found, mine: int) -> None:
         self._bar.update(self._studies, description="studies", completed=0, total=mine, visible=mine > 1)
-        for reason, paths in found.reasons().items():
+        for study in found:
+            if study.source and not study.problem:
+                for line in study.source.told():
+                    self._tell(f"{study.name}: {line}", "dim")
+        for reason, paths in found.reasons(series=False).items():
             files = "a file" if len(paths) == 1 else f"{len(paths)} files"
             self._tell(f"passed over {files}: {reason} ({paths[0]}{', ...' * (len(paths) > 1)})", "dim")
 
@@ -281,6 +285,8 @@ class Screen(Listener):
             for element, path in entry["outputs"].items():
                 outcome = "kept (--overwrite replaces it)" if element in kept else "written"
                 self._say(f"{name}: {element} {outcome}: {path}")
+                if element in entry.get("dicom", {}):
+                    self._say(f"{name}: {element} written as DICOM: {entry['dicom'][element]}")
             if "preview" in entry:
                 self._say(f"{name}: picture written: {entry['preview']}")
             if "report" in entry:

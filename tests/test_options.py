@@ -32,8 +32,8 @@ COMMANDS = dict(leaves(typer.main.get_command(cli.app)))
 # What applies whatever else is given. Permissions, which say what may be done where it is needed, are among them:
 # --overwrite, --resample, --resume, --large, --compile.
 ALWAYS = {
-    "synth": "output more model steps seed samples solver device dtype overwrite resample preview report shard "
-    "quiet verbose as_json",
+    "synth": "output more model steps seed samples solver device dtype overwrite resample preview report no_dicom "
+    "shard quiet verbose as_json",
     "inspect": "more model device quiet as_json",
     "serve": "host port model device engine dtype max_memory queue max_size time_limit grace token_file scratch quiet",
     "doctor": "as_json",

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from copedit_rt.archive import Unpacked, is_zip
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import is_file
 from copedit_rt.images import bids
+from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
 from copedit_rt.images.names import (
     FOREIGN,
     FRAME,
@@ -19,6 +21,7 @@ from copedit_rt.images.names import (
     MSCMR,
     OTHER_VIEW,
     PLAIN,
+    STYLES,
     Name,
     Naming,
     channel,
@@ -51,7 +54,8 @@ class StudyFiles:
     """One study that was found and not yet read (`Study.read` reads it); the first of its files is the reference.
 
     problem: why it will be refused, e.g. two files for one modality. unclear: the files beside it that could not be
-    understood, where they are the problem: what is missing from it may be among them.
+    understood, where they are the problem: what is missing from it may be among them. source: of DICOM, whose series
+    `files` names as if each were a file. keep: what has to live as long, such as the folder that a zip is unpacked in.
     """
 
     name: str
@@ -60,6 +64,12 @@ class StudyFiles:
     naming: Naming
     problem: str | None = None
     unclear: tuple[Path, ...] = ()
+    source: DicomStudy | None = None
+    keep: object = field(default=None, compare=False, repr=False)
+
+    def inputs(self) -> dict[str, tuple[Path, ...]]:
+        """{element: the files that hold it}."""
+        return {e: self.source.parts(e) if self.source else (path,) for e, path in self.files.items()}
 
     def outputs(self, folder: Path, elements: Sequence[str]) -> dict[str, Path]:
         """{missing element: file it would be written to}, of a model's elements; cardiac: the whole stack."""
@@ -83,10 +93,16 @@ class Found(list[StudyFiles]):
         super().__init__(studies)
         self.skipped, self.dataset = list(skipped), dataset
 
-    def reasons(self) -> dict[str, list[str]]:
-        """The files that were passed over for each reason."""
+    def reasons(self, series: bool = True) -> dict[str, list[str]]:
+        """The files, and series of DICOM, that were passed over for each reason."""
         reasons: dict[str, list[str]] = {}
-        for path, reason in self.skipped:
+        left_out = [
+            (study.source.folder / one.file_name, reason)
+            for study in self
+            if series and study.source
+            for one, reason in study.source.left_out
+        ]
+        for path, reason in [*self.skipped, *left_out]:
             reasons.setdefault(reason, []).append(str(path))
         return reasons
 
@@ -98,8 +114,9 @@ def find_studies(
     task: Task | None = None,
     select: Sequence[str] = (),
     labels: Mapping[str, Sequence[str]] | None = None,
+    scratch: Path | None = None,
 ) -> Found:
-    """Which studies there are in folders and files, from names alone.
+    """Which studies there are in folders and files, from names alone; of DICOM series, from their headers.
 
     inputs: files, study folders, folders of these; grouped by folder and subject. Recognised are the names of
     BraTS to 2021 (`ID_t1ce`) and from 2023 (`ID-t1c`), IXI (`IXI002-Guys-0828-T1`, also in three folders side
@@ -107,36 +124,34 @@ def find_studies(
     hearts those of ACDC, MSCMR, UKBB, M&Ms, Sunnybrook, MESA, and names that say heart, sax or short-axis. Label maps,
     long-axis views, a stack over time beside its frames, hidden files and our own outputs are passed over
     (`.skipped`), and so is what could not be understood; a study that it may belong to has a `problem`.
-    explicit: instead of inputs, {modality: file}, or {"sax": file}: one study whose files may have any name.
+    A folder with DICOM files and no NIfTI files is a DICOM study, or a folder of these, each in one of its own; series
+    are matched to modalities by their descriptions, and `StudyFiles.source` tells the match. A zip is taken as the
+    folder that it holds.
+    explicit: instead of inputs, {modality: file}, or {"sax": file}: one study whose files may have any name. Beside a
+    DICOM study, {modality: number, UID or description of its series, or "none"}.
     task: pass over the studies of the other task; "cardiac" also makes a stack of every image that is not a brain's by
     its name, and of every file that is given itself.
     select: of several files of one modality those that carry these marks: run-01, acq-highres, brain (or plain).
     labels: of files named as BIDS has it those with these labels, {"sub": ["01"], "ses": ..., "run": ...}. A folder
     that is a BIDS data set (`bids.is_dataset`) is walked as the standard says, anat folders alone, and outputs are
     named as those of a derivative.
+    scratch: where zips are unpacked and series are converted, by default the system's folder for temporary files.
     Raises CopeditError where a path does not exist or no study is found, and for a mark or label that no file carries.
     """
     inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    if explicit:
-        if inputs:
-            raise CopeditError("give either input files and folders or one file per modality, not both")
+    if explicit and not inputs:
         if task or select or labels:
             raise CopeditError("--task, --select and labels choose among files; leave them out beside named files")
         return Found([_explicit(explicit)])
     if not inputs:
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")
     roots = [Path(item) for item in inputs]
-    search = _Search(roots, task and Task(task), tuple(select), labels or {})
-    search.collect()
-    studies = search.studies()
-    if not studies:
-        where = ", ".join(map(str, roots))
-        if not search.skipped:
-            raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz{search.dicom()}")
-        few = "; ".join(f"{path.name}: {reason}" for path, reason in search.skipped[:3])
-        few += "; ..." * (len(search.skipped) > 3)
-        raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
-    return Found(studies, sorted(search.skipped), search.dataset)
+    search = _Search(roots, task and Task(task), tuple(select), labels or {}, explicit or {}, scratch)
+    try:
+        return search.found()
+    except BaseException:
+        search.close()
+        raise
 
 
 @dataclass
@@ -147,15 +162,45 @@ class _Search:
     task: Task | None
     select: tuple[str, ...]
     labels: Mapping[str, Sequence[str]]
+    explicit: Mapping[str, Path | str] = field(default_factory=dict)
+    scratch: Path | None = None
+    zips: dict[Path, Unpacked] = field(default_factory=dict)  # the folders that zips were unpacked in
+    medical: list[tuple[Path, DicomStudy]] = field(default_factory=list)  # the root, and a DICOM study below it
     top: dict[Path, Path] = field(default_factory=dict)  # file -> the subfolder for its outputs
     named: set[Path] = field(default_factory=set)  # files that were given themselves
     images: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     unclear: dict[Path, str] = field(default_factory=dict)
+    given: list[Path] = field(default_factory=list)  # the roots as they were given, zips as such
     dataset: Path | None = None  # the one root, where it is a BIDS data set
+
+    def found(self) -> Found:
+        """All studies. Raises CopeditError as `find_studies` does."""
+        self.collect()
+        if self.explicit and not (self.medical and len(self.roots) == 1):
+            raise CopeditError(
+                "give either input files and folders or one file per modality, not both; a series of DICOM is named "
+                "beside the folder of one study"
+            )
+        studies = self.studies()
+        if not studies:
+            where = ", ".join(map(str, self.given))
+            if not self.skipped:
+                raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz, or be DICOM")
+            few = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
+            few += "; ..." * (len(self.skipped) > 3)
+            raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
+        return Found(studies, sorted(self.skipped), self.dataset)
+
+    def close(self) -> None:
+        """Remove what was unpacked."""
+        for unpacked in self.zips.values():
+            unpacked.close()
 
     def collect(self) -> None:
         """All images below the roots, but for those that are no observed images by name or mark."""
+        self.given = list(self.roots)
+        self.roots = [self._opened(root) for root in self.roots]
         several = sum(map(_is_folder, self.roots)) > 1
         if len(self.roots) == 1 and bids.is_dataset(self.roots[0]):
             self.dataset = self.roots[0]
@@ -169,7 +214,7 @@ class _Search:
                 raise CopeditError(f"{root} is neither a file nor a folder; give a NIfTI file or a folder of them")
             elif not is_nifti(root):
                 raise CopeditError(
-                    f"{root} is not a NIfTI file (.nii or .nii.gz); convert it, DICOM for example with dcm2niix"
+                    f"{root} is not a NIfTI file (.nii or .nii.gz); convert it, or give the whole folder of DICOM files"
                 )
             else:
                 self.top.setdefault(root, Path())
@@ -186,12 +231,42 @@ class _Search:
                 self.images.append(path)
         for path in self.named.intersection(self.images):
             refuse_synthetic(path)
+        for root in self.roots if not self.dataset else ():
+            if _is_folder(root) and not any(path.is_relative_to(root) for path in self.images):
+                found = dicom_studies(root, self.explicit, self.scratch, self.zips.get(root))
+                self.medical.extend((root, study) for study in found)
 
-    def dicom(self) -> str:
-        """A remark where a folder holds DICOM files."""
-        files = (path for root in self.roots for path in root.rglob("*") if root.is_dir() and path.is_file())
-        dicom = any(path.suffix.lower() in (".dcm", ".ima") or path.name == "DICOMDIR" for path in files)
-        return "; convert DICOM for example with dcm2niix" * dicom
+    def _opened(self, root: Path) -> Path:
+        """The folder that a zip holds; anything else as it is."""
+        if not (is_zip(root) and is_file(root)):
+            return root
+        unpacked = Unpacked(root, self.scratch)
+        self.zips[unpacked.folder] = unpacked
+        return unpacked.folder
+
+    def _from_dicom(self) -> list[tuple[Path, StudyFiles]]:
+        """The DICOM studies that are of the task."""
+        found = []
+        for root, study in self.medical:
+            files = study.files()
+            task = Task.HEART if STACK in files or (self.task and not files) else Task.BRAIN
+            if self.task not in (None, task):
+                self.skipped.append((study.folder, f"a DICOM study of the other task than --task {self.task}"))
+                continue
+            top = Path(root.resolve().name) if sum(map(_is_folder, self.roots)) > 1 else Path()
+            subfolder = top / study.folder.relative_to(root)
+            naming = Naming(f"{study.name}_", STYLES[0], subfolder)
+            if task is Task.HEART:
+                naming = Naming(study.name, {STACK: ""}, subfolder)
+            found.append((study.folder, StudyFiles(study.name, task, files, naming, study.problem, source=study)))
+        return found
+
+    def _kept(self, found: list[tuple[Path, StudyFiles]]) -> list[tuple[Path, StudyFiles]]:
+        """With the folders that their files were unpacked in."""
+        return [
+            (folder, replace(study, keep=next((z for p, z in self.zips.items() if folder.is_relative_to(p)), None)))
+            for folder, study in found
+        ]
 
     def studies(self) -> list[StudyFiles]:
         """Brain studies and stacks, each with a name of its own."""
@@ -215,8 +290,9 @@ class _Search:
         for path in stacks:
             naming = Naming(stem_of(path), {STACK: ""}, self._subfolder(path.parent, self.top[path]))
             found.append((path.parent, StudyFiles(stem_of(path), Task.HEART, {STACK: path}, naming)))
+        found = [*self._with_unclear(found), *self._from_dicom()]
         found.sort(key=lambda item: (str(item[0]), item[1].name))
-        return _distinct(self._with_unclear(found))
+        return _distinct(self._kept(found))
 
     def _sort(self) -> tuple[list[Name], list[Path]]:
         """Brain images and stacks; all other files are passed over with the reason."""

@@ -399,7 +399,7 @@ def _read_content(path: Path, size: int) -> tuple[bytes, str]:
     try:
         stored = path.read_bytes()
         digest = hashlib.sha256(stored).hexdigest()
-        content = _inflate(stored, size) if stored[:2] == _GZIP else stored
+        content = _inflate(path, stored, size) if stored[:2] == _GZIP else stored
     except (EOFError, zlib.error, deflate.error) as error:
         raise CopeditError(f"{path} is a truncated or damaged gzip file; copy or download it again") from error
     except OSError as error:
@@ -411,15 +411,25 @@ def _read_content(path: Path, size: int) -> tuple[bytes, str]:
     return content, digest
 
 
-def _inflate(stored: bytes, size: int) -> bytes:
-    """The first `size` bytes of gzip members one after another (bgzip, pigz); what follows the last is no matter."""
+def _inflate(path: Path, stored: bytes, size: int) -> bytes:
+    """The first `size` bytes of gzip members one after another (bgzip, pigz); what follows the last is no matter.
+
+    Raises CopeditError where the last holds far more than that: a header may be small before a content without end.
+    """
     pieces: list[bytes] = []
+    spare = max(size, 1 << 20)
     while size > 0 and stored[:2] == _GZIP:
         member = deflate.decompressobj(31)
         pieces.append(member.decompress(stored, size))
         size -= len(pieces[-1])
         while not member.eof:  # on to the checksum
-            if not (member.decompress(member.unconsumed_tail, 1 << 20) or member.eof):
+            more = len(member.decompress(member.unconsumed_tail, 1 << 20))
+            spare -= more
+            if spare < 0:
+                raise CopeditError(
+                    f"{path} holds far more than the voxels that its header promises; export or convert it again"
+                )
+            if not (more or member.eof):
                 raise EOFError
         stored = member.unused_data
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

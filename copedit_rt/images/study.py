@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import digest_of, write_atomically
 from copedit_rt.images import bids
+from copedit_rt.images.dicom.studies import DicomStudy
 from copedit_rt.images.find import StudyFiles, find_studies, output_path
 from copedit_rt.images.grids import GRID_TOLERANCE, from_border, slice_axis
 from copedit_rt.images.names import MODALITIES, STYLES, Naming, stem_of
@@ -46,7 +47,8 @@ class Study:
     volumes: brain, {modality: volume}, outputs take the grid of the first; cardiac, {"sax": stack}.
     missing_slices: cardiac, indices along the file's slice axis (`grids.slice_axis`).
     synthetic: names of the volumes that were synthesised (cardiac: in part).
-    naming: how the files are called; None for a study that was not read. notes: what the user should know.
+    naming: how the files are called; None for a study that was not read. notes: what the user should know. source: the
+    DICOM study that it was read from.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Study:
     synthetic: frozenset[str] = frozenset()
     naming: Naming | None = None
     notes: tuple[str, ...] = field(default=())
+    source: DicomStudy | None = None
 
     def __post_init__(self) -> None:
         self.task = Task(self.task)
@@ -79,8 +82,11 @@ class Study:
         files = files if isinstance(files, StudyFiles) else _only_study(files)
         if files.problem:
             raise CopeditError(files.problem)
-        volumes = read_volumes(files.files, keep_raw=files.task.joint)
-        study = cls(files.name, files.task, volumes, naming=files.naming)
+        if files.source:
+            volumes, notes = files.source.read(files.files, keep_raw=files.task.joint), files.source.notes()
+        else:
+            volumes, notes = read_volumes(files.files, keep_raw=files.task.joint), ()
+        study = cls(files.name, files.task, volumes, naming=files.naming, notes=notes, source=files.source)
         return study._checked(missing_slices, resample, check_content)
 
     @classmethod
@@ -131,7 +137,11 @@ class Study:
         """The study with zeros for voxels; CopeditError for what names, headers and file sizes give away."""
         if files.problem:
             raise CopeditError(files.problem)
-        volumes = {e: read_outline(path) for e, path in files.files.items()}
+        volumes = (
+            files.source.read(files.files)
+            if files.source
+            else {e: read_outline(path) for e, path in files.files.items()}
+        )
         return cls(files.name, files.task, volumes, naming=files.naming)
 
     @property
@@ -171,14 +181,16 @@ class Study:
         model: str,
         record: Mapping[str, Any] | None = None,
         std: Mapping[str, NDArray] | None = None,
+        dicom: bool = True,
     ) -> list[Path]:
         """Write what was synthesised as .nii.gz with a .json sidecar (`record`); every file atomically.
 
-        std: {element: [X, Y, Z]}, written as float32 beside it (`..._sd.nii.gz`). Headers are the reference's
-        but for data type, description and (brain) display range. A cardiac stack keeps its type, scaling and every
-        number of its present slices. The sidecar is written last and holds the images' sha256: what was interrupted,
-        or written by two at once, is not complete (`is_complete`). Existing files are replaced, inputs never.
-        Returns the images' paths.
+        std: {element: [X, Y, Z]}, written as float32 beside it (`..._sd.nii.gz`). dicom: of a study that was read from
+        DICOM also a derived series, in a folder (`..._dicom`) that is there as a whole or not at all. Headers are the
+        reference's but for data type, description and (brain) display range. A cardiac stack keeps its type, scaling
+        and every number of its present slices. The sidecar is written last and holds the images' sha256: what was
+        interrupted, or written by two at once, is not complete (`is_complete`). Existing files are replaced, inputs
+        never. Returns the images' paths.
         """
         written = []
         for element in (name for name in self.volumes if name in self.synthetic):
@@ -200,11 +212,30 @@ class Study:
                 spread = np.asarray(std[element], np.float32)
                 digest = write_nifti(sd_path, spread, sd_header, f"{MARK} {model}, SD map")
                 sidecar["sd"] = {"file": sd_path.name, "sha256": digest}
+            if dicom and self.source:
+                sidecar["dicom"] = self._write_dicom(folder, element, data, model, record or {})
             sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=scaled)
             text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
             write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             written.append(path)
         return written
+
+    def dicom_path(self, folder: Path, element: str) -> Path:
+        """The folder that an element's DICOM series goes to."""
+        return self._naming.path(folder, element, "_dicom", ending="")
+
+    def _write_dicom(
+        self, folder: Path, element: str, data: NDArray, model: str, record: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """An element's derived series; what the sidecar says of it."""
+        from copedit_rt.images.dicom.write import Made, write_series
+
+        assert self.source is not None
+        reference = next(iter(self.volumes))
+        along = self.task.joint and slice_axis(data.shape, self.reference.affine) == 2
+        real = [k for k in range(data.shape[2]) if k not in self.missing_slices] if along else []
+        made = Made(element, data, self.reference.affine, reference, model, record, real)
+        return write_series(self.dicom_path(folder, element), self.source, made)
 
     def _bids(self) -> dict[str, Any]:
         """What BIDS wants to know of a derivative. Skull-stripped: most of the reference is exactly its background."""
@@ -268,6 +299,8 @@ def complete_sidecar(path: Path) -> dict[str, Any] | None:
         if "sd" in sidecar:
             images.append((path.with_name(sidecar["sd"]["file"]), sidecar["sd"]["sha256"]))
         same = all(hashlib.sha256(image.read_bytes()).hexdigest() == digest for image, digest in images)
+        if same and (series := sidecar.get("dicom")):
+            same = digest_of(path.with_name(series["folder"])) == series["sha256"]
         return sidecar if same else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

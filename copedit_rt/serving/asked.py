@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from copedit_rt import terminal
+from copedit_rt import archive, terminal
+from copedit_rt.archive import safe_name
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.find import StudyFiles, find_studies
-from copedit_rt.images.names import is_nifti, modality
+from copedit_rt.images.names import MODALITIES, is_nifti, modality
 from copedit_rt.task import STACK
 
 MOST_FILES, MOST_FIELDS, MOST_MEMBERS = 64, 32, 10_000
@@ -37,7 +36,7 @@ class Asked:
     """One request.
 
     folder: its own, gone after the answer. name: the study's, where its files have none.
-    sampler: options of `Synthesizer.synthesize`; reading: of `Study.read`.
+    sampler: options of `Synthesizer.synthesize`; reading: of `Study.read`. series: {modality: what names its series}.
     """
 
     folder: Path
@@ -48,9 +47,11 @@ class Asked:
     select: tuple[str, ...] = ()
     preview: bool = False
     report: bool = False
+    dicom: bool = True
     sampler: dict[str, Any] = field(default_factory=dict)
     reading: dict[str, Any] = field(default_factory=dict)
     explicit: dict[str, Path] = field(default_factory=dict)
+    series: dict[str, str] = field(default_factory=dict)
 
     @property
     def home(self) -> Path:
@@ -63,7 +64,8 @@ class Asked:
     def study(self) -> StudyFiles:
         """The one study that the files are. Raises CopeditError as `find_studies` does, and for several."""
         paths = [] if self.explicit else [self.home]
-        found = find_studies(paths, self.explicit, task=self.task, select=self.select)
+        explicit: Mapping[str, Path | str] = self.explicit or self.series
+        found = find_studies(paths, explicit, task=self.task, select=self.select, scratch=self.folder)
         if len(found) > 1:
             few = ", ".join(study.name for study in found[:3]) + ", ..." * (len(found) > 3)
             raise CopeditError(f"the files are of {len(found)} studies ({few}); send one study a request")
@@ -108,13 +110,15 @@ def _targets(text: str) -> list[str] | None:
 
 
 _FIELDS = {
-    "name": _attribute("name", lambda text: _safe(text)),
+    "name": _attribute("name", lambda text: safe_name(text)),
     "model": _attribute("model", str),
     "target": _attribute("target", _targets),
     "task": _attribute("task", lambda text: terminal.choice(text, "--task", _TASKS)),
     "select": _attribute("select", terminal.words),
     "preview": _attribute("preview", lambda text: terminal.choice(text, "--preview", _TRUE)),
     "report": _attribute("report", lambda text: terminal.choice(text, "--report", _TRUE)),
+    "dicom": _attribute("dicom", lambda text: terminal.choice(text, "--dicom", _TRUE)),
+    **{element: _set("series", element, str) for element in (*MODALITIES, STACK)},
     "steps": _set("sampler", "steps", lambda text: _whole(text, "--steps", 1, 1000)),
     "seed": _set("sampler", "seed", lambda text: _whole(text, "--seed", 0, 2**53)),
     "samples": _set("sampler", "samples", lambda text: _whole(text, "--samples", 1, MOST_SAMPLES)),
@@ -134,15 +138,26 @@ def keep_files(asked: Asked, files: Iterable[tuple[str, str, BinaryIO]], limit: 
     Fields are modalities, sax, or `file` for files that are known by their names. limit: bytes, of all files unpacked.
     Raises Refused for no file, fields that do not go together, names that are no names, and more bytes.
     """
-    home, room = asked.home, _Room(limit)
+    said = "the files are larger, unpacked, than this server takes; send fewer or smaller ones"
+    try:
+        _keep(asked, files, archive.Room(limit, said))
+    except Refused:
+        raise
+    except CopeditError as error:
+        status = {archive.TooLarge: 413, archive.Damaged: 422}.get(type(error), 400)
+        raise Refused(str(error), status) from error
+
+
+def _keep(asked: Asked, files: Iterable[tuple[str, str, BinaryIO]], room: archive.Room) -> None:
+    home = asked.home
     for key, name, content in files:
         try:
             element = "" if key == FILE else STACK if key == STACK else modality(key)
         except CopeditError as error:
             raise Refused(f"the field of a file, {key[:40]!r}, is neither {FILE} nor a modality ({error})") from error
-        name = _safe(PurePosixPath(name.replace("\\", "/")).name)
+        name = safe_name(PurePosixPath(name.replace("\\", "/")).name)
         if name.lower().endswith(".zip") and not element:
-            _unpack(content, home, room)
+            archive.unpack(content, home, room, MOST_MEMBERS)
             continue
         if element and not is_nifti(Path(name)):
             raise Refused(f"{name}: expected a NIfTI file (.nii or .nii.gz) as {key}", 422)
@@ -151,62 +166,15 @@ def keep_files(asked: Asked, files: Iterable[tuple[str, str, BinaryIO]], limit: 
         path = home / name if not (home / name).exists() else home / (element or "file") / name
         if path.exists():
             raise Refused(f"two files are called {name}; rename one")
-        _write(path, iter(lambda source=content: source.read(1 << 20), b""), room)  # type: ignore[misc]
+        archive.write(path, iter(lambda source=content: source.read(1 << 20), b""), room)  # type: ignore[misc]
         if element:
             asked.explicit[element] = path
     if not home.exists():
         raise Refused(f"no file was sent; send NIfTI files as {FILE}, or as t1, t2 and so on")
     if asked.explicit and any(p not in asked.explicit.values() for p in home.rglob("*") if p.is_file()):
         raise Refused(f"send files either all as {FILE}, or each as its modality")
-
-
-@dataclass
-class _Room:
-    """How many bytes may still be written."""
-
-    left: int
-
-    def take(self, count: int) -> None:
-        self.left -= count
-        if self.left < 0:
-            raise Refused("the files are larger, unpacked, than this server takes; send fewer or smaller ones", 413)
-
-
-def _write(path: Path, pieces: Iterator[bytes], room: _Room) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        for piece in pieces:
-            room.take(len(piece))
-            file.write(piece)
-
-
-def _unpack(content: BinaryIO, home: Path, room: _Room) -> None:
-    """The members of a zip; sizes are counted, not believed, and no name leads out of the folder."""
-    try:
-        with zipfile.ZipFile(content) as packed:
-            members = [member for member in packed.infolist() if not member.is_dir()]
-            if len(members) > MOST_MEMBERS:
-                raise Refused(f"the zip has {len(members)} members, more than {MOST_MEMBERS}; send one study", 413)
-            for member in members:
-                parts = [_safe(part) for part in PurePosixPath(member.filename.replace("\\", "/")).parts if part != "/"]
-                with packed.open(member) as source:
-                    path = home.joinpath(*parts)
-                    if path.exists() or any(p.is_file() for p in path.parents if home in p.parents):
-                        raise Refused(f"two members of the zip are called {'/'.join(parts)}; rename one")
-                    _write(path, iter(lambda source=source: source.read(1 << 20), b""), room)  # type: ignore[misc]
-    except Refused:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
-        said = "the zip is damaged, encrypted or packed in a way that is not understood; pack it again"
-        raise Refused(said, 422) from error
-
-
-def _safe(name: str) -> str:
-    """A name that is one on every system, and none that is hidden or leads elsewhere."""
-    clean = re.sub(r"[^\w.+= -]", "_", name).strip(". ")
-    if len(clean.encode()) > 200:
-        raise Refused(f"the name {clean[:40]}... is too long; rename the file")
-    return clean or "_"
+    if asked.explicit and asked.series:
+        raise Refused(f"the field {next(iter(asked.series))} names a series of DICOM; send its files as {FILE}")
 
 
 def public(said: BaseException | str, folder: Path) -> str:
@@ -216,5 +184,6 @@ def public(said: BaseException | str, folder: Path) -> str:
     for root in (*homes, folder / "in", folder / "out", folder):
         text = text.replace(f"{root}/", "")
     text = re.sub(r"(?<![\w.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)", r"\1", text)
-    text = re.sub(r"--file (\w+)=\S+", r"the field \1", text)
+    text = re.sub(r"--file (\w+)=[A-Z]+\b", r"the field \1", text)
+    text = re.sub(r"--file (\w+=)", r"the field \1", text)
     return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda match: f"the field {match[1].replace('-', '_')}", text)

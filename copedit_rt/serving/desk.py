@@ -113,7 +113,8 @@ class Desk:
             self._check_size(files)
             sampler = {**asked.sampler, "progress": ticket.check}
             wanted = (asked.preview, asked.report)
-            job = Job(asked.output, models, asked.target, True, *wanted, False, asked.reading, sampler, Listener())
+            options = (asked.reading, sampler, Listener(), asked.dicom)
+            job = Job(asked.output, models, asked.target, True, *wanted, False, *options)
             opened = job.open(files)
             if opened.error:
                 raise opened.error
@@ -151,7 +152,9 @@ class Desk:
     def _check_size(self, files: StudyFiles) -> None:
         """Refused for images too large; what is wrong with a file is told where it is read."""
         needed = 0
-        for path in files.files.values():
+        if files.source:
+            needed = 4 * sum(files.source.chosen[element][0].voxels for element in files.files)
+        for path in files.files.values() if not files.source else ():
             with suppress(CopeditError):
                 needed += 4 * read_outline(path).data.size
         if needed > self.limit:

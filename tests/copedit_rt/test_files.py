@@ -107,3 +107,17 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["file"]
     with pytest.raises(CopeditError, match="not empty"), new_folder(tmp_path / "x"):
         pass
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    def fill(name: str) -> None:
+        with new_folder(tmp_path / "x", replace=True) as part:
+            (part / name).write_text(name)
+
+    for name in ("old", "new"):
+        fill(name)
+        assert [p.name for p in (tmp_path / "x").iterdir()] == [name] and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "x", replace=True) as part:
+        (part / "half").write_text("")
+        raise ZeroDivisionError
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"] and len(list(tmp_path.iterdir())) == 1

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.images import nifti
-from copedit_rt.images.nifti import Volume, read_volume
+from copedit_rt.images.nifti import Volume, read_outline, read_volume
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study, is_complete
 
@@ -85,6 +85,20 @@ def test_bytes_after_the_gzip_stream(tmp_path, tail):
     path = save(tmp_path / "A_t1.nii.gz")
     path.write_bytes(path.read_bytes() + tail)
     np.testing.assert_array_equal(read_volume(path).data, image())
+
+
+@pytest.mark.parametrize("read", [read_volume, read_outline])
+def test_a_content_without_end_behind_a_small_header(tmp_path, read):
+    """Refused after as much again as the header promises, or 1 MiB; a little more than promised is no matter."""
+    content = save(tmp_path / "A_t1.nii").read_bytes()
+    path = tmp_path / "A_t1.nii.gz"
+    path.write_bytes(gzip.compress(content + bytes(1 << 19)))
+    np.testing.assert_array_equal(read_volume(path).data, image())
+    path.write_bytes(gzip.compress(content) + gzip.compress(bytes(1 << 24)))
+    np.testing.assert_array_equal(read_volume(path).data, image())  # what follows the last member is never inflated
+    path.write_bytes(gzip.compress(content + bytes(1 << 24)))
+    with pytest.raises(CopeditError, match=r"A_t1.nii.gz holds far more than the voxels that its header promises"):
+        read(path)
 
 
 def test_several_gzip_members(tmp_path):

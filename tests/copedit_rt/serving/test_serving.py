@@ -22,10 +22,11 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
 from serving import get, members, part, post, process, served, zipped
 
+from copedit_rt.archive import safe_name
 from copedit_rt.client import Client, ServerError
 from copedit_rt.cohort import Job
 from copedit_rt.errors import CopeditError
-from copedit_rt.serving.asked import _safe, public
+from copedit_rt.serving.asked import public
 from copedit_rt.serving.desk import where
 
 
@@ -362,7 +363,7 @@ def test_without_the_extra(monkeypatch):
 
 
 def test_names_and_sentences(tmp_path):
-    assert _safe("../..") == "_" and _safe(".hidden") == "hidden" and _safe("a b\x00c\n") == "a b_c_"
+    assert safe_name("../..") == "_" and safe_name(".hidden") == "hidden" and safe_name("a b\x00c\n") == "a b_c_"
     (tmp_path / "in" / "study").mkdir(parents=True)
     said = f"{tmp_path}/in/study/case_t1.nii is bad (/usr/lib/x.so); use --missing-slices or --file t1=FILE"
     assert public(CopeditError(said), tmp_path) == (
