@@ -12,7 +12,7 @@
 #   OUT=FOLDER              where results go (by default bench/results/GPU-NAME), of the first two in a folder of theirs
 #
 # Leaves machine.txt (GPU, driver, clocks, versions, commit), LANE.txt (what ran, how it ended, seconds), tests.txt, and
-# JSON and Markdown of each benchmark. Fails if a test or an answer does; what runs out of time is a line in LANE.txt.
+# JSON and Markdown of each benchmark; predictions.md: what was measured of ours beside what was expected. Fails if a test or an answer does; what runs out of time is a line in LANE.txt.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lane=${1:-}
@@ -91,20 +91,28 @@ tests() {
         > >(tee "$folder/tests.txt") 2>&1
 }
 
+# On a CPU a tiny model takes the place of presets.
+brain=(--preset brain-brats)
+[[ $device == cuda ]] || brain=()
+expected() {
+    run predictions 30 "$python" -m copedit_bench.predict "$folder"
+}
+
 case $lane in
 first)
     chosen="test_every_preset and bfloat16 and (brain-brats or cardiac)"
     chosen+=" or test_attention_at_every_head_dimension and bfloat16 and 577"
     chosen+=" or test_nearest_code or test_a_captured_loop or test_a_gpu_gives or test_sampler or test_float16_learns"
     tests 120 -n 8 -k "$chosen"
-    bench operators 150 kernels --seconds 130 --against eager --against sdpa --against cdist --against product
-    bench loop 150 sampler --preset brain-brats --batch 1 --steps 1 --steps 20 --no-compile
-    bench step 90 train-step --preset brain-brats --stage denoiser --no-compile
+    bench operators 150 kernels --seconds 115 --against eager --against sdpa --against cdist --against product
+    bench loop 150 sampler "${brain[@]}" --batch 1 --steps 1 --steps 20 --no-compile
+    bench step 90 train-step "${brain[@]}" --stage denoiser --no-compile
+    expected
     ;;
 compare)
     bench operators-all 270 kernels --seconds 250
-    bench loop-compiled 220 sampler --preset brain-brats --batch 1 --steps 20
-    bench step-compiled 110 train-step --preset brain-brats --stage denoiser
+    bench loop-compiled 220 sampler "${brain[@]}" --batch 1 --steps 20
+    bench step-compiled 110 train-step "${brain[@]}" --stage denoiser
     ;;
 deep)
     tests 3600
@@ -115,6 +123,7 @@ deep)
     measured=()
     [[ $device == cuda ]] && measured=(--measure brain-brats --measure brain-ixi --measure cardiac)
     bench cost 1800 cost "${measured[@]}"
+    expected
     ;;
 esac
 echo "==> $lane: $SECONDS s, results in $folder"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,11 @@ def synthesise(
     dicom: of DICOM studies also write each image as a derived series (`Study.write`).
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
-    its CopeditError is raised, and so is that of a model that cannot be used. The next study is read while one is
-    computed. shard: (i, n), every n-th study from the i-th on, counted from 0 or from 1: n of n is 0 of n. Of several
-    processes (RANK and WORLD_SIZE in the environment, as torchrun sets them) each takes every WORLD_SIZE-th study of
-    the shard, and in turn a GPU (LOCAL_RANK). Of several studies, `summary` keeps the entries in the output folder.
+    its CopeditError is raised, and so is that of a model that cannot be used. While one is computed, the next study is
+    read and the one before written. shard: (i, n), every n-th study from the i-th on, counted from 0 or from 1: n of n
+    is 0 of n. Of several processes (RANK and WORLD_SIZE in the environment, as torchrun sets them) each takes every
+    WORLD_SIZE-th study of the shard, and in turn a GPU (LOCAL_RANK). Of several studies, `summary` keeps the entries in
+    the output folder.
     """
     listener = listener or Listener()
     elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
@@ -167,21 +169,30 @@ class Job:
     dicom: bool = True
 
     def run(self, studies: Sequence[StudyFiles]) -> list[dict[str, Any]]:
-        """The studies' entries. One study ahead is read while the device computes."""
+        """The studies' entries. While the device computes, the next study is read and the one before is written."""
         entries = []
-        with ThreadPoolExecutor(1, "read") as reader:
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
             ahead = deque(reader.submit(self.open, files) for files in studies[:1])
+            behind: deque[Callable[[], dict[str, Any]]] = deque()
             for number, files in enumerate(studies):
                 self.listener.began(files.name)
                 start = time.perf_counter()
                 opened = ahead.popleft().result()
                 if number + 1 < len(studies):
                     ahead.append(reader.submit(self.open, studies[number + 1]))
-                entry, error = self.finish(opened)
-                entry["seconds"] = round(time.perf_counter() - start, 3)
-                entries.append(entry)
-                self.listener.ended(entry, error)
+                result = self.attempt(opened)
+                behind.append(partial(self.ended, writer.submit(self.finish, opened, result), start))
+                while len(behind) > bool(result):  # where nothing is written, nothing is waited for
+                    entries.append(behind.popleft()())
+            entries += [outcome() for outcome in behind]
         return entries
+
+    def ended(self, writing: Future[tuple[dict[str, Any], CopeditError | None]], start: float) -> dict[str, Any]:
+        """The entry of a study, once it is written."""
+        entry, error = writing.result()
+        entry["seconds"] = round(time.perf_counter() - start, 3)
+        self.listener.ended(entry, error)
+        return entry
 
     def open(self, files: StudyFiles) -> Opened:
         """Choose the model, see what there is to do, and read the files."""
@@ -252,24 +263,31 @@ class Job:
         if not self.several:
             opened.error = error
 
-    def finish(self, opened: Opened) -> tuple[dict[str, Any], CopeditError | None]:
+    def attempt(self, opened: Opened) -> Result | None:
+        """What is missing from a study, if something is; what goes wrong is kept."""
+        try:
+            if opened.study and not opened.error:
+                return self.compute(opened, opened.study)
+        except Exception as error:
+            opened.error = self.failure(opened, error)
+        return None
+
+    def failure(self, opened: Opened, error: Exception) -> CopeditError:
+        return failure(
+            opened.files.name, error, "set --max-memory, use a smaller model with --model, or another --device"
+        )
+
+    def finish(self, opened: Opened, result: Result | None) -> tuple[dict[str, Any], CopeditError | None]:
         """The study's entry after its outputs were written, and why it failed if it did."""
         try:
-            if opened.error:
-                raise opened.error
-            if opened.study:
-                self.write(opened, opened.study)
+            if result:
+                self.save(opened, result)
         except Exception as error:
-            memory = "set --max-memory, use a smaller model with --model, or another --device"
-            told = failure(opened.files.name, error, memory)
-            if not self.several or isinstance(told, UnusableModel):
-                raise told from told.__cause__
-            return opened.entry | {"error": str(told)}, told
-        return opened.entry, None
-
-    def write(self, opened: Opened, study: Study) -> None:
-        """Write one study's outputs and fill in its entry."""
-        self.save(opened, self.compute(opened, study))
+            opened.error = self.failure(opened, error)
+        told = opened.error
+        if told and (not self.several or isinstance(told, UnusableModel)):
+            raise told from told.__cause__
+        return opened.entry | ({"error": str(told)} if told else {}), told
 
     def compute(self, opened: Opened, study: Study) -> Result:
         """What is missing from a study, synthesised."""

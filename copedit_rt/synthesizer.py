@@ -73,9 +73,9 @@ class Begun:
 class Synthesizer:
     """A loaded model on one device and engine, for many studies.
 
-    Safe to call from several threads: each prepares its study by itself, then they take turns with the device, one
-    study at a time, in no particular order. All Synthesizers of a process that are on one device share its turns;
-    different devices work at the same time.
+    Safe to call from several threads: each prepares and restores its study by itself; with the device they take turns,
+    one study's encoder or one of its samples at a time, in no particular order. All Synthesizers of a process that are
+    on one device share its turns; different devices work at the same time.
     """
 
     def __init__(
@@ -222,26 +222,28 @@ class Synthesizer:
         wanted = self._targets(prepared, target)
         mean: dict[str, np.ndarray] = {}
         spread: dict[str, np.ndarray] = {}
+        fill = self.prior.fill_study(prepared) if self.prior else None
         with self._turn:
-            fill = self.prior.fill_study(prepared) if self.prior else None
             encoded = self._encode(prepared, fill)
             begun = self._begun(prepared.observed, encoded, fill, study.name)
-            for sample, z in enumerate(self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)):
-                decoded = self.decode(z, prepared.observed) + begun.beyond
-                whole = config.preprocessing.whole_range
-                images = prepared.restore(decoded, detail, whole, begun.stack, begun.bright)
-                for name in wanted:
-                    # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
-                    if samples == 1:
-                        mean[name] = images[name]
-                        continue
-                    value = images[name].astype(np.float64)
-                    if name not in mean:
-                        mean[name], spread[name] = value, np.zeros_like(value)
-                    else:
-                        delta = value - mean[name]
-                        mean[name] += delta / (sample + 1)
-                        spread[name] += delta * (value - mean[name])
+        drawn = self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)
+        for sample in range(samples):
+            with self._turn:
+                decoded = self.decode(next(drawn), prepared.observed)
+            whole = config.preprocessing.whole_range
+            images = prepared.restore(decoded + begun.beyond, detail, whole, begun.stack, begun.bright)
+            for name in wanted:
+                # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
+                if samples == 1:
+                    mean[name] = images[name]
+                    continue
+                value = images[name].astype(np.float64)
+                if name not in mean:
+                    mean[name], spread[name] = value, np.zeros_like(value)
+                else:
+                    delta = value - mean[name]
+                    mean[name] += delta / (sample + 1)
+                    spread[name] += delta * (value - mean[name])
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
         volumes = {name: value.astype(np.float32, copy=False) for name, value in mean.items()}
         sampling = {"method": solver, "steps": steps, "seed": seed, "samples": samples}

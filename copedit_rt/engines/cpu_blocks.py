@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copedit_kernels import axis_attention
-from copedit_rt.networks.denoiser import EPS, Block, MDiT3D, pick
+from copedit_rt.networks.denoiser import EPS, Block, MDiT3D, Pending, added, pick
 
 ROWS = 2304  # of activations, for which oneDNN chooses the layout; others are right as well
 
@@ -74,8 +74,11 @@ class PackedBlock(nn.Module):
         halves = zip(block.mlp_in.weight.chunk(2), block.mlp_in.bias.chunk(2), strict=True)
         self.gate, self.value = (_Packed(*half) for half in halves)
 
-    def modulated(self, x: Tensor, modulation: Tensor, rope: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """As `Block.modulated`."""
+    def modulated(
+        self, x: Tensor, modulation: Tensor, rope: Tensor | None, rows: Tensor | None = None, pending: Pending = None
+    ) -> tuple[Tensor, Pending]:
+        """As `Block.modulated`, with nothing left pending."""
+        x = added(x, pending)
         if rows is not None and self.axis == "token":
             x, modulation, rows = pick(x, rows), modulation.index_select(0, rows // x.shape[1]), None
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None, None].chunk(6, dim=-1)
@@ -87,7 +90,7 @@ class PackedBlock(nn.Module):
             gate1, shift2, scale2, gate2 = (part.index_select(0, sample) for part in (gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, gate1, self.proj(mixed.flatten(-2)))
         h = norm(x, self.norm2, scale2, shift2)
-        return torch.addcmul(x, gate2, self.out(self.value.times(h, self.gate.silu(h))))
+        return torch.addcmul(x, gate2, self.out(self.value.times(h, self.gate.silu(h)))), None
 
 
 def norm(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -65,6 +65,24 @@ def pick(x: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, rows)[:, None]
 
 
+Pending = tuple[Tensor, Tensor] | None  # branch [B, m, T, C] and gate [B, C] of a residual that is still to be added
+
+
+def added(x: Tensor, pending: Pending) -> Tensor:
+    """x with what is pending."""
+    if pending is None:
+        return x
+    branch, gate = pending
+    return x + (gate[:, None, None] * branch).to(x.dtype)
+
+
+def normed(x: Tensor, pending: Pending, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x with what is pending, and its adaptive norm: one pass over x for both."""
+    if pending is None:
+        return x, ada_norm(x, scale, shift, weight, "rms", EPS)
+    return gated_residual_ada_norm(x, *pending, scale, shift, weight, "rms", EPS)
+
+
 class Block(nn.Module):
     """Attention along one axis and a SwiGLU MLP, both with adaLN-zero."""
 
@@ -81,27 +99,37 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> Tensor:
         """x [B, m, T, C], condition [B, C] after SiLU, rope [2, T, D/2] or None -> [B, m, T, C]."""
-        return self.modulated(x, self.modulation(condition), rope)
+        return added(*self.modulated(x, self.modulation(condition), rope))
 
-    def modulated(self, x: Tensor, modulation: Tensor, rope: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """`forward` given `modulation` [B, 6C] of the condition.
+    def modulated(
+        self, x: Tensor, modulation: Tensor, rope: Tensor | None, rows: Tensor | None = None, pending: Pending = None
+    ) -> tuple[Tensor, Pending]:
+        """`forward` given `modulation` [B, 6C] of the condition, but for its last residual, which is left pending: the
+        norm that comes next adds it.
 
         rows [N]: only the output of these elements is wanted (see `pick`), [N, 1, T, C]. The others still give keys and
-        values to an across-block; a within-block need not see them at all.
+        values to an across-block; a within-block need not see them at all. pending: of the block before.
         """
         if rows is not None and self.axis == "token":
-            x, modulation, rows = pick(x, rows), modulation.index_select(0, rows // x.shape[1]), None
+            sample = rows // x.shape[1]
+            if pending is not None:
+                pending = pick(pending[0], rows), pending[1].index_select(0, sample)
+            x, modulation, rows = pick(x, rows), modulation.index_select(0, sample), None
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        h = ada_norm(x, scale1, shift1, self.norm1, "rms", EPS)
+        x, h = normed(x, pending, scale1, shift1, self.norm1)
         mixed = axis_attention(self.qkv(h).unflatten(-1, (3, self.heads, -1)), rope, self.axis)
         if rows is not None:
             sample = rows // x.shape[1]
             x, mixed = pick(x, rows), pick(mixed, rows)
             gate1, shift2, scale2, gate2 = (part.index_select(0, sample) for part in (gate1, shift2, scale2, gate2))
-        branch = self.proj(mixed.flatten(-2))
-        x, h = gated_residual_ada_norm(x, branch, gate1, scale2, shift2, self.norm2, "rms", EPS)
-        branch = self.mlp_out(swiglu(self.mlp_in(h)))
-        return x + (gate2[:, None, None] * branch).to(x.dtype)
+        x, h = normed(x, (self.proj(mixed.flatten(-2)), gate1), scale2, shift2, self.norm2)
+        return x, (self.mlp_out(swiglu(self.mlp_in(h))), gate2)
+
+    def closed(
+        self, x: Tensor, modulation: Tensor, rope: Tensor | None, rows: Tensor | None = None, pending: Pending = None
+    ) -> tuple[Tensor, Pending]:
+        """`modulated` with nothing left pending: one tensor to keep between blocks, not two."""
+        return added(*Block.modulated(self, x, modulation, rope, rows, pending)), None
 
 
 class MDiT3D(nn.Module):
@@ -270,18 +298,19 @@ class MDiT3D(nn.Module):
         if prior is not None:
             prior = prior.to(z.dtype)
             values = torch.cat((values, self.patchify(prior)), dim=-1)
-        x = self.embed(values) + position.to(z.dtype)
+        x, pending = self.embed(values) + position.to(z.dtype), cast(Pending, None)
         last = rows if self.alternate else None
         for i, (block, part) in enumerate(zip(self._blocks(), parts, strict=True)):
             if i == 1 and self.alternate:
-                x = x + self.element[:, None].to(x.dtype)
+                x, pending = added(x, pending) + self.element[:, None].to(x.dtype), None
             # Rotary positions belong to attention over tokens; across elements there is no order to encode.
             rope = table if self.alternate and block.axis == "token" else None
-            x = block.modulated(x, part, rope, last if i == len(parts) - 1 else None)
+            x, pending = block.modulated(x, part, rope, last if i == len(parts) - 1 else None, pending)
         if last is not None:
             final = final.index_select(0, last // z.shape[1])
         shift, scale = final.chunk(2, dim=-1)
-        out = self.unpatchify(self.final(ada_norm(x, scale, shift, self.final_norm, "rms", EPS)), z.shape)
+        _, h = normed(x, pending, scale, shift, self.final_norm)
+        out = self.unpatchify(self.final(h), z.shape)
         if rows is not None:
             out = (pick(out, rows) if last is None else out)[:, 0]
             prior = None if prior is None else pick(prior, rows)[:, 0]

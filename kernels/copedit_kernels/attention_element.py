@@ -34,7 +34,7 @@ def rows_of(D: int, m: int, itemsize: int, backward: bool) -> Rows:
 
 @jit
 def element_forward(
-    qkv, rope, out, x_b, x_i, x_t, x_c, x_h, r_s, r_t, T, heads,
+    qkv, rope, out, x_b, x_i, x_t, x_c, x_h, r_s, r_t, R: tl.constexpr, T, heads,
     M: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
     ROTATE: tl.constexpr,
 ):  # fmt: skip
@@ -42,6 +42,7 @@ def element_forward(
 
     UNROLL divides M: queries of the unrolled loop body.
     """
+    r_s, r_t = r_s * R, r_t * R
     blocks = tl.cdiv(T * heads, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -86,11 +87,12 @@ def element_forward(
 
 @jit
 def element_backward(
-    qkv, rope, dout, dqkv, x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, T, heads,
+    qkv, rope, dout, dqkv, x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, R: tl.constexpr, T, heads,
     M: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
     ROTATE: tl.constexpr,
 ):  # fmt: skip
     """dqkv [B, M, T, 3, heads, D] from dout [B, M, T, heads, D] by strides; the rest as in `element_forward`."""
+    r_s, r_t = r_s * R, r_t * R
     blocks = tl.cdiv(T * heads, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -41,7 +41,7 @@ FORWARD = {
     90: {32: Tile(64, 64, 4, 3), 48: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 2), 96: Tile(64, 64, 4, 2)},
 }
 BACKWARD_Q = {
-    80: {32: Tile(64, 64, 4, 2), 48: Tile(64, 32, 4, 2), 64: Tile(64, 32, 4, 2), 96: Tile(64, 32, 4, 2)},
+    80: {32: Tile(64, 64, 4, 2), 48: Tile(64, 32, 4, 2), 64: Tile(64, 32, 4, 2), 96: Tile(64, 16, 4, 2)},
     90: {32: Tile(64, 64, 4, 2), 48: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 96: Tile(64, 64, 4, 2)},
 }
 BACKWARD_KV = {
@@ -71,7 +71,7 @@ def dot(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 @jit
 def token_forward(
-    qkv, rope, turned, out, lse, x_b, x_i, x_t, x_c, x_h, r_s, r_t, m, T, heads,
+    qkv, rope, turned, out, lse, x_b, x_i, x_t, x_c, x_h, r_s, r_t, R: tl.constexpr, m, T, heads,
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     ROTATE: tl.constexpr, BEFORE: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -80,6 +80,7 @@ def token_forward(
 
     ROTATE: by rope; BEFORE: k has been, into turned. EVEN: T is a multiple of BK.
     """
+    r_s, r_t = r_s * R, r_t * R
     start, head, b, i = place(BQ, m, T, heads)
     WIDE: tl.constexpr = tl.float64 if qkv.dtype.element_ty == tl.float64 else tl.float32
     SCALE: tl.constexpr = 1.4426950408889634 * D**-0.5
@@ -142,7 +143,7 @@ def token_forward(
 @jit
 def token_backward_q(
     qkv, rope, turned, out, lse, dout, delta, dqkv,
-    x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, m, T, heads,
+    x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, R: tl.constexpr, m, T, heads,
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     ROTATE: tl.constexpr, BEFORE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -150,6 +151,7 @@ def token_backward_q(
 
     dout: [B, m, T, heads, D] by strides. turned, EVEN: of k.
     """
+    r_s, r_t = r_s * R, r_t * R
     start, head, b, i = place(BQ, m, T, heads)
     WIDE: tl.constexpr = lse.dtype.element_ty
     SCALE: tl.constexpr = 1.4426950408889634 * D**-0.5
@@ -217,11 +219,12 @@ def token_backward_q(
 @jit
 def token_backward_kv(
     qkv, rope, turned, lse, dout, delta, dqkv,
-    x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, m, T, heads,
+    x_b, x_i, x_t, x_c, x_h, g_b, g_i, g_t, g_h, g_d, r_s, r_t, R: tl.constexpr, m, T, heads,
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     ROTATE: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into dqkv [B, m, T, 3, heads, D]; the rest as in `token_backward_q`, turned: of q."""
+    r_s, r_t = r_s * R, r_t * R
     start, head, b, i = place(BK, m, T, heads)
     WIDE: tl.constexpr = lse.dtype.element_ty
     SCALE: tl.constexpr = 1.4426950408889634 * D**-0.5

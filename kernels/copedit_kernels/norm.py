@@ -42,7 +42,9 @@ class Tiles(NamedTuple):
 TILES = {80: Tiles(4, 2, 512, 64), 90: Tiles(4, 2, 512, 64)}
 # Registers a thread may have: plain, gated, gated with 32-bit x, branch or gate. Without a bound ptxas aims at an
 # occupancy and spills a few words to reach it.
-REGISTERS = {"forward": (80, 80, 112), "backward": (96, 144, 168)}
+REGISTERS = {"forward": (80, 80, 112), "backward": (96, 128, 168)}
+SUM_REGISTERS = 64  # of the kernel that adds the partial sums
+STAGES = 2  # of the backward pass: the rows that come next are on their way to shared memory while these are computed
 SUM_ROWS, SUM_COLUMNS = 32, 64  # tile of the kernel that adds the partial sums
 
 
@@ -109,7 +111,7 @@ def norm_backward(
     dh, dy, y, branch, gate, scale, weight, dx, dbranch, partial, T, C, span,
     dh_b, dh_i, dh_t, dy_b, dy_i, dy_t, y_b, y_i, y_t, branch_b, branch_i, branch_t, gate_b, scale_b,
     EPS: tl.constexpr, LAYER: tl.constexpr, WEIGHTED: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i, b): `span` tokens from j * span of element i of sample b, ROWS at a time.
 
@@ -138,7 +140,7 @@ def norm_backward(
         dbranch += element * T * C
         factor = load_row(gate + b * gate_b, c, inside, WIDE)
         gate_sum = tl.zeros([BLOCK], WIDE)
-    for first in range(0, span, ROWS):
+    for first in tl.range(0, span, ROWS, num_stages=STAGES):
         t = tl.program_id(0) * span + first + tl.arange(0, ROWS)[:, None]
         # [ROWS, BLOCK]
         live = (t < T) & inside[None, :]
@@ -343,12 +345,13 @@ def _backward(
                 dh, dy, y, branch, gate, scale, weight, dx, dbranch, partial, tokens, columns, span,
                 *_strides(dh), *_strides(dy), *_strides(y), *_strides(branch),
                 0 if gate is None else gate.stride(0), scale.stride(0),
-                EPS=eps, LAYER=kind == "layer", ROWS=tile.backward, **flags, **_options("backward", y, branch, gate),
+                EPS=eps, LAYER=kind == "layer", ROWS=tile.backward, STAGES=STAGES, **flags,
+                **_options("backward", y, branch, gate),
             )  # fmt: skip
         if batch:
             norm_backward_sum[(cdiv(columns, SUM_COLUMNS), batch)](
                 partial, scale, weight, dscale, dshift, dgate, shares, m * programs, columns, scale.stride(0),
-                ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, **flags,
+                ROWS=SUM_ROWS, BLOCK=SUM_COLUMNS, maxnreg=None if wide == torch.float64 else SUM_REGISTERS, **flags,
             )  # fmt: skip
     dweight = None if weight is None or shares is None else shares.sum(0).to(weight.dtype)
     return [x for x in (dx, dscale, dshift, dweight, dbranch, dgate) if x is not None]

@@ -9,6 +9,8 @@ D is split in groups of 2 * H0 and 2 * H1 channels (48 = 32 + 16, 96 = 64 + 32):
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from copedit_kernels.launch import cdiv, jit, tl
@@ -88,10 +90,11 @@ def place(BLOCK: tl.constexpr, m, T, heads):
 
 @jit
 def rotate_rows(
-    x, rope, turned, x_b, x_i, x_t, x_h, r_s, r_t, m, T, heads,
+    x, rope, turned, x_b, x_i, x_t, x_h, r_s, r_t, R: tl.constexpr, m, T, heads,
     D: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """turned [B, m, T, heads, D]: x [B, m, T, heads, D] as `load_rows` turns it, group after group."""
+    r_s, r_t = r_s * R, r_t * R
     start, head, b, i = place(BLOCK, m, T, heads)
     n = tl.arange(0, BLOCK)
     live = n < T - start
@@ -118,6 +121,13 @@ def rotated(x: Tensor, rope: Tensor) -> Tensor:
     return turned
 
 
-def strides(rope: Tensor | None) -> tuple[int, int]:
-    """Of cos and sin, and of a token."""
-    return (rope.stride(0), rope.stride(1)) if rope is not None else (0, 0)
+def strides(rope: Tensor | None) -> tuple[int, int, int]:
+    """Of cos and sin, and of a token, in units; and the unit.
+
+    A kernel knows of an integer only whether 16 divides it, and a token of head dimension 48 is 24 values: as a product
+    with a unit that it is compiled for, it knows that its rows can be read 16 bytes at a time.
+    """
+    if rope is None:
+        return 0, 0, 16
+    unit = math.gcd(16, rope.stride(0), rope.stride(1))
+    return rope.stride(0) // unit, rope.stride(1) // unit, unit

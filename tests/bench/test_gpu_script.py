@@ -24,8 +24,10 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def rehearse(lane: str, folder: Path, python: Path | None = None) -> subprocess.CompletedProcess[str]:
-    chosen = {"DEVICE": "cpu", "OUT": str(folder), "PYTHON": str(python or sys.executable)}
+def rehearse(
+    lane: str, folder: Path, python: Path | None = None, device: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
+    chosen = {"DEVICE": device, "OUT": str(folder), "PYTHON": str(python or sys.executable)}
     command = ["bash", ROOT / "bench/gpu.sh", lane]
     return subprocess.run(command, env=os.environ | chosen, capture_output=True, text=True, timeout=1200, cwd=ROOT)
 
@@ -38,9 +40,10 @@ def stand_in(folder: Path, body: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("lane", LANES)
-def test_every_command_of_a_lane_is_understood(lane, tmp_path):
-    done = rehearse(lane, tmp_path / "out", stand_in(tmp_path, "exit 0"))
+def test_every_command_of_a_lane_is_understood(lane, device, tmp_path):
+    done = rehearse(lane, tmp_path / "out", stand_in(tmp_path, "[[ $1 == -c ]] && echo NVIDIA H100; exit 0"), device)
     assert done.returncode == 0, done.stderr
     asked = [line.split(" ") for line in (tmp_path / "asked").read_text().splitlines()]
     ours = [words[2:] for words in asked if words[:2] == ["-m", "copedit_rt"]]
@@ -52,6 +55,8 @@ def test_every_command_of_a_lane_is_understood(lane, tmp_path):
             if not hasattr(command, "resolve_command"):
                 break
             _, command, words = command.resolve_command(context, words)
+    presets = re.search(r"--(preset|measure) brain-brats", (tmp_path / "asked").read_text())
+    assert bool(presets) == (device == "cuda")
     pieces = re.findall(r"==> (\S+), at most (\d+) s", done.stdout + done.stderr)
     if LANES[lane]:
         assert sum(int(most) for _, most in pieces) <= LANES[lane]
@@ -104,6 +109,9 @@ def test_the_first_lane_from_end_to_end(tmp_path):
     """On the CPU, with tiny models: no line of the script is new on the day."""
     done = rehearse("first", tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "of peak" in (tmp_path / "first/predictions.md").read_text()
+    said = (tmp_path / "first/first.txt").read_text()
+    assert "loop: done" in said and "step: done" in said
     assert {path.name for path in (tmp_path / "first").glob("*.json")} == {
         "kernels.json",
         "sampler.json",

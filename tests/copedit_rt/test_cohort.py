@@ -264,8 +264,9 @@ def test_a_listener_hears_what_a_cohort_does(tmp_path, brain_model):
     (tmp_path / "in" / "b" / "b_t2.nii.gz").write_bytes(b"")
     summary = cohort.synthesise([tmp_path / "in"], tmp_path / "out", model=str(brain_model), listener=Everything())
     assert (summary["written"], summary["failed"]) == (1, 1)
-    assert [told[0] for told in heard] == ["found", "began", "step", "step", "ended", "began", "ended"]
-    assert heard[3] == ("step", 2, 2) and heard[4][2] is None and str(heard[6][2]) == summary["studies"][1]["error"]
+    # The second begins while the first is written.
+    assert [told[0] for told in heard] == ["found", "began", "step", "step", "began", "ended", "ended"]
+    assert heard[3] == ("step", 2, 2) and heard[5][2] is None and str(heard[6][2]) == summary["studies"][1]["error"]
 
 
 def test_the_next_study_is_read_while_one_is_computed(tmp_path, brain_model, monkeypatch):
@@ -290,6 +291,31 @@ def test_the_next_study_is_read_while_one_is_computed(tmp_path, brain_model, mon
     result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model)
     assert result.exit_code == 0, result.stderr
     assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "abcd" for end in (".nii.gz", ".json")}
+
+
+def test_a_study_is_written_while_the_next_is_computed(tmp_path, brain_model, monkeypatch):
+    """And a second one is not computed before it is: two results in memory, not a cohort's."""
+    for name in "abc":
+        study(tmp_path / "in" / name, name)
+    begun, written = ({name: threading.Event() for name in "abc"} for _ in range(2))
+    write, compute = cohort.Job.save, Synthesizer.synthesize
+
+    def computing(self, case, **options):
+        begun[case.name].set()
+        assert case.name != "c" or written["a"].is_set()
+        return compute(self, case, **options)
+
+    def writing(self, opened, result):
+        after = chr(ord(opened.files.name) + 1)
+        assert after not in begun or begun[after].wait(60), f"{after} waits until {opened.files.name} is written"
+        write(self, opened, result)
+        written[opened.files.name].set()
+
+    monkeypatch.setattr(cohort.Job, "save", writing)
+    monkeypatch.setattr(Synthesizer, "synthesize", computing)
+    found = cohort.synthesise([tmp_path / "in"], tmp_path / "out", model=str(brain_model))
+    assert found["written"] == 3 and [entry["study"] for entry in found["studies"]] == ["a", "b", "c"]
+    assert files(tmp_path / "out") >= {f"{n}/{n}_t1ce{end}" for n in "abc" for end in (".nii.gz", ".json")}
 
 
 def test_two_processes_share_a_cohort(tmp_path, brain_model):

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from checks import HAS_TRITON
 from copedit_bench.operators.cases import OPERATORS
 from copedit_rt.config import PRESETS
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program can have
@@ -26,10 +24,11 @@ PARTLY = {"norm_backward_sum", "partial_ddim"}
 
 
 def compiled(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers of compile_gates.py; in a process of its own, as this one may interpret."""
+    """The answers of `machine_code`; in a process of its own, as this one may interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"COPEDIT_KERNELS": "triton"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, str(HERE / "compile_gates.py")],
+        [sys.executable, "-m", "copedit_bench.operators.machine_code"],
         input=json.dumps(cases),
         env=environment,
         capture_output=True,
@@ -53,6 +52,8 @@ def complaints(case: dict[str, Any], kernel: dict[str, Any]) -> list[str]:
             found.append(f"no {wanted}")
     if (name in ROW_WISE and kernel["wide_loads"] < kernel["loads"]) or (name in PARTLY and kernel["wide_loads"] < 2):
         found.append(f"{kernel['wide_loads']} of {kernel['loads']} global loads are of 16 bytes")
+    if name in ROW_WISE and kernel["wide_copies"] < kernel["copies"]:
+        found.append(f"{kernel['wide_copies']} of {kernel['copies']} copies to shared memory are of 16 bytes")
     return [f"{name}: {text}" for text in found]
 
 
@@ -69,6 +70,7 @@ def hold(cases: list[dict[str, Any]], launches: int = 1) -> None:
 def test_the_gates_themselves() -> None:
     case = {"architecture": 80, "dtype": "bfloat16"}
     good = {"stack": 0, "local": 0, "shared": 1024, "mma": 8, "wgmma": 0, "loads": 6, "wide_loads": 6}
+    good |= {"copies": 2, "wide_copies": 2}
     assert not complaints(case, {"kernel": "token_forward", **good})
     assert not complaints(case, {"kernel": "norm_forward", **good})
     for kernel, change in (
@@ -77,6 +79,7 @@ def test_the_gates_themselves() -> None:
         ("element_forward", {"shared": 164 * 1024}),
         ("token_forward", {"mma": 0}),
         ("norm_forward", {"wide_loads": 5}),
+        ("norm_backward", {"wide_copies": 1}),
         ("partial_ddim", {"wide_loads": 1}),
     ):
         assert len(complaints(case, {"kernel": kernel, **good, **change})) == 1, (kernel, change)

@@ -40,9 +40,9 @@ def checkpoint_activations(module: nn.Module) -> None:
     """Of each block of a transformer and each residual unit of a tokenizer keep the input alone and compute the rest
     again in the backward pass (Chen et al. 2016); gradients are the same."""
     for part in module.modules():
-        name = {Block: "modulated", ResidualUnit: "forward"}.get(type(part))
-        if name:
-            again = partial(checkpoint, getattr(part, name), use_reentrant=False, preserve_rng_state=False)
+        if names := {Block: ("modulated", "closed"), ResidualUnit: ("forward", "forward")}.get(type(part)):
+            name, kept = names
+            again = partial(checkpoint, getattr(part, kept), use_reentrant=False, preserve_rng_state=False)
             setattr(part, name, again)
 
 
