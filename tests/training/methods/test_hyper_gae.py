@@ -1,0 +1,127 @@
+"""Hyper-GAE: norms set by codes, messages, and the reversed gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from copedit_training.methods import hyper_gae
+
+
+def network(guidance=3, elements=3, stride=(2, 2, 2)):
+    torch.manual_seed(0)
+    return hyper_gae.Network(elements, guidance, 2, stride)
+
+
+def images(batch=1, elements=3, depth=8):
+    return torch.rand(batch, elements, 1, 8, 12, depth) * 2 - 1
+
+
+def observed_of(*rows):
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+def test_its_size():
+    with torch.device("meta"):
+        net, classifier = hyper_gae.Network(4, 4), hyper_gae.Classifier(4, 96)
+    assert sum(p.numel() for p in net.parameters()) == 6_795_361
+    assert sum(p.numel() for p in classifier.parameters()) == 6_068
+
+
+def test_the_conditional_norm_in_closed_form():
+    x, scale, offset = torch.randn(2, 3, 4, 5, 6).double(), torch.randn(2, 3).double(), torch.randn(2, 3).double()
+    found = hyper_gae.conditional_norm(x, scale, offset).numpy()
+    a = x.numpy()
+    normed = (a - a.mean((2, 3, 4), keepdims=True)) / np.sqrt(a.var((2, 3, 4), keepdims=True) + 1e-5)
+    s, o = (y.numpy()[:, :, None, None, None] for y in (scale, offset))
+    np.testing.assert_allclose(found, s * normed + o, rtol=1e-10, atol=1e-12)
+
+
+def test_codes_set_the_norms_and_so_what_comes_out():
+    net = network()
+    x = images()[:, :1].expand(-1, 3, -1, -1, -1, -1)
+    features = net.encode(x)
+    decoded = net.decode(features[:, 0])
+    for one in (features, decoded):
+        assert not any(torch.allclose(one[:, i], one[:, j], atol=1e-3) for i in range(3) for j in range(i))
+    scales = [s for s, _ in net.encoder.norms(net.codes)] + [s for s, _ in net.decoder.norms(net.codes)]
+    assert len(scales) == 15 + 14 and all((s[0] - s[1]).abs().max() > 0.01 for s in scales)
+
+
+def test_all_four_chains_learn_to_their_last_layer():
+    net = network()
+    y = net(images(), observed_of([1, 0, 1]), torch.randn(1, 3))
+    (y * torch.randn_like(y)).sum().backward()
+    chains = [chain for half in (net.encoder, net.decoder) for chain in (half.scales, half.offsets)]
+    gradients = [layer.weight.grad.abs().max() for chain in chains for layer in chain.layers]
+    assert len(gradients) == 2 * 15 + 2 * 14 and min(gradients) > 0
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_of_one_observed_element_the_fused_features_are_its_own_message_and_itself():
+    net = network().double()
+    f, g = torch.randn(1, 3, 8, 2, 3, 2).double(), torch.randn(1, 3).double()
+    fused = net.fusion(f, net.codes, observed_of([0, 1, 0]), g)
+    # Literally: w = tanh(W2 ReLU(W1 [f_j, c_j, f_i, c_i, v])).
+    place = f[0, 1].permute(1, 2, 3, 0)
+    code = net.codes[1].expand(*place.shape[:3], -1)
+    joined = torch.cat((place, code, place, code, g[0].expand(*place.shape[:3], -1)), -1)
+    w = torch.tanh(net.fusion.second(torch.relu(net.fusion.first(joined)))).permute(3, 0, 1, 2)
+    assert torch.allclose(fused[0], w * f[0, 1] + f[0, 1], atol=1e-12)
+
+
+def test_the_fusion_is_the_mean_over_pairs_of_what_is_observed():
+    net, there = network(0).double(), [0, 2]
+    f = torch.randn(1, 3, 8, 2, 2, 2).double()
+    w = net.fusion.weights(f, net.codes, None)[0]
+    wanted = sum(w[j, i] * f[0, j] + f[0, i] for i in there for j in there) / 4
+    f[0, 1] = torch.nan
+    assert torch.allclose(net.fusion(f, net.codes, observed_of([1, 0, 1]), None)[0], wanted, atol=1e-12)
+
+
+def test_the_order_of_elements_and_their_codes_does_not_matter():
+    net, order = network(0).double(), torch.tensor([2, 0, 1])
+    f, observed = torch.randn(2, 3, 8, 2, 2, 2).double(), observed_of([1, 0, 1], [1, 1, 0])
+    fused = net.fusion(f, net.codes, observed, None)
+    assert torch.allclose(net.fusion(f[:, order], net.codes[order], observed[:, order], None), fused, atol=1e-12)
+    assert not torch.allclose(net.fusion(f[:, order], net.codes, observed[:, order], None), fused, atol=1e-3)
+
+
+def test_what_is_missing_is_not_read():
+    net, x, observed = network(), images(2), observed_of([1, 0, 1], [0, 1, 0])
+    g = torch.randn(2, 3)
+    clean = net(x, observed, g)
+    x[~observed] = torch.nan
+    assert torch.equal(net(x, observed, g), clean) and clean.isfinite().all() and clean.abs().max() <= 1
+
+
+def test_a_batch_equals_its_samples():
+    net, x, observed, g = network().double(), images(2).double(), observed_of([1, 0, 1], [0, 1, 0]), torch.randn(2, 3)
+    whole = net(x, observed, g.double())
+    each = [net(x[i : i + 1], observed[i : i + 1], g[i : i + 1].double()) for i in range(2)]
+    assert torch.allclose(whole, torch.cat(each), atol=1e-10)
+    assert not torch.allclose(whole, net(x, observed, g.double().flip(0)))
+
+
+def test_the_classifier_teaches_the_network_the_opposite():
+    torch.manual_seed(0)
+    classifier, fused = hyper_gae.Classifier(3, 12), torch.randn(2, 12, 2, 2, 2, requires_grad=True)
+    target = torch.rand(2, 3, 2, 2, 2)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(classifier(fused), target)
+    (reversed_one,) = torch.autograd.grad(loss, fused, retain_graph=True)
+    own = torch.autograd.grad(loss, list(classifier.parameters()))
+    plain = fused
+    for layer in classifier.layers[:-1]:
+        plain = torch.nn.functional.leaky_relu(layer(plain), 0.2)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(classifier.layers[-1](plain), target)
+    (straight,) = torch.autograd.grad(loss, fused, retain_graph=True)
+    assert torch.equal(reversed_one, -straight) and straight.abs().max() > 0
+    same = torch.autograd.grad(loss, list(classifier.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(own, same, strict=True))
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 1), (2, 2, 2)])
+def test_thin_slabs_keep_their_depth(stride):
+    net = network(0, stride=stride)
+    x = images(depth=4)
+    assert net(x, observed_of([1, 1, 0]), None).shape == x.shape
+    assert net.encode(x).shape == (1, 3, 8, 2, 3, 4 if stride[2] == 1 else 1)
