@@ -5,11 +5,14 @@ import pytest
 import torch
 
 from copedit_training.methods import hyper_gae
+from copedit_training.methods.guidance import Guidance
+
+NONE = torch.zeros(1, 0)
 
 
 def network(guidance=3, elements=3, stride=(2, 2, 2)):
     torch.manual_seed(0)
-    return hyper_gae.Network(elements, guidance, 2, stride)
+    return hyper_gae.Network(elements, Guidance("none", elements, 1, guidance), 2, stride)
 
 
 def images(batch=1, elements=3, depth=8):
@@ -22,7 +25,7 @@ def observed_of(*rows):
 
 def test_its_size():
     with torch.device("meta"):
-        net, classifier = hyper_gae.Network(4, 4), hyper_gae.Classifier(4, 96)
+        net, classifier = hyper_gae.Network(4, Guidance("none", 4, 1, 4), 24, (2, 2, 2)), hyper_gae.Classifier(4, 96)
     assert sum(p.numel() for p in net.parameters()) == 6_795_361
     assert sum(p.numel() for p in classifier.parameters()) == 6_068
 
@@ -72,18 +75,18 @@ def test_of_one_observed_element_the_fused_features_are_its_own_message_and_itse
 def test_the_fusion_is_the_mean_over_pairs_of_what_is_observed():
     net, there = network(0).double(), [0, 2]
     f = torch.randn(1, 3, 8, 2, 2, 2).double()
-    w = net.fusion.weights(f, net.codes, None)[0]
+    w = net.fusion.weights(f, net.codes, NONE)[0]
     wanted = sum(w[j, i] * f[0, j] + f[0, i] for i in there for j in there) / 4
     f[0, 1] = torch.nan
-    assert torch.allclose(net.fusion(f, net.codes, observed_of([1, 0, 1]), None)[0], wanted, atol=1e-12)
+    assert torch.allclose(net.fusion(f, net.codes, observed_of([1, 0, 1]), NONE)[0], wanted, atol=1e-12)
 
 
 def test_the_order_of_elements_and_their_codes_does_not_matter():
     net, order = network(0).double(), torch.tensor([2, 0, 1])
     f, observed = torch.randn(2, 3, 8, 2, 2, 2).double(), observed_of([1, 0, 1], [1, 1, 0])
-    fused = net.fusion(f, net.codes, observed, None)
-    assert torch.allclose(net.fusion(f[:, order], net.codes[order], observed[:, order], None), fused, atol=1e-12)
-    assert not torch.allclose(net.fusion(f[:, order], net.codes, observed[:, order], None), fused, atol=1e-3)
+    fused = net.fusion(f, net.codes, observed, NONE)
+    assert torch.allclose(net.fusion(f[:, order], net.codes[order], observed[:, order], NONE), fused, atol=1e-12)
+    assert not torch.allclose(net.fusion(f[:, order], net.codes, observed[:, order], NONE), fused, atol=1e-3)
 
 
 def test_what_is_missing_is_not_read():
@@ -123,5 +126,5 @@ def test_the_classifier_teaches_the_network_the_opposite():
 def test_thin_slabs_keep_their_depth(stride):
     net = network(0, stride=stride)
     x = images(depth=4)
-    assert net(x, observed_of([1, 1, 0]), None).shape == x.shape
+    assert net(x, observed_of([1, 1, 0]), NONE).shape == x.shape
     assert net.encode(x).shape == (1, 3, 8, 2, 3, 4 if stride[2] == 1 else 1)

@@ -7,18 +7,43 @@ modalities were there. Ours: the hypernetwork's weights start larger, as its cha
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from copedit_rt.config import Triple
+from copedit_rt.config import ModelConfig, Triple
+from copedit_rt.errors import CopeditError
+from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.methods.base import Drawn, Method, Noise, of_elements
+from copedit_training.methods.guidance import Guidance
+from copedit_training.stages.settings import MethodSettings, Stage
+from copedit_training.stages.task import Terms
 
 RESIDUALS = 6  # blocks of the encoder and of the decoder
 OVERLAP = 0.2  # of neighbouring windows
+ADVERSARIAL = 0.001
+
+
+@dataclass(frozen=True)
+class HyperGAESettings(MethodSettings):
+    """width: channels of the first convolution. patch: voxels a side, in the plane, of what is trained on and of the
+    windows that are filled in, as norms are those of a patch; its depth is the image's. Published guidance is the mask.
+    """
+
+    stage: ClassVar[Stage] = "hyper-gae"
+    ranges: ClassVar = {"width": (3, 512), "patch": (8, 1024)}
+
+    width: int = 24
+    patch: int = 72
+    beta1: float = 0.5
+    guidance: str = "mask"
 
 
 class Chain(nn.Module):
@@ -120,21 +145,19 @@ class Fusion(nn.Module):
         self.first = nn.Linear(2 * (width + elements) + guidance, hidden)
         self.second = nn.Linear(hidden, width)
 
-    def weights(self, features: Tensor, codes: Tensor, guidance: Tensor | None) -> Tensor:
+    def weights(self, features: Tensor, codes: Tensor, guidance: Tensor) -> Tensor:
         """w [B, j, i, width, h, w, d] of the message of element j to element i, in -1..1.
 
         The first layer is linear, so what it makes of j, of i and of the guidance is added up."""
         width, k = features.shape[2], codes.shape[-1]
-        sender, receiver, last = self.first.weight.split((width + k, width + k, self._rest(width + k)), 1)
+        each = width + k
+        sender, receiver, last = self.first.weight.tensor_split((each, 2 * each), 1)
         a, b = (self._project(features, codes, part) for part in (sender, receiver))
         y = a[:, :, None] + b[:, None]
-        bias = self.first.bias if guidance is None else F.linear(guidance, last, self.first.bias)
+        bias = F.linear(guidance.to(last.dtype), last, self.first.bias)
         y = F.relu(y + bias.reshape(-1, 1, 1, bias.shape[-1], 1, 1, 1))
         y = torch.einsum("oc,bjicxyz->bjioxyz", self.second.weight, y) + self.second.bias[:, None, None, None]
         return torch.tanh(y)
-
-    def _rest(self, used: int) -> int:
-        return self.first.in_features - 2 * used
 
     @staticmethod
     def _project(features: Tensor, codes: Tensor, weight: Tensor) -> Tensor:
@@ -143,7 +166,7 @@ class Fusion(nn.Module):
         y = torch.einsum("oc,bmcxyz->bmoxyz", weight[:, :width], features)
         return y + (codes @ weight[:, width:].mT)[None, :, :, None, None, None]
 
-    def forward(self, features: Tensor, codes: Tensor, observed: Tensor, guidance: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor, codes: Tensor, observed: Tensor, guidance: Tensor) -> Tensor:
         """features: [B, m, width, h, w, d]; codes: [m, k]; observed: [B, m]. Returns [B, width, h, w, d]; nothing of a
         missing element's features is in it."""
         there = observed[:, :, None, None, None, None]
@@ -187,15 +210,16 @@ class Network(nn.Module):
     """Images of all elements from those observed.
 
     width: channels of the first convolution, a quarter of the features'. stride: of the two downsampling convolutions.
-    guidance: values that join the messages, 0 for none.
+    guidance: its values join the messages.
     """
 
     codes: Tensor
 
-    def __init__(self, elements: int, guidance: int, width: int = 24, stride: Triple = (2, 2, 2)):
+    def __init__(self, elements: int, guidance: Guidance, width: int, stride: Triple):
         super().__init__()
+        self.guidance = guidance
         self.encoder, self.decoder = Encoder(elements, width, stride), Decoder(elements, width, stride)
-        self.fusion = Fusion(elements, guidance, 4 * width)
+        self.fusion = Fusion(elements, guidance.width, 4 * width)
         self.register_buffer("codes", torch.eye(elements), persistent=False)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -209,8 +233,95 @@ class Network(nn.Module):
         every = fused[:, None].expand(-1, m, *fused.shape[1:]).flatten(0, 1)
         return self.decoder(every, self.codes.repeat(b, 1)).unflatten(0, (b, m))
 
-    def forward(self, images: Tensor, observed: Tensor, guidance: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, observed: Tensor, guidance: Tensor) -> Tensor:
         """images: [B, m, 1, H, W, D] in -1..1, observed: [B, m]; all elements. What is missing is not read."""
         there = observed[:, :, None, None, None, None]
         features = self.encode(images.where(there, images.new_zeros(())))
         return self.decode(self.fusion(features, self.codes, observed, guidance))
+
+
+def starts(size: int, window: int) -> list[int]:
+    """Where windows along an axis begin, a fifth of each in the one before at least, the last one flush."""
+    step = max(1, int(window * (1 - OVERLAP)))
+    return [*range(0, size - window, step), size - window]
+
+
+def corner(image: np.ndarray, patch: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Where a patch of an image [m, 1, H, W, D] begins: about a place in the plane that shows something, if any."""
+    places = np.argwhere(image.any((0, 1, 4)))
+    centre = places[rng.integers(len(places))] if len(places) else rng.integers(image.shape[2:4])
+    x, y = (int(np.clip(c - patch // 2, 0, n - patch)) for c, n in zip(centre, image.shape[2:4], strict=True))
+    return x, y
+
+
+class HyperGAE(Method[HyperGAESettings]):
+    """L1 of all elements in -1..1, and the classifier whose gradient is reversed, on patches with some of the elements
+    and, for it, with all of them."""
+
+    name, title, space, kind = "hyper-gae", "Hyper-GAE", "image", HyperGAESettings
+    guided = True
+
+    def __init__(self, config: ModelConfig, settings: HyperGAESettings, tokenizer: CoPeVAE | None = None):
+        (*plane, depth), patch = config.image, settings.patch
+        if patch % 4 or patch > min(plane):
+            raise CopeditError(f"patch = {patch}: must divide by 4 and fit into the image's plane {tuple(plane)}")
+        if depth < 4 or depth % self.stride(config)[2] ** 2:
+            raise CopeditError(f"{self.title}: images of {depth} slices; it needs 4 or more, of brains a multiple of 4")
+        super().__init__(config, settings, tokenizer)
+
+    @staticmethod
+    def stride(config: ModelConfig) -> Triple:
+        """Thin slabs keep their depth."""
+        return (2, 2, 1) if config.task.joint else (2, 2, 2)
+
+    @classmethod
+    def network(cls, config: ModelConfig, settings: HyperGAESettings) -> nn.Module:
+        m = len(config.elements)
+        guidance = Guidance(settings.guidance, m, config.tokenizer.prompt_dim, m)
+        return Network(m, guidance, settings.width, cls.stride(config))
+
+    @classmethod
+    def critic(cls, config: ModelConfig, settings: HyperGAESettings) -> nn.Module:
+        return Classifier(len(config.elements), 4 * settings.width)
+
+    def draw(self, step: int, part: int) -> Drawn:
+        drawn, patch = super().draw(step, part), self.settings.patch
+        assert drawn.images is not None
+        rng = np.random.default_rng((self.settings.seed, step, part, 2))
+        corners = [corner(x.numpy(), patch, rng) for x in drawn.images]
+        cut = [x[..., i : i + patch, j : j + patch, :] for x, (i, j) in zip(drawn.images, corners, strict=True)]
+        return dataclasses.replace(drawn, images=torch.stack(cut))
+
+    def objective(self, batch: Drawn) -> tuple[Tensor, Terms]:
+        net, classifier = cast(Network, self.net), cast(Classifier, self.module.adversary)
+        assert batch.images is not None
+        truth, observed = 2 * batch.images - 1, batch.observed
+        guidance = net.guidance(observed, self.prompts_of(batch))
+        features = net.encode(truth)
+        fused = net.fusion(features, net.codes, observed, guidance)
+        error = (net.decode(fused).float() - truth).abs().mean((2, 3, 4, 5))
+        every = torch.ones_like(observed)
+        whole = net.fusion(features, net.codes, every, net.guidance(every, self.prompts_of_all(batch)))
+        told = sum(told_apart(classifier(x), y) for x, y in ((fused, observed), (whole, every)))
+        terms = {"l1": error.mean(), "l1_missing": error.detach()[~observed].mean(), "classifier": cast(Tensor, told)}
+        return error.mean() + ADVERSARIAL * terms["classifier"], {name: x.item() for name, x in terms.items()}
+
+    def prompts_of_all(self, batch: Drawn) -> Tensor | None:
+        """Prompts [B, 3, P] of the complete subjects."""
+        return None if batch.prompts is None else batch.prompts.mean(1)
+
+    def fill(self, known: Tensor, observed: Tensor, noise: Noise) -> Tensor:
+        """The mean over sliding windows."""
+        net, patch = cast(Network, self.used), self.settings.patch
+        guidance = net.guidance(observed, self.prompted(known, observed))
+        total, count = torch.zeros_like(known), torch.zeros_like(known[:1, :1])
+        for i, j in itertools.product(*(starts(n, patch) for n in known.shape[3:5])):
+            at = (..., slice(i, i + patch), slice(j, j + patch), slice(None))
+            total[at] += net(2 * known[at] - 1, observed, guidance).float()
+            count[at] += 1
+        return (total / count + 1) / 2
+
+
+def told_apart(logits: Tensor, observed: Tensor) -> Tensor:
+    """Cross-entropy of the classifier's logits [B, m, h, w, d] against what was observed [B, m]."""
+    return F.binary_cross_entropy_with_logits(logits.float(), of_elements(observed).float()[:, :, 0].expand_as(logits))

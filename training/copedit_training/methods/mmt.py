@@ -9,13 +9,52 @@ sizes)".
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
+from copedit_training.methods.base import Drawn, Method, Noise, from_slices, least_squares, of_slices, to_slices
+from copedit_training.methods.guidance import Guidance
+from copedit_training.stages.settings import MethodSettings, Stage
+from copedit_training.stages.task import Terms
+
+MISSING, OBSERVED, ADVERSARIAL = 20.0, 5.0, 0.1  # weights of the loss
+PART = 8  # slices that are filled in at a time; their attention takes the most memory
 DEPTH = 2  # blocks a stage: the first with windows where they are, the second with shifted ones
+
+
+@dataclass(frozen=True)
+class MMTSettings(MethodSettings):
+    """width, heads: of the first of `stages` stages, twice as much at each of the next. window: tokens a side. patch:
+    pixels a token's side. stem: channels of the convolutions. critic_width: of the critics' first."""
+
+    stage: ClassVar[Stage] = "mmt"
+    ranges: ClassVar = {
+        **dict.fromkeys(("width", "stem", "critic_width"), (1, 1024)),
+        "heads": (1, 64),
+        "stages": (1, 6),
+        **dict.fromkeys(("window", "patch"), (2, 64)),
+    }
+
+    width: int = 96
+    heads: int = 3
+    stages: int = 3
+    window: int = 6
+    patch: int = 4
+    stem: int = 32
+    critic_width: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise CopeditError(f"width = {self.width}: must divide by heads = {self.heads}")
 
 
 def windows(x: Tensor, size: int) -> Tensor:
@@ -133,29 +172,23 @@ def expand(x: Tensor, by: int) -> Tensor:
     return x.flatten(4, 5).flatten(2, 3)
 
 
+def widths(settings: MMTSettings) -> list[int]:
+    """Of a token of each stage, the finest first."""
+    return [settings.width * 2**i for i in range(settings.stages)]
+
+
 class Network(nn.Module):
     """Slices of all contrasts from those observed.
 
-    width: of a token of the finest stage, twice as much at each of the next. stem: channels of the convolutions before
-    and behind the transformer. heads: of each stage. patch: pixels a token; window: tokens a side. guidance: values
-    that are added to the queries, `self.guided` of them, or 0 for none.
+    guidance: its values are added to the queries, those of the finest stage first. The rest: see `MMTSettings`.
     """
 
-    def __init__(
-        self,
-        elements: int,
-        guided: bool,
-        width: int = 96,
-        heads: Sequence[int] = (3, 6, 12),
-        window: int = 6,
-        patch: int = 4,
-        stem: int = 32,
-    ):
+    def __init__(self, elements: int, guidance: Guidance, s: MMTSettings):
         super().__init__()
-        self.elements, self.patch, self.multiple = elements, patch, patch * window * 2 ** (len(heads) - 1)
-        self.widths = [width * 2**i for i in range(len(heads))]
-        self.guidance = sum(self.widths) if guided else 0
-        stages = list(zip(self.widths, heads, strict=True))
+        self.elements, self.patch, self.multiple = elements, s.patch, s.patch * s.window * 2 ** (s.stages - 1)
+        self.widths, self.guidance = widths(s), guidance
+        width, stem, window, patch = s.width, s.stem, s.window, s.patch
+        stages = [(c, s.heads * 2**i) for i, c in enumerate(self.widths)]
         self.stems = nn.ModuleList(_five(1, stem, stem) for _ in range(elements))
         self.patches = nn.Linear(stem * patch**2, width)
         self.contrast = nn.Parameter(0.02 * torch.randn(elements, width))
@@ -169,15 +202,15 @@ class Network(nn.Module):
         self.heads = nn.ModuleList(_five(stem, stem, 1) for _ in range(elements))
 
     def forward(
-        self, images: Tensor, observed: Tensor, guidance: Tensor | None, contrasts: Sequence[int] | None = None
+        self, images: Tensor, observed: Tensor, guidance: Tensor, contrasts: Sequence[int] | None = None
     ) -> Tensor:
         """images: [N, n, h, w] of these contrasts (None: all), observed: [N, n], at least one a sample; guidance:
-        [N, k] or None. Returns [N, m, h, w]. What is missing is not read."""
+        [N, k]. Returns [N, m, h, w]. What is missing is not read."""
         every = torch.arange(self.elements, device=images.device)
         given = every if contrasts is None else every[list(contrasts)]
         h, w = images.shape[2:]
         images = images.where(observed[:, :, None, None], images.new_zeros(()))
-        images = F.pad(images, (0, -w % self.multiple, 0, -h % self.multiple))
+        images = F.pad(images, (0, -w % self.multiple, 0, -h % self.multiple), "replicate")
         kept = self._encode(images, observed, given)
         x = self._decode(kept, observed, guidance, every, given)
         x = expand(self.finish(x), self.patch).permute(0, 1, 4, 2, 3)
@@ -198,17 +231,14 @@ class Network(nn.Module):
         return kept
 
     def _decode(
-        self, kept: list[Tensor], observed: Tensor, guidance: Tensor | None, every: Tensor, given: Tensor
+        self, kept: list[Tensor], observed: Tensor, guidance: Tensor, every: Tensor, given: Tensor
     ) -> Tensor:
         """Tokens [N, m, h, w, C] of the finest stage, from the coarsest on."""
-        added = guidance.split(self.widths, 1) if guidance is not None else [None] * len(self.widths)
+        added = guidance.split(self.widths, 1)
         x: Tensor | None = None
         for i in reversed(range(len(kept))):
-            query = (self.queries[i] + self.encodings[i])[None]
-            if (g := added[i]) is not None:
-                query = query + g[:, None]
-            query = query[:, :, None, None]
-            x = query.expand(len(observed), -1, *kept[i].shape[2:]) if x is None else expand(self.up[i](x), 2) + query
+            query = (self.queries[i] + self.encodings[i] + added[i][:, None])[:, :, None, None]
+            x = query.expand(-1, -1, *kept[i].shape[2:4], -1) if x is None else expand(self.up[i](x), 2) + query
             for block in self.decoder[i]:  # type: ignore[attr-defined]
                 x = block(x, kept[i], observed, every, given)
         assert x is not None
@@ -221,3 +251,60 @@ def _five(inside: int, width: int, outside: int) -> nn.Sequential:
     for channels in (width, width, width, outside):
         layers += [nn.LeakyReLU(0.2), nn.Conv2d(width, channels, 3, padding=1)]
     return nn.Sequential(*layers)
+
+
+class Critic(nn.Module):
+    """Patches of each contrast, by a network of its own: [N, m, H, W] -> [N, m, h, w]."""
+
+    def __init__(self, elements: int, width: int):
+        super().__init__()
+        sizes = [elements * n for n in (1, width, 2 * width, 4 * width)]
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+            layers += [nn.Conv2d(a, b, 4, 2, 1, groups=elements), nn.InstanceNorm2d(b) if i else nn.Identity()]
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(sizes[-1], elements, 3, padding=1, groups=elements))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class MMT(Method[MMTSettings]):
+    """20 of L1 over what is missing, 5 over what is reconstructed, 0.1 of the least-squares adversarial term; values
+    in -1..1."""
+
+    name, title, space, kind = "mmt", "MMT (our sizes)", "image", MMTSettings
+    sliced = guided = True
+
+    @classmethod
+    def network(cls, config: ModelConfig, settings: MMTSettings) -> nn.Module:
+        m, k = len(config.elements), sum(widths(settings))
+        return Network(m, Guidance(settings.guidance, m, config.tokenizer.prompt_dim, k), settings)
+
+    @classmethod
+    def critic(cls, config: ModelConfig, settings: MMTSettings) -> nn.Module:
+        return Critic(len(config.elements), settings.critic_width)
+
+    def objective(self, batch: Drawn) -> tuple[Tensor, Terms]:
+        assert batch.images is not None
+        truth, depth = to_slices(2 * batch.images - 1), batch.images.shape[-1]
+        guidance = cast(Network, self.net).guidance(batch.observed, self.prompts_of(batch))
+        observed = of_slices(batch.observed, depth)
+        out = self.net(truth, observed, of_slices(guidance, depth)).float()
+        error = (out - truth).abs().mean((2, 3))
+        there = observed[:, :, None, None]
+        adversarial, critic = least_squares(
+            self.module.adversary,  # type: ignore[arg-type]
+            torch.where(there, truth, out),
+            truth,
+            there,
+        )
+        terms = {"l1": error[~observed].mean(), "l1_observed": error[observed].mean(), "adversarial": adversarial}
+        loss = MISSING * terms["l1"] + OBSERVED * terms["l1_observed"] + ADVERSARIAL * adversarial + critic
+        return loss, {name: x.item() for name, x in terms.items()} | {"discriminator": critic.item()}
+
+    def fill(self, known: Tensor, observed: Tensor, noise: Noise) -> Tensor:
+        guidance = cast(Network, self.used).guidance(observed, self.prompted(known, observed))
+        told = (of_slices(x, known.shape[-1]).split(PART) for x in (observed, guidance))
+        parts = [self.used(*part) for part in zip(to_slices(2 * known - 1).split(PART), *told, strict=True)]
+        return from_slices((torch.cat(parts) + 1) / 2, len(known))
