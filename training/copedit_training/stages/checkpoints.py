@@ -72,8 +72,10 @@ def alive(pid: int) -> bool:
 
 def _complete(described: dict[str, Any]) -> dict[str, Any]:
     """A run as an older version described it, with the fields that have been added since and without those that have
-    gone."""
+    gone; of a method as it is."""
     model = ModelConfig.from_dict(described["model"])
+    if "method" in described:
+        return described | {"model": json.loads(json.dumps(model.to_dict()))}
     kind = TokenizerSettings if described["stage"] == "tokenizer" else DenoiserSettings
     settings = {
         field.name: described["settings"].get(field.name, field.default)

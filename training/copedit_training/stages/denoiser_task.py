@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +24,13 @@ from copedit_rt.networks.tokenizer import CoPeVAE, Decoder
 from copedit_rt.prior import Prior, shown
 from copedit_rt.prior_heart import SlicePrior
 from copedit_rt.schedule import alpha_bar
-from copedit_training.data.prepared import draw_observed, draw_run, mapped, new_cache
+from copedit_training.data.prepared import draw_observed, draw_run
 from copedit_training.evaluation.metrics import psnr
+from copedit_training.stages.latent_task import LatentTask
 from copedit_training.stages.prior import stack_of
 from copedit_training.stages.settings import DenoiserSettings
 from copedit_training.stages.task import (
     Batch,
-    Task,
     Terms,
     check_crop,
     checkpoint_activations,
@@ -88,17 +87,7 @@ def check(config: ModelConfig, settings: DenoiserSettings) -> None:
             raise CopeditError(f"crop = {crop}: a UNet halves latents twice; divide by {4 * h} and {4 * w}")
 
 
-def _kept(path: Path, key: Tensor, rows: int) -> Tensor | None:
-    """The prompts [rows, m, 3, P] that an earlier run left there with the same tokenizer; None for anything else."""
-    try:
-        found = checkpoint.read_tensors(path)[0]
-    except CopeditError:
-        return None
-    own = "prompts" in found and torch.equal(found.get("tokenizer", key[:0]), key)
-    return found["prompts"] if own and len(found["prompts"]) == rows else None
-
-
-class DenoiserTask(Task[DenoiserSettings, Noised]):
+class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
     """Mean squared error of the predicted clean latents of all elements (equation 5), or with less weight on
     the observed ones, or with the decoded image's beside it."""
 
@@ -126,7 +115,6 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         self.images, self.prior = images, prior
         if settings.augment:
             images, cache = images[:16], None  # enough to whiten with
-        self.views = 2 if config.task.mirrored else 1  # a row is a subject, or a subject and whether it is mirrored
         if config.denoiser.prior:
             # Fills are drawn with the patterns and have to be encoded in the step; so is the rest of their crop then.
             self.latents, self.prompts = None, self._prompts(images, cache)
@@ -156,60 +144,6 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         self.decoder = Decoder(self.config.tokenizer).to(self.device)
         self.decoder.load_state_dict(self.average_decoder.state_dict())
         self.module.average_decoder, self.module.decoder = self.average_decoder, self.decoder
-
-    def _prompts(self, images: np.ndarray, cache: Path | None) -> Tensor:
-        """The prompts [subjects, m, 3, P] of each element alone, read from beside `cache` where an earlier run left
-        them; a mirrored brain is given those of the brain itself."""
-        key, beside = self._key(), cache and cache.with_name("prompts.safetensors")
-        kept = _kept(beside, key, len(images)) if beside else None
-        if kept is None:
-            each = (self._encoded(torch.from_numpy(x[None]).to(self.device).float())[1].cpu() for x in images)
-            kept = torch.cat(list(each))
-            if beside:
-                checkpoint.write_tensors(beside, {"prompts": kept, "tokenizer": key})
-        return kept
-
-    def _key(self) -> Tensor:
-        """The tokenizer's hash, [32] uint8."""
-        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.tokenizer.state_dict().values()))
-        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
-
-    @torch.no_grad()
-    def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
-        """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images.
-
-        Both on the host; the latents are mapped from `cache`, as those of many subjects may not fit into memory.
-        """
-        if cache is None:
-            pairs = list(self._views(images))
-            return torch.cat([z.half().cpu() for z, _ in pairs]), torch.cat([prompts.cpu() for _, prompts in pairs])
-        key, beside = self._key(), cache.with_name("prompts.safetensors")  # written last: with it all is there
-        rows, m = self.views * len(images), len(self.config.elements)
-        shape = (rows, m, self.config.tokenizer.latent_channels, *self.config.latent)
-        kept = _kept(beside, key, rows) if cache.exists() else None
-        if kept is None or mapped(cache).shape != shape:
-            beside.unlink(missing_ok=True)
-            each = []
-            with new_cache(cache, shape) as latents:
-                for i, (z, prompts) in enumerate(self._views(images)):
-                    latents[i] = z[0].half().cpu().numpy()
-                    each.append(prompts.cpu())
-            kept = torch.cat(each)
-            checkpoint.write_tensors(beside, {"prompts": kept, "tokenizer": key})
-        return torch.from_numpy(mapped(cache)), kept
-
-    def _views(self, images: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        for subject in images:
-            x = torch.from_numpy(subject[None]).to(self.device).float()
-            for view in (x, x.flip(3))[: self.views]:
-                yield self._encoded(view)
-
-    @torch.no_grad()
-    def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised latents of images [B, m, 1, H, W, D] and the prompts [B, m, 3, P] of each element alone."""
-        with self.autocast():
-            z = self.tokenizer.encode(images).float()
-            return self.tokenizer.normalise(z), self.tokenizer.prompts_of_each(z)
 
     @torch.no_grad()
     def _prepare_crops(self) -> None:
@@ -277,9 +211,7 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
         if settings.crop and not cropped:
             (h, w, _), (p, q, _) = self.config.latent, self.config.denoiser.patch
             batch = max(1, batch * math.prod(self.size) // (h // p * w // q))
-        every = len(self.images) * self.views
-        rows = rng.choice(every, batch, replace=every < batch)
-        subjects, mirrored = rows // self.views, rows % self.views == 1
+        rows, subjects, mirrored = self.draw_rows(rng, batch)
         latents = prompts = images = fill = chance = None
         corner = self._corners(rows, rng) if cropped else None
         if self.augmentation:
@@ -372,12 +304,6 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             loss = loss + settings.image_weight * image_error.mean().log()
             terms["image_mse"] = image_error.mean().item()
         return loss, terms
-
-    @torch.no_grad()
-    def _encode_alone(self, images: Tensor) -> Tensor:
-        """Normalised latents of images [B, m, 1, H, W, D], without prompts."""
-        with self.autocast():
-            return self.tokenizer.normalise(self.tokenizer.encode(images).float())
 
     @torch.no_grad()
     def _begun(self, z0: Tensor, batch: Noised) -> Tensor | None:

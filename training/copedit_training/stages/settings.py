@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from copedit_rt.errors import CopeditError
 
-Stage = Literal["tokenizer", "denoiser"]
+Method = Literal["mmgan", "mmt", "hyper-gae", "ldm", "controlnet", "m2dn", "diffm4ri"]
+Stage = Literal["tokenizer", "denoiser"] | Method
 _PRESETS = Path(__file__).parents[1] / "presets"
 _MOST = 10_000_000  # steps, or subjects
 _RANGES: dict[str, tuple[float, float]] = {
@@ -25,10 +26,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "lr": (1e-12, 10),
     **dict.fromkeys(("prompt_lr", "muon_lr"), (0, 10)),
     "clip": (1e-6, 1e6),
-    **dict.fromkeys(("beta2", "ema"), (0, 0.999_999)),
+    **dict.fromkeys(("beta1", "beta2", "ema"), (0, 0.999_999)),
     **dict.fromkeys(("weight_decay", "whiten", "last_timestep", "observed_weight", "image_weight"), (0, 1)),
     "patients_share": (0, 0.9),
     **dict.fromkeys(("count_weight", "position_weight", "contrast_weight"), (0, 100)),
+    **dict.fromkeys(("sampler_steps", "slices"), (1, 65_536)),
 }
 # Of `--quick`: the most that each is.
 _QUICK: dict[Stage, dict[str, Any]] = {
@@ -41,6 +43,7 @@ _QUICK: dict[Stage, dict[str, Any]] = {
     },
     "denoiser": {"whole_steps": 1, "ema": 0.5, "compile": False},
 }
+_QUICK_METHOD = {"ema": 0.5, "sampler_steps": 2}
 _QUICK_BOTH = {"steps": 4, "warmup": 1, "batch_size": 2, "subjects": 4, "checkpoint_every": 2, "validate_every": 0}
 # What has no effect while another setting has a value.
 _IDLE: dict[str, tuple[str, Any]] = {
@@ -55,6 +58,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "position_loss": ("bce", "cross-entropy"),
     "optimizer": ("adam", "muon"),
     "export": ("float32", "float16"),
+    "guidance": ("full", "mask", "none"),
 }
 
 
@@ -66,7 +70,7 @@ class Settings:
     accumulate: micro-batches of batch_size subjects in a step, shared by the processes of torchrun.
     subjects: simulated subjects to train on. dtype: autocast type, "float32", "bfloat16", or on a GPU "float16", whose
     losses are scaled so that small gradients do not vanish (Micikevicius et al. 2018).
-    clip: gradient norm. beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
+    clip: gradient norm. beta1, beta2, weight_decay: of the optimizer. device: auto, cpu or cuda[:N].
     crop: train on random crops of so many voxels in the plane, 0 for whole images; the stages say how.
     augment: `augmentation.Augmentation` of every image; brains are mirrored with or without it. In the denoiser it
     costs the encoding of each batch, as latents are then not computed once and kept.
@@ -78,6 +82,7 @@ class Settings:
     """
 
     stage: ClassVar[Stage]
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}  # of what a kind of settings adds
 
     steps: int
     batch_size: int
@@ -88,6 +93,7 @@ class Settings:
     subjects: int = 256
     dtype: str = "bfloat16"
     clip: float = 1.0
+    beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
     crop: int = 0
@@ -101,11 +107,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            low, high = _RANGES.get(name, (value, value))
+            low, high = self.ranges.get(name) or _RANGES.get(name, (value, value))
             if not low <= value <= high:  # neither is NaN
                 raise CopeditError(f"{name} = {value}: must be from {low} to {high}")
             if value not in (choices := _CHOICES.get(name, (value,))):
                 raise CopeditError(f"{name} = {value!r}: must be {' or '.join(choices)}")
+
+    def phase(self, step: int) -> tuple[float, int, int]:
+        """Of the part of the run that a step is in: the peak of its learning rate, the step in it, and its length."""
+        return self.lr, step, self.steps
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,12 @@ class TokenizerSettings(Settings):
                 f"prompt_steps = {self.prompt_steps}: must be below steps = {self.steps}; set both, or try --quick"
             )
 
+    def phase(self, step: int) -> tuple[float, int, int]:
+        before = self.steps - self.prompt_steps
+        if step < before:
+            return self.lr, step, before
+        return self.prompt_lr or self.lr, step - before, self.prompt_steps
+
 
 @dataclass(frozen=True)
 class DenoiserSettings(Settings):
@@ -197,24 +213,54 @@ class DenoiserSettings(Settings):
     export: str = "float32"
 
 
+@dataclass(frozen=True)
+class MethodSettings(Settings):
+    """What the methods of the paper's tables have in common, beside what all runs have; each adds its own.
+
+    ema: decay of the averaged weights that are sampled with, 0 for none. tokenizer: the model whose tokenizer is taken,
+    for methods on latents and for guidance by prompts. guidance: what tells the network what is missing, see
+    `guidance.Guidance`. slices: of each drawn volume that many axial slices, for methods on slices. sampler_steps: of
+    methods that sample.
+    """
+
+    ema: float = 0.0
+    tokenizer: str = ""
+    guidance: str = "none"
+    slices: int = 8
+    sampler_steps: int = 200
+
+
 _KINDS: dict[Stage, type[Settings]] = {"tokenizer": TokenizerSettings, "denoiser": DenoiserSettings}
 
 
-def load_settings(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bool = False) -> Any:
-    """`TokenizerSettings` or `DenoiserSettings` of a preset with `key=value` overrides.
+def load_settings(
+    stage: Stage,
+    preset: str,
+    overrides: Sequence[str] = (),
+    quick: bool = False,
+    kind: type[MethodSettings] | None = None,
+) -> Any:
+    """`TokenizerSettings` or `DenoiserSettings` of a preset, or those of a method (kind), with `key=value` overrides.
 
     quick: a few steps on a few subjects, to see that everything works; overrides count all the same.
 
-    Raises CopeditError for an unknown preset, key or value, and for a key of the other stage.
+    Raises CopeditError for an unknown preset, key or value, for a key of the other stage, and for a preset that has
+    none of a method.
     """
     paths = {path.stem: path for path in sorted(_PRESETS.glob("*.toml"))}
     if preset not in paths:
         raise CopeditError(f"preset {preset!r} has no training settings; choose one of {', '.join(paths)}")
-    values: dict[str, Any] = tomllib.loads(paths[preset].read_text(encoding="utf-8"))[stage]
+    every = {name: tomllib.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    if stage not in every[preset]:
+        able = ", ".join(name for name, sections in every.items() if stage in sections)
+        raise CopeditError(f"preset {preset!r} has no settings of {stage}; choose one of {able}")
+    values: dict[str, Any] = every[preset][stage]
     if quick:
-        values |= {key: min(values.get(key, most), most) for key, most in {**_QUICK_BOTH, **_QUICK[stage]}.items()}
-    own = dict(_parsed(stage, item) for item in overrides)
-    settings = _KINDS[stage](**values | own)
+        most = _QUICK_BOTH | (_QUICK_METHOD if kind else _QUICK[stage])
+        values |= {key: min(values.get(key, getattr(kind, key, value)), value) for key, value in most.items()}
+    kinds: dict[Stage, type[Settings]] = {stage: kind} if kind else _KINDS
+    own = dict(_parsed(stage, item, kinds) for item in overrides)
+    settings = kinds[stage](**values | own)
     _check_idle(settings, own)
     return settings
 
@@ -223,14 +269,14 @@ def _check_idle(settings: Settings, own: Mapping[str, Any]) -> None:
     """Raises CopeditError for an override that would change nothing, as another setting is what it is."""
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for key, (other, without) in _IDLE.items():
-        if key in own and own[key] != defaults[key] and getattr(settings, other) == without:
+        if key in own and own[key] != defaults[key] and getattr(settings, other, None) == without:
             raise CopeditError(f"--set {key}={own[key]}: has no effect with {other} = {without}; set both, or neither")
 
 
-def _parsed(stage: Stage, item: str) -> tuple[str, Any]:
+def _parsed(stage: Stage, item: str, known: Mapping[Stage, type[Settings]]) -> tuple[str, Any]:
     """Key and value of `key=value`."""
     readers: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": _switch}
-    kinds = {other: {f.name: str(f.type) for f in dataclasses.fields(kind)} for other, kind in _KINDS.items()}
+    kinds = {other: {f.name: str(f.type) for f in dataclasses.fields(kind)} for other, kind in known.items()}
     key, sign, text = item.partition("=")
     if not sign or not any(key in keys for keys in kinds.values()):
         raise CopeditError(f"--set {item}: expected key=value with a key among {', '.join(kinds[stage])}")

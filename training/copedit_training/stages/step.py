@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from copedit_rt.errors import CopeditError
 from copedit_training.stages import distributed
-from copedit_training.stages.settings import DenoiserSettings, Settings, TokenizerSettings
+from copedit_training.stages.settings import DenoiserSettings, Settings
 from copedit_training.stages.task import B, Task, Terms
 
 
@@ -167,7 +167,7 @@ def optimizers_of(task: Task[Any, Any]) -> list[torch.optim.Optimizer]:
     adam = partial(
         torch.optim.AdamW,
         lr=settings.lr,
-        betas=(0.9, settings.beta2),
+        betas=(settings.beta1, settings.beta2),
         weight_decay=decay,
         fused=task.device.type == "cuda" or None,
     )
@@ -181,12 +181,8 @@ def optimizers_of(task: Task[Any, Any]) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine to zero (Tables 14 and 15)."""
-    peak, steps = settings.lr, settings.steps
-    if isinstance(settings, TokenizerSettings) and settings.prompt_steps:
-        steps -= settings.prompt_steps
-        if step >= steps:
-            peak, step, steps = settings.prompt_lr or peak, step - steps, settings.prompt_steps
+    """Linear warm-up, then a cosine to zero (Tables 14 and 15), in each phase of a run."""
+    peak, step, steps = settings.phase(step)
     if step < settings.warmup:
         return peak * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - settings.warmup)

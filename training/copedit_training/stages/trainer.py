@@ -48,7 +48,14 @@ from copedit_training.stages.checkpoints import claim, cut_log, restore, store
 from copedit_training.stages.denoiser_task import DenoiserTask, check
 from copedit_training.stages.prior import fit_prior, fit_slice_prior
 from copedit_training.stages.progress import shown
-from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, TokenizerSettings, load_settings
+from copedit_training.stages.settings import (
+    DenoiserSettings,
+    MethodSettings,
+    Settings,
+    Stage,
+    TokenizerSettings,
+    load_settings,
+)
 from copedit_training.stages.step import Optimization, Share, ahead, clip, gradients, learning_rate
 from copedit_training.stages.task import Task, Terms
 from copedit_training.stages.tokenizer_task import TokenizerTask
@@ -93,8 +100,8 @@ def fit_prior_alone(
     settings, config = load_settings("tokenizer", preset), config or ModelConfig.preset(preset)
     if not config.denoiser.prior:
         raise CopeditError(f"preset {preset}: its models have no prior; choose one that does, such as heart-3mm")
-    vae = _tokenizer(preset, config, tokenizer)
-    found, console = _source(data, config), Console(stderr=True)
+    vae, _ = load_tokenizer(preset, config, tokenizer)
+    found, console = source(data, config), Console(stderr=True)
     claim(output, {"stage": "prior", "model": config.to_dict(), "data": data, "tokenizer": tokenizer}, resume=False)
     images = _images(config, settings, found, output, console)
     if config.task.joint:
@@ -117,18 +124,34 @@ def expected(stage: Stage, preset: str, overrides: Sequence[str] = (), quick: bo
 def _run(
     preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig, most: int | None
 ) -> Path:
-    """Check everything, then claim the folder, then prepare images (most: of a data set's studies at most so many) and
-    train."""
-    found = _source(data, config)
-    described: dict[str, Any] = {
-        "stage": settings.stage,
-        "settings": dataclasses.asdict(settings),
-        "model": config.to_dict(),
-    }
+    found = source(data, config)
+    make = _checked(preset, settings, config, output)
+    described = describe(settings, config, data, found)
+    return carry_out(described, output, settings, config, found, make, resume, most)
+
+
+def describe(settings: Settings, config: ModelConfig, data: str, found: Source) -> dict[str, Any]:
+    """What `run.json` says of a run."""
+    own = dataclasses.asdict(settings)
+    described: dict[str, Any] = {"stage": settings.stage, "settings": own, "model": config.to_dict()}
     if found:
         described["data"] = f"labels:{found.folder}" if isinstance(found, Labels) else str(Path(data).resolve())
+    return described
+
+
+def carry_out(
+    described: dict[str, Any],
+    output: Path,
+    settings: Settings,
+    config: ModelConfig,
+    found: Source,
+    make: Callable[[np.ndarray], Task[Any, Any]],
+    resume: bool,
+    most: int | None = None,
+) -> Path:
+    """A run whose settings have been checked: claim the folder, prepare images (most: of a data set's studies at most
+    so many), make the task of them, and train."""
     console = Console(stderr=True, quiet=distributed.rank() > 0)
-    make = _checked(preset, settings, config, output)
     console.print_json(data=described["settings"])
     with distributed.first():
         if not distributed.rank():
@@ -162,7 +185,7 @@ def trained_on(found: Source, settings: Settings, config: ModelConfig, images: n
     if isinstance(settings, TokenizerSettings) and settings.patients:
         count = len(find_studies(settings.patients, task=config.task))
         words += f" and {count} patients"
-    if isinstance(settings, DenoiserSettings):
+    if isinstance(settings, DenoiserSettings | MethodSettings) and settings.tokenizer:
         first = TrainedOn.load(checkpoint.locate(settings.tokenizer))
         if first and first.words != words:
             words = first.words if first.words.startswith(words) else f"{words}, its tokenizer on {first.words}"
@@ -176,29 +199,35 @@ def check_subjects(data: str, overrides: Sequence[str]) -> None:
         raise CopeditError(f"--set {given[0]}: is of simulated subjects, not of --data {data}; leave it out")
 
 
-def _source(data: str, config: ModelConfig) -> Source:
+def source(data: str, config: ModelConfig) -> Source:
+    """What `data` names, see `run`; raises CopeditError for a folder that holds nothing of the kind."""
     labels = Labels.of(data, config)
     return labels if labels or data == "phantom" else layouts.find(Path(data), config)
 
 
-def _tokenizer(preset: str, config: ModelConfig, model: str) -> CoPeVAE:
-    """The tokenizer of a model; CopeditError if it is not one of the preset's kind."""
-    trained, tokenizer, _ = checkpoint.load_tokenizer(checkpoint.locate(model))
+def load_tokenizer(preset: str, config: ModelConfig, model: str) -> tuple[CoPeVAE, str]:
+    """The tokenizer of a model, and the SHA-256 of its weights; CopeditError if it is not one of the preset's kind."""
+    trained, tokenizer, digest = checkpoint.load_tokenizer(checkpoint.locate(model))
     if (trained.tokenizer, trained.elements, trained.image) != (config.tokenizer, config.elements, config.image):
         raise CopeditError(f"{model}: its tokenizer is not the one of preset {preset}; train stage I again")
-    return tokenizer
+    return tokenizer, digest
 
 
-def _checked(
-    preset: str, settings: Settings, config: ModelConfig, output: Path
-) -> Callable[[np.ndarray], Task[Any, Any]]:
-    """What makes a task of its images; all that can be wrong without them raises CopeditError now."""
+def get_ready(settings: Settings) -> None:
+    """Seed what draws weights. Raises CopeditError where the processes cannot share the micro-batches."""
     if settings.accumulate % (world := distributed.world()):
         raise CopeditError(
             f"accumulate = {settings.accumulate}: {world} processes cannot share so many micro-batches; set a multiple "
             f"of {world} (a step takes accumulate x batch_size subjects, however many processes there are)"
         )
     torch.manual_seed(settings.seed)
+
+
+def _checked(
+    preset: str, settings: Settings, config: ModelConfig, output: Path
+) -> Callable[[np.ndarray], Task[Any, Any]]:
+    """What makes a task of its images; all that can be wrong without them raises CopeditError now."""
+    get_ready(settings)
     if isinstance(settings, TokenizerSettings):
         task = TokenizerTask(config, settings)
         return lambda images: task.on(images, heart_centres(output))
@@ -206,7 +235,7 @@ def _checked(
     check(config, settings)
     if not settings.tokenizer:
         raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
-    tokenizer = _tokenizer(preset, config, settings.tokenizer)
+    tokenizer, _ = load_tokenizer(preset, config, settings.tokenizer)
     prior = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
     return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", prior)
 
