@@ -50,9 +50,15 @@ CONFIGS = {"brain": BRAIN, "heart": HEART}
 COMMON = "steps=4 batch_size=2 accumulate=1 subjects=4 checkpoint_every=2 warmup=1 validate_every=0".split()
 # Of each method, what makes it small; and what makes it learn one subject by heart in a second or two.
 OPTIONS = {
+    "m2dn": "width=4 slices=2 sampler_steps=2 ema=0.5",
+    "hyper-gae": "width=4 patch=24",
+    "mmt": "width=8 heads=2 stages=2 window=2 patch=4 stem=4 critic_width=2 slices=2",
     "mmgan": "width=8 levels=3 critic_width=4 slices=2",
 }
 OVERFIT = {
+    "m2dn": "steps=40 lr=1e-2 batch_size=1",
+    "hyper-gae": "steps=50 lr=5e-3 batch_size=1 patch=32",
+    "mmt": "steps=80 lr=5e-3 batch_size=1",
     "mmgan": "steps=40 lr=5e-3 batch_size=2 slices=4",
 }
 

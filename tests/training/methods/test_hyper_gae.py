@@ -1,11 +1,18 @@
 """Hyper-GAE: norms set by codes, messages, and the reversed gradient."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
 from copedit_training.methods import hyper_gae
+from copedit_training.methods.base import parameters
 from copedit_training.methods.guidance import Guidance
+from copedit_training.stages.settings import load_settings
+from tests.training.methods.small import BRAIN, HEART, noise, smooth, task
 
 NONE = torch.zeros(1, 0)
 
@@ -128,3 +135,83 @@ def test_thin_slabs_keep_their_depth(stride):
     x = images(depth=4)
     assert net(x, observed_of([1, 1, 0]), NONE).shape == x.shape
     assert net.encode(x).shape == (1, 3, 8, 2, 3, 4 if stride[2] == 1 else 1)
+
+
+def test_patches_lie_where_something_is_shown():
+    made, config = task("hyper-gae", BRAIN, "patch=8"), BRAIN
+    made.images = np.zeros_like(made.images)
+    made.images[:, 1, :, 14:28, 4:6] = 0.5
+    drawn = [made.draw(step, 0) for step in range(10)]
+    assert {tuple(x.images.shape) for x in drawn} == {(2, 3, 1, 8, 8, config.image[2])}
+    assert all(x.images.flatten(1).any(1).all() for x in drawn) and len({x.images[0].sum().item() for x in drawn}) > 2
+    assert torch.equal(made.draw(3, 0).images, drawn[3].images)
+    rng = np.random.default_rng(0)
+    corners = {hyper_gae.corner(np.zeros((3, 1, 12, 9, 4)), 8, rng) for _ in range(200)}
+    assert {i for i, _ in corners} == set(range(5)) and {j for _, j in corners} == {0, 1}
+
+
+def test_windows_cover_everything_with_a_fifth_in_common():
+    assert hyper_gae.starts(192, 72) == [0, 57, 114, 120] and hyper_gae.starts(32, 32) == [0]
+    for size in range(24, 100):
+        begin = hyper_gae.starts(size, 24)
+        assert begin[0] == 0 and begin[-1] == size - 24 and all(b - a <= 19 for a, b in itertools.pairwise(begin))
+
+
+def test_what_is_filled_in_is_the_mean_over_windows_of_the_training_size():
+    made, images = task("hyper-gae", BRAIN), torch.from_numpy(smooth(BRAIN, 1)).float()
+    observed, seen = torch.tensor([[True, False, True]]), []
+    made.used.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[3:])))
+    found = made.synthesise(images, observed, noise)
+    assert seen == [(24, 24, 8)] * 4
+    with torch.no_grad():
+        net, guidance = made.used, made.used.guidance(observed, None)
+        parts = {
+            (i, j): net(2 * images[..., i : i + 24, j : j + 24, :] - 1, observed, guidance)
+            for i in (0, 8)
+            for j in (0, 8)
+        }
+    middle = sum(part[0, 1, 0, 12 - i, 20 - j] for (i, j), part in parts.items()) / 4
+    assert torch.allclose(found[0, 1, 0, 12, 20], (middle + 1) / 2, atol=1e-6)
+    assert torch.allclose(found[0, 1, 0, 2, 30], (parts[0, 8][0, 1, 0, 2, 22] + 1) / 2, atol=1e-6)
+
+
+def test_its_loss_is_over_all_elements_and_the_classifier_sees_complete_subjects_too():
+    made = task("hyper-gae", BRAIN)
+    batch, seen = made.draw(0, 0), []
+    made.module.adversary.register_forward_hook(lambda _, inputs, out: seen.append(out.detach()))
+    loss, terms = made.objective(batch)
+    with torch.no_grad():
+        truth = 2 * batch.images - 1
+        error = (made.net(truth, batch.observed, made.net.guidance(batch.observed, None)) - truth).abs()
+    assert terms["l1"] == pytest.approx(error.mean().item(), rel=1e-5) and len(seen) == 2
+    assert terms["l1_missing"] == pytest.approx(error[~batch.observed].mean().item(), rel=1e-5)
+    targets = (batch.observed, torch.ones_like(batch.observed))
+    logs = [
+        -torch.where(y[:, :, None, None, None], x.sigmoid(), (-x).sigmoid()).log().mean()
+        for x, y in zip(seen, targets, strict=True)
+    ]
+    assert terms["classifier"] == pytest.approx(sum(logs).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(terms["l1"] + 0.001 * terms["classifier"], rel=1e-5)
+
+
+def test_availability_is_told_by_the_guidance_and_by_the_mask():
+    made = task("hyper-gae", BRAIN)
+    features, net = torch.randn(1, 3, 16, 2, 2, 2), made.net
+    one, two = torch.tensor([[True, False, False]]), torch.tensor([[True, True, False]])
+    fused = net.fusion(features, net.codes, two, net.guidance(two, None))
+    assert not torch.allclose(net.fusion(features, net.codes, one, net.guidance(two, None)), fused, atol=1e-3)
+    assert not torch.allclose(net.fusion(features, net.codes, two, net.guidance(one, None)), fused, atol=1e-4)
+
+
+def test_parameters_at_the_sizes_of_the_presets():
+    counts = []
+    for preset in ("brain-brats", "cardiac", "demo-brain"):
+        told = load_settings("hyper-gae", preset, kind=hyper_gae.HyperGAESettings)
+        counts.append(parameters(hyper_gae.HyperGAE, ModelConfig.preset(preset), told))
+    assert counts == [6_795_361 + 20, 6_795_361 + 20, 760_353 + 20]
+
+
+@pytest.mark.parametrize("patch", [10, 36])
+def test_patches_that_do_not_fit_are_refused(patch):
+    with pytest.raises(CopeditError, match=f"patch = {patch}: must divide by 4 and fit into the image's plane"):
+        task("hyper-gae", HEART, f"patch={patch}")

@@ -5,8 +5,13 @@ import math
 import pytest
 import torch
 
+from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
 from copedit_training.methods import mmt
+from copedit_training.methods.base import parameters, to_slices
 from copedit_training.methods.guidance import Guidance
+from copedit_training.stages.settings import load_settings
+from tests.training.methods.small import BRAIN, task
 
 SMALL = mmt.MMTSettings(1, 1, 1.0, width=8, heads=2, stages=2, window=2, patch=2, stem=3)
 
@@ -146,3 +151,59 @@ def test_slices_of_any_size_are_padded():
     observed = observed_of([1, 0, 1])
     assert net.multiple == 8
     assert torch.equal(net(x, observed, g), net(padded, observed, g)[..., :10, :12])
+
+
+def test_each_contrast_has_a_critic_of_its_own():
+    torch.manual_seed(0)
+    critic, x = mmt.Critic(3, 4), torch.randn(1, 3, 32, 32)
+    before = critic(x)
+    x[:, 1] += torch.randn(32, 32)
+    after = critic(x)
+    assert before.shape == (1, 3, 4, 4)
+    assert [torch.equal(before[:, i], after[:, i]) for i in range(3)] == [True, False, True]
+
+
+def test_its_loss_weighs_what_is_missing_four_times_and_the_critic_is_told_what_is_copied(monkeypatch):
+    made, seen = task("mmt", BRAIN), []
+    original = mmt.least_squares
+
+    def spy(critic, candidate, real, wanted):
+        seen.append((candidate, real, wanted))
+        return original(critic, candidate, real, wanted)
+
+    monkeypatch.setattr(mmt, "least_squares", spy)
+    batch = made.draw(0, 0)
+    loss, terms = made.objective(batch)
+    ((candidate, real, wanted),) = seen
+    observed = batch.observed.repeat_interleave(2, 0)
+    assert torch.equal(real, 2 * to_slices(batch.images) - 1) and torch.equal(wanted[:, :, 0, 0], observed)
+    assert torch.equal(candidate[observed], real[observed]) and not torch.equal(candidate[~observed], real[~observed])
+    error = (candidate - real).abs()
+    assert terms["l1"] == pytest.approx(error[~observed].mean().item(), rel=1e-5)
+    total = 20 * terms["l1"] + 5 * terms["l1_observed"] + 0.1 * terms["adversarial"] + terms["discriminator"]
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_guidance_is_added_to_the_queries_of_every_stage():
+    made = task("mmt", BRAIN, "guidance=mask")
+    x, observed = torch.rand(1, 3, 32, 32), torch.tensor([[True, False, True]])
+    guidance = made.net.guidance(observed, None)
+    plain = made.net(x, observed, guidance)
+    assert guidance.shape == (1, 8 + 16)
+    for part in (slice(0, 8), slice(8, 24)):
+        other = guidance.clone()
+        other[:, part] += torch.randn_like(other[:, part])
+        assert not torch.allclose(made.net(x, observed, other), plain, atol=1e-5)
+
+
+def test_parameters_at_the_sizes_of_the_presets():
+    counts = []
+    for preset in ("brain-brats", "cardiac", "demo-brain"):
+        told = load_settings("mmt", preset, kind=mmt.MMTSettings)
+        counts.append(parameters(mmt.MMT, ModelConfig.preset(preset), told))
+    assert counts == [12_134_598, 12_134_598, 771_198]
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(CopeditError, match="width = 8: must divide by heads = 3"):
+        task("mmt", BRAIN, "heads=3")

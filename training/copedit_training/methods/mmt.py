@@ -230,9 +230,7 @@ class Network(nn.Module):
             kept.append(x)
         return kept
 
-    def _decode(
-        self, kept: list[Tensor], observed: Tensor, guidance: Tensor, every: Tensor, given: Tensor
-    ) -> Tensor:
+    def _decode(self, kept: list[Tensor], observed: Tensor, guidance: Tensor, every: Tensor, given: Tensor) -> Tensor:
         """Tokens [N, m, h, w, C] of the finest stage, from the coarsest on."""
         added = guidance.split(self.widths, 1)
         x: Tensor | None = None
