@@ -58,7 +58,7 @@ OPTIONS = {
 OVERFIT = {
     "m2dn": "steps=40 lr=1e-2 batch_size=1",
     "hyper-gae": "steps=50 lr=5e-3 batch_size=1 patch=32",
-    "mmt": "steps=80 lr=5e-3 batch_size=1",
+    "mmt": "steps=60 lr=5e-3 batch_size=1",
     "mmgan": "steps=40 lr=5e-3 batch_size=2 slices=4",
 }
 

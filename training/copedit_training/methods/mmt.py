@@ -193,6 +193,7 @@ class Network(nn.Module):
         self.patches = nn.Linear(stem * patch**2, width)
         self.contrast = nn.Parameter(0.02 * torch.randn(elements, width))
         self.encoder = nn.ModuleList(_blocks(EncoderBlock, c, n, window, elements) for c, n in stages)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.widths)
         self.down = nn.ModuleList(nn.Sequential(nn.LayerNorm(4 * c), nn.Linear(4 * c, 2 * c)) for c in self.widths[:-1])
         self.queries = nn.ParameterList(0.02 * torch.randn(elements, c) for c in self.widths)
         self.encodings = nn.ParameterList(0.02 * torch.randn(elements, c) for c in self.widths)
@@ -227,7 +228,7 @@ class Network(nn.Module):
             x = self.down[i - 1](merge(x)) if i else x
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, observed, given)
-            kept.append(x)
+            kept.append(self.norms[i](x))
         return kept
 
     def _decode(self, kept: list[Tensor], observed: Tensor, guidance: Tensor, every: Tensor, given: Tensor) -> Tensor:
@@ -248,6 +249,10 @@ def _five(inside: int, width: int, outside: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(inside, width, 3, padding=1)]
     for channels in (width, width, width, outside):
         layers += [nn.LeakyReLU(0.2), nn.Conv2d(width, channels, 3, padding=1)]
+    for layer in layers[: 10 if inside == 1 else 8 : 2]:  # torch's own weights make what comes in a tenth as large
+        assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+        nn.init.kaiming_normal_(layer.weight, 0.2)
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
