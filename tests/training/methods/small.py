@@ -48,18 +48,27 @@ HEART = dataclasses.replace(
 )
 CONFIGS = {"brain": BRAIN, "heart": HEART}
 COMMON = "steps=4 batch_size=2 accumulate=1 subjects=4 checkpoint_every=2 warmup=1 validate_every=0".split()
-# Of each method, what makes it small; and what makes it learn one subject by heart in a second or two.
+# Of each method, what makes it small; and where and how it learns one subject by heart in a few seconds.
+_UNET = "width=16 widest=2 residual_blocks=1 attention=1 fold_plane=1 fold_depth=1 ema=0.5"
+_FLAT = "batch_size=4 fold_depth=2 ema=0.9 sampler_steps=5"
 OPTIONS = {
     "m2dn": "width=4 slices=2 sampler_steps=2 ema=0.5",
     "hyper-gae": "width=4 patch=24",
     "mmt": "width=8 heads=2 stages=2 window=2 patch=4 stem=4 critic_width=2 slices=2",
     "mmgan": "width=8 levels=3 critic_width=4 slices=2",
+    "ldm": f"{_UNET} sampler_steps=3",
+    "controlnet": f"{_UNET} sampler_steps=3 control_steps=2 control_lr=1e-3 embedding=4",
+    "diffm4ri": "width=32 heads=2 blocks=2 sampler_steps=3",
 }
+HEARTS = {"ldm": "fold_depth=2", "controlnet": "fold_depth=2"}  # a latent of depth 1 is seen in two dimensions
 OVERFIT = {
-    "m2dn": "steps=40 lr=1e-2 batch_size=1",
-    "hyper-gae": "steps=50 lr=5e-3 batch_size=1 patch=32",
-    "mmt": "steps=60 lr=5e-3 batch_size=1",
-    "mmgan": "steps=40 lr=5e-3 batch_size=2 slices=4",
+    "m2dn": ("heart", (32, 32, 4), "steps=30 lr=1e-2 batch_size=1"),
+    "hyper-gae": ("brain", (16, 16, 8), "steps=50 lr=5e-3 batch_size=1 patch=16"),
+    "mmt": ("heart", (16, 16, 4), "steps=60 lr=5e-3 batch_size=1"),
+    "mmgan": ("brain", (32, 32, 8), "steps=25 lr=5e-3 batch_size=2 slices=4"),
+    "ldm": ("heart", (16, 16, 4), "steps=40 lr=5e-3 batch_size=4 ema=0.9 sampler_steps=5"),
+    "controlnet": ("brain", (16, 16, 4), f"steps=60 lr=5e-3 control_steps=30 control_lr=5e-3 {_FLAT}"),
+    "diffm4ri": ("heart", (16, 16, 4), "steps=100 lr=5e-3 batch_size=4 ema=0.9 sampler_steps=5 resample=2"),
 }
 
 
@@ -68,7 +77,7 @@ def smooth(config, subjects, cache=None, progress=None, first=0):
     rng = np.random.default_rng(first)
     coarse = rng.random((subjects, 1, 1, 4, 4, config.image[2] // 2), dtype=np.float32)
     shades = np.linspace(0.2, 1, len(config.elements), dtype=np.float32)[None, :, None, None, None, None]
-    images = np.abs(shades - coarse).repeat(8, 3).repeat(8, 4).repeat(2, 5)
+    images = np.abs(shades - coarse).repeat(config.image[0] // 4, 3).repeat(config.image[1] // 4, 4).repeat(2, 5)
     return images.astype(np.float16)
 
 
@@ -94,8 +103,12 @@ def preset_of(config: ModelConfig) -> str:
     return "demo-cardiac" if config.task == "cardiac" else "demo-brain"
 
 
+def options(name: str, config: ModelConfig) -> list[str]:
+    return [*COMMON, *OPTIONS[name].split(), *(HEARTS.get(name, "").split() if config.task.joint else ())]
+
+
 def settings(name: str, config: ModelConfig, *overrides: str):
-    given = (*COMMON, *OPTIONS[name].split(), *overrides)
+    given = (*options(name, config), *overrides)
     return load_settings(name, preset_of(config), given, kind=method(name).kind)
 
 
@@ -109,7 +122,7 @@ def task(name: str, config: ModelConfig, *overrides: str, images: np.ndarray | N
 
 def train(name: str, folder: Path, config: ModelConfig, *overrides: str, resume: bool = False) -> Path:
     """A run with its checkpoints; the method's model folder."""
-    given = [*COMMON, *OPTIONS[name].split(), *overrides]
+    given = [*options(name, config), *overrides]
     if method(name).needs_tokenizer(settings(name, config, *overrides)):
         given.append(f"tokenizer={model(config, folder.parent / 'vae')}")
     return runs.fit(name, preset_of(config), folder, overrides=given, config=config, resume=resume)

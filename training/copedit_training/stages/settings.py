@@ -43,7 +43,7 @@ _QUICK: dict[Stage, dict[str, Any]] = {
     },
     "denoiser": {"whole_steps": 1, "ema": 0.5, "compile": False},
 }
-_QUICK_METHOD = {"ema": 0.5, "sampler_steps": 2}
+_QUICK_METHOD = {"ema": 0.5, "sampler_steps": 2, "control_steps": 2}  # of those that a method has
 _QUICK_BOTH = {"steps": 4, "warmup": 1, "batch_size": 2, "subjects": 4, "checkpoint_every": 2, "validate_every": 0}
 # What has no effect while another setting has a value.
 _IDLE: dict[str, tuple[str, Any]] = {
@@ -59,6 +59,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adam", "muon"),
     "export": ("float32", "float16"),
     "guidance": ("full", "mask", "none"),
+    "predicts": ("noise", "clean"),
 }
 
 
@@ -256,7 +257,7 @@ def load_settings(
         raise CopeditError(f"preset {preset!r} has no settings of {stage}; choose one of {able}")
     values: dict[str, Any] = every[preset][stage]
     if quick:
-        most = _QUICK_BOTH | (_QUICK_METHOD if kind else _QUICK[stage])
+        most = _QUICK_BOTH | _QUICK.get(stage, {key: x for key, x in _QUICK_METHOD.items() if hasattr(kind, key)})
         values |= {key: min(values.get(key, getattr(kind, key, value)), value) for key, value in most.items()}
     kinds: dict[Stage, type[Settings]] = {stage: kind} if kind else _KINDS
     own = dict(_parsed(stage, item, kinds) for item in overrides)
