@@ -52,6 +52,9 @@ COMMON = "steps=4 batch_size=2 accumulate=1 subjects=4 checkpoint_every=2 warmup
 _UNET = "width=16 widest=2 residual_blocks=1 attention=1 fold_plane=1 fold_depth=1 ema=0.5"
 _FLAT = "batch_size=4 fold_depth=2 ema=0.9 sampler_steps=5"
 OPTIONS = {
+    "m2dn": "width=4 slices=2 sampler_steps=2 ema=0.5",
+    "hyper-gae": "width=4 patch=24",
+    "mmt": "width=8 heads=2 stages=2 window=2 patch=4 stem=4 critic_width=2 slices=2",
     "mmgan": "width=8 levels=3 critic_width=4 slices=2",
     "ldm": f"{_UNET} sampler_steps=3",
     "controlnet": f"{_UNET} sampler_steps=3 control_steps=2 control_lr=1e-3 embedding=4",
@@ -59,6 +62,9 @@ OPTIONS = {
 }
 HEARTS = {"ldm": "fold_depth=2", "controlnet": "fold_depth=2"}  # a latent of depth 1 is seen in two dimensions
 OVERFIT = {
+    "m2dn": ("heart", (32, 32, 4), "steps=30 lr=1e-2 batch_size=1"),
+    "hyper-gae": ("brain", (16, 16, 8), "steps=50 lr=5e-3 batch_size=1 patch=16"),
+    "mmt": ("heart", (16, 16, 4), "steps=60 lr=5e-3 batch_size=1"),
     "mmgan": ("brain", (32, 32, 8), "steps=25 lr=5e-3 batch_size=2 slices=4"),
     "ldm": ("heart", (16, 16, 4), "steps=40 lr=5e-3 batch_size=4 ema=0.9 sampler_steps=5"),
     "controlnet": ("brain", (16, 16, 4), f"steps=60 lr=5e-3 control_steps=30 control_lr=5e-3 {_FLAT}"),
