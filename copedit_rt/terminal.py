@@ -37,7 +37,8 @@ class _Plain:
 
     def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:
         paragraphs = inspect.cleandoc(help or "").split("\n\n")
-        super().__init__(*arguments, help="\n\n".join(" ".join(p.split()) for p in paragraphs), **options)
+        whole = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        super().__init__(*arguments, help=whole, **options)  # type: ignore[call-arg]
 
     def get_params(self, ctx: Any) -> Any:
         shown = super().get_params(ctx)  # type: ignore[misc]
