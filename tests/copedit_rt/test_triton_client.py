@@ -18,7 +18,7 @@ def test_the_extra_is_named(monkeypatch, way):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8000", "https://127.0.0.1:8000", "grpc://", ""])
 def test_what_is_no_address(address):
-    with pytest.raises(CopeditError, match="expected an address such as http://127.0.0.1:8000 or grpc://127.0.0.1:8001"):
+    with pytest.raises(CopeditError, match="expected an address such as http:"):
         TritonClient(address, "brain-2mm")
 
 
