@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from copedit_rt import __version__, terminal
 from copedit_rt.errors import CopeditError
@@ -31,7 +30,7 @@ TORCH = ("torch", "triton", "scipy")  # what the extra `torch` brings
 COMMANDS = "copedit.commands"  # the group of entry points that add commands
 
 
-class _Root(TyperGroup):
+class _Root(terminal.Group):
     """Commands whose CopeditError, or a path that cannot be, becomes one sentence and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -59,13 +58,11 @@ class _Root(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(
-    cls=_Root,
-    help="Fill in what is missing from an MRI study: modalities of a brain, slices of a cardiac short-axis "
-    "stack. Not a medical device.",
-    no_args_is_help=True,
+app = terminal.commands(
+    "Fill in what is missing from an MRI study: modalities of a brain, slices of a cardiac short-axis stack. Not a "
+    "medical device.",
+    _Root,
     pretty_exceptions_enable=False,
-    context_settings=terminal.SETTINGS,
 )
 exports = terminal.commands("Write a model for another engine than torch.")
 
@@ -99,7 +96,7 @@ Input = Annotated[
         help="A study folder (NIfTI or DICOM), a folder of studies, a zip of these, or NIfTI files; repeatable.",
     ),
 ]
-More = Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as after -i.")]
+More = Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More inputs, as after -i.")]
 Files = Annotated[
     list[str] | None,
     typer.Option(

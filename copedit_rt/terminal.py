@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from copedit_rt.errors import CopeditError, printable
 from copedit_rt.files import check_writable as check_writable  # for the commands of other packages
@@ -30,9 +32,41 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 MOST = 32767  # of slices: as many as a NIfTI file can have
 
 
-def commands(help: str | None = None) -> typer.Typer:
+class _Plain:
+    """Help as people read it: no type beside a switch, N or NAME for that of a value, paragraphs that wrap."""
+
+    def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:
+        paragraphs = inspect.cleandoc(help or "").split("\n\n")
+        whole = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        super().__init__(*arguments, help=whole, **options)  # type: ignore[call-arg]
+
+    def get_params(self, ctx: Any) -> Any:
+        shown = super().get_params(ctx)  # type: ignore[misc]
+        for option in shown:
+            if option.metavar is None:
+                words = getattr(getattr(option, "type_descriptor", None), "annotation", None) is str
+                option.metavar = "" if getattr(option, "is_flag", False) else "NAME" if words else "N"
+        return shown
+
+
+class Command(_Plain, TyperCommand):
+    """One that does something."""
+
+
+class Group(_Plain, TyperGroup):
+    """Of several."""
+
+
+class Commands(typer.Typer):
+    """A group whose commands are `Command`, unless they say otherwise."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, **{"cls": Command, **options})
+
+
+def commands(help: str | None = None, kind: type[Group] = Group, **options: Any) -> typer.Typer:
     """An empty group of commands."""
-    return typer.Typer(help=help, no_args_is_help=True, context_settings=SETTINGS)
+    return Commands(cls=kind, help=help, no_args_is_help=True, context_settings=SETTINGS, **options)
 
 
 # ---------------------------------------------------------------------------------------------------- options

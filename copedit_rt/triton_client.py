@@ -71,7 +71,7 @@ class TritonClient:
         options["detail"] = None if detail is None else ("none", "guided")[detail]
         options["missing_slices"] = list(study.missing_slices) or None
         there = {name: volume for name, volume in study.volumes.items() if name not in study.synthetic}
-        given = {name: np.ascontiguousarray(volume.data) for name, volume in there.items()}
+        given: dict[str, np.ndarray] = {name: np.ascontiguousarray(volume.data) for name, volume in there.items()}
         given["affine"] = np.stack([volume.affine for volume in there.values()]) if there else np.eye(4)[None]
         made = self._ask(given, {name: value for name, value in options.items() if value is not None})
         return _result(study, made)

@@ -147,14 +147,14 @@ def _place(source: Path, graph: str, version: Path, backend: str) -> None:
     os.replace(source / graph, folder / "model.onnx")
     _share(source / _WEIGHTS[graph], folder / _WEIGHTS[graph])
     if backend == "python":
-        shutil.copyfile(_OURS / "engines/server/graph.py", version / "model.py")
+        shutil.copyfile(_OURS / "triton_models/graph.py", version / "model.py")
 
 
 def _study(folder: Path, source: Path, config: ModelConfig, about: dict[str, Any]) -> None:
     """The model that takes studies: the runtime without torch, and of the model what is no network."""
     version, model = folder / "1", folder / "1" / "model"
     model.mkdir(parents=True)
-    shutil.copyfile(_OURS / "engines/server/study.py", version / "model.py")
+    shutil.copyfile(_OURS / "triton_models/study.py", version / "model.py")
     for name in _RUNTIME:
         target = version / "copedit_rt" / f"{name}.py"
         target.parent.mkdir(parents=True, exist_ok=True)

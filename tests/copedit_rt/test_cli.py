@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import typer
 from commands import (
     AFFINE,
     GRID,
@@ -326,3 +327,25 @@ def test_other_packages_add_their_commands(monkeypatch):
     assert found[True] == found[False] and len(found[True]) == 2
     monkeypatch.setattr(sys, "path", [])
     assert list(cli._further()) == []
+
+
+def walk(command, path=()):
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from walk(inner, (*path, name))
+
+
+@pytest.mark.parametrize("path", walk(typer.main.get_command(cli.app)), ids=" ".join)
+def test_help_is_for_people(path):
+    """No type of Python's stands in it, and no line ends early."""
+    text = run(*path, "-h").stdout
+    options = text[text.index("Options") :]
+    assert "--help" in options and "<" not in options.replace("<=", ""), options
+    assert "[[" not in text
+
+
+def test_paragraphs_of_help_wrap():
+    lines = [line.strip() for line in run("synth", "-h").stdout.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("Outputs are named"))
+    paragraph = lines[start : lines.index("", start)]
+    assert len(paragraph) > 1 and min(map(len, paragraph[:-1])) > 60

@@ -136,6 +136,7 @@ WORDS = np.array([b"t9"], object)
         ({"t1": IMAGE, "steps": np.array([0], np.int32)}, "steps 0: must be at least 1"),
         ({"t1": IMAGE, "detail": WORDS}, "detail 't9' is unknown; choose one of guided, none"),
         ({"t1": IMAGE, "study": np.array([b"\xff"], object)}, "study: no text in UTF-8"),
+        ({"t1": IMAGE, "study": np.array([b"a\nb"], object)}, "study: a name of 1 to 200 printable characters"),
         ({"t1": IMAGE, "pd": IMAGE}, "pd"),
         ({"t1": IMAGE, "sax": IMAGE}, "sax"),
     ],
@@ -162,6 +163,9 @@ def test_the_client_tells_what_it_cannot_do(server, monkeypatch):
             TritonClient(address, "nothing").synthesize(given)
         with pytest.raises(CopeditError, match="target: the model tiny-heart-study takes no such option"):
             TritonClient(address, HEART.name).synthesize(study(HEART), target=["t1"])
+        with pytest.raises(CopeditError, match="no answer from"):
+            TritonClient(address, BRAIN.name, seconds=0.5).synthesize(given, steps=500)
+        assert TritonClient(address, BRAIN.name).synthesize(given, steps=1).study.synthetic, "it goes on"
     for address in ("http://127.0.0.1:9", "grpc://127.0.0.1:9"):
         client = TritonClient(address, BRAIN.name)
         assert not client.ready()

@@ -121,8 +121,8 @@ def _study(asked: dict[str, np.ndarray], elements: tuple[str, ...]) -> Study:
     if len(affines) not in (1, len(there)):
         raise CopeditError(f"{len(affines)} affines for {len(there)} images; send one for all, or one for each")
     called = text(asked["study"], "study") if "study" in asked else "study"
-    if not 0 < len(called) <= NAME:
-        raise CopeditError(f"study: a name of 1 to {NAME} characters is expected")
+    if not (0 < len(called) <= NAME and called.isprintable()):
+        raise CopeditError(f"study: a name of 1 to {NAME} printable characters is expected")
     places = affines if len(affines) == len(there) else affines.repeat(len(there), 0)
     volumes = {name: Volume.placed(asked[name], place, name) for name, place in zip(there, places, strict=True)}
     missing = asked["missing_slices"].tolist() if "missing_slices" in asked else None
