@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -493,6 +494,9 @@ def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
     files: dict[str, Path] = {}
     for key, value in explicit.items():
         element, path = (STACK if key == STACK else modality(key)), Path(value)
+        if os.path.isdir(path):  # False for a name that is too long
+            hint = f"of a DICOM study give the folder with -i and the series' number with --file {element}=NUMBER"
+            raise CopeditError(f"{path} is a folder; give the NIfTI file of {key}, or {hint}")
         if not is_file(path):
             raise CopeditError(f"{path} does not exist or is no file; give the NIfTI file of {key}")
         if element in files:

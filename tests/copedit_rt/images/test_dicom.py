@@ -128,6 +128,11 @@ def test_series_are_named_by_hand(tmp_path):
         find_studies(tmp_path / "case", {"t1": "7", "t2": "7"})
 
 
+def test_a_folder_is_no_file(hospital):
+    with pytest.raises(CopeditError, match=r"is a folder; .* with -i and the series' number with --file t1=NUMBER"):
+        find_studies((), {"t1": hospital / "0002"})
+
+
 def test_a_series_that_is_none_cannot_be_named(hospital):
     with pytest.raises(CopeditError, match=r"series 1 \(localizer\) of case cannot be taken: its slices lie in"):
         find_studies(hospital, {"t1": "localizer"})
