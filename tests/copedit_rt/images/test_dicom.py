@@ -338,6 +338,17 @@ def test_inspect(hospital, brain_model):
     assert f"{hospital}/series 5 (ep2d_diff_3scan_trace_p2)" in report["passed_over"]["diffusion"]
 
 
+def test_a_study_of_which_nothing_is_understood(tmp_path, brain_model):
+    for name, made in (("a", dicoms.DIFFUSION), ("b", T2)):
+        dicoms.study(tmp_path / "cohort" / name, made, study=name.replace("a", "1").replace("b", "2"))
+    words = "a: no series could be matched with a modality; there are 5 (ep2d_diff_3scan_trace_p2): diffusion"
+    refused(run("inspect", tmp_path / "cohort" / "a", "--model", brain_model), words)
+    report = json.loads(run("inspect", tmp_path / "cohort", "--model", brain_model, "--json").stdout)
+    assert words in report["studies"][0]["findings"][0]["text"] and report["studies"][1]["files"]
+    done = run("synth", tmp_path / "cohort", "-o", tmp_path / "o", "--model", brain_model, "--shard", "0/2")
+    assert done.exit_code == 1 and words in done.stderr
+
+
 def test_without_the_extra(hospital, tmp_path, monkeypatch):
     from copedit_rt.images.dicom import convert, headers
 
