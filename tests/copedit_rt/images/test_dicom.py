@@ -480,6 +480,26 @@ def test_hostile_files_are_one_sentence(tmp_path, build, words):
     assert not (tmp_path / "o").exists()
 
 
+def test_bytes_changed_at_random(tmp_path):
+    """A volume or one sentence, whatever the files are."""
+    small = {"shape": (16, 16, 4), "size": (4, 4, 12)}
+    case = dicoms.study(tmp_path / "case", replace(T2, **small), replace(FLAIR, **small))
+    paths, draw, outcomes = sorted(case.rglob("IM*")), np.random.default_rng(0), set()
+    for _ in range(60):
+        path = paths[draw.integers(len(paths))]
+        content = path.read_bytes()
+        at = draw.integers(132, len(content) - 512)
+        new = [bytes(16), b"\xff\xff\xff\xff", draw.bytes(3), b""][draw.integers(4)]
+        path.write_bytes(content[:at] + new + (content[at + len(new) :] if new else b""))
+        try:
+            outcomes |= {len(Study.read(case).volumes)}
+        except CopeditError as error:
+            assert str(tmp_path / "scratch") not in str(error)
+            outcomes |= {"refused"}
+        path.write_bytes(content)
+    assert {2, "refused"} <= outcomes
+
+
 def test_missing_tags_that_do_not_matter(tmp_path):
     for keyword in "SeriesNumber EchoTime ProtocolName FrameOfReferenceUID PatientID InstanceNumber".split():
         case = changed(tmp_path / keyword, without(keyword))
