@@ -249,8 +249,10 @@ class _Search:
         """The DICOM studies that are of the task."""
         found = []
         for root, study in self.medical:
+            if self.task is Task.HEART and STACK in study.chosen:
+                study = replace(study, chosen={STACK: study.chosen[STACK]})
             files = study.files()
-            task = Task.HEART if STACK in files or (self.task and not files) else Task.BRAIN
+            task = Task.HEART if STACK in files else Task.BRAIN if files else self.task or Task.BRAIN
             if self.task not in (None, task):
                 self.skipped.append((study.folder, f"a DICOM study of the other task than --task {self.task}"))
                 continue

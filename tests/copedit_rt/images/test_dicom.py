@@ -199,6 +199,16 @@ def test_a_stack_of_the_heart(tmp_path, heart_model):
     assert read[0].BodyPartExamined == "HEART" and "Slices 5, 6 (from 0)" in read[0].DerivationDescription
 
 
+def test_the_task_chooses(tmp_path):
+    case = dicoms.study(tmp_path / "case", T2, Made("short axis", 9))
+    assert [list(study.files) for study in find_studies(case)] == [["t2"]]
+    assert [list(study.files) for study in find_studies(case, task="cardiac")] == [["sax"]]
+    with pytest.raises(CopeditError, match="a DICOM study of the other task than --task cardiac"):
+        find_studies(dicoms.study(tmp_path / "brain", T2), task="cardiac")
+    (unclear,) = find_studies(dicoms.study(tmp_path / "unclear", dicoms.DIFFUSION), task="brain")
+    assert "no series could be matched" in unclear.problem
+
+
 # ----------------------------------------------------------------------------------------------------------- out
 
 
