@@ -88,6 +88,8 @@ def _read_what_can_be_read(files: StudyFiles, missing_slices: Sequence[int] | No
     """The study without the files that cannot be read, and a sentence for each of these."""
     options: dict[str, Any] = {"missing_slices": missing_slices, "resample": True, "check_content": False}
     sentences = [files.problem] if files.problem else []
+    if not files.files:  # a DICOM study of which no series was understood
+        raise CopeditError(str(files.problem))
     files = replace(files, problem=None)
     try:
         return Study.read(files, **options), sentences

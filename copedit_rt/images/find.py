@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -248,8 +249,10 @@ class _Search:
         """The DICOM studies that are of the task."""
         found = []
         for root, study in self.medical:
+            if self.task is Task.HEART and STACK in study.chosen:
+                study = replace(study, chosen={STACK: study.chosen[STACK]})
             files = study.files()
-            task = Task.HEART if STACK in files or (self.task and not files) else Task.BRAIN
+            task = Task.HEART if STACK in files else Task.BRAIN if files else self.task or Task.BRAIN
             if self.task not in (None, task):
                 self.skipped.append((study.folder, f"a DICOM study of the other task than --task {self.task}"))
                 continue
@@ -493,6 +496,9 @@ def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
     files: dict[str, Path] = {}
     for key, value in explicit.items():
         element, path = (STACK if key == STACK else modality(key)), Path(value)
+        if os.path.isdir(path):  # False for a name that is too long
+            hint = f"of a DICOM study give the folder with -i and the series' number with --file {element}=NUMBER"
+            raise CopeditError(f"{path} is a folder; give the NIfTI file of {key}, or {hint}")
         if not is_file(path):
             raise CopeditError(f"{path} does not exist or is no file; give the NIfTI file of {key}")
         if element in files:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from time import monotonic
@@ -113,8 +113,8 @@ class Desk:
             self._check_size(files)
             sampler = {**asked.sampler, "progress": ticket.check}
             wanted = (asked.preview, asked.report)
-            options = (asked.reading, sampler, Listener(), asked.dicom)
-            job = Job(asked.output, models, asked.target, True, *wanted, False, *options)
+            job = Job(asked.output, models, asked.target, True, *wanted, False, asked.reading, sampler, Listener())
+            job = replace(job, dicom=asked.dicom)
             opened = job.open(files)
             if opened.error:
                 raise opened.error

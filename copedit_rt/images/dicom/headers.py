@@ -127,14 +127,15 @@ def _read(path: Path) -> Header:
         if _DEFLATED in file.read(2048):
             raise CopeditError("its transfer syntax is deflated; convert it, for example with dcmconv +te")
     read = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-    uids = [_text(read, f"{of}InstanceUID") for of in ("SOP", "Series", "Study")]
     text, number, numbers = partial(_text, read), partial(_number, read), partial(_numbers, read)
     header = Header(
         path,
         path.stat().st_size,
         str(getattr(read.file_meta, "TransferSyntaxUID", "")),
         text("SOPClassUID"),
-        *uids,
+        text("SOPInstanceUID"),
+        text("SeriesInstanceUID"),
+        text("StudyInstanceUID"),
         patient=text("PatientID"),
         kind=text("Modality"),
         number=text("SeriesNumber"),

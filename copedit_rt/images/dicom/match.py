@@ -51,6 +51,8 @@ _AGENT = (
 _PLAIN = r"pre|precontrast|pregad|pregd|native?|nativ|noncontrast|unenhanced|without|ohne|nonenhanced|w/o|wo|sans|plain"
 _T1_AGENT = r"s?[23]?d?t1w?\+?(?:ce|c|gd|gad|gado|km|post|\+)"
 _FAT = re.compile(r"(?:fat|fett)[-_ ]?(?:sat|sup|saettig|suppr)\w*|water[-_ ]?(?:exc|sel)\w*", re.I)
+_CHEST = ("HEART", "CARDIAC", "CHEST", "THORAX")  # body parts
+_HEAD = ("HEAD", "BRAIN", "SKULL", "HEADNECK")
 _SPLIT = re.compile(r"[^a-z0-9+*/]+")
 
 
@@ -70,7 +72,7 @@ def judge(series: Series) -> tuple[str | None, str]:
             return _one(found, text, series)
     if series.first.b_value:
         return None, "diffusion"
-    if (timed := by_times(series.first)) and series.first.body_part not in ("HEART", "CARDIAC"):
+    if (timed := by_times(series.first)) and series.first.body_part not in _CHEST:
         return _enhanced(timed, series.first), "by its echo and repetition times"
     return None, "its description says no modality"
 
@@ -83,7 +85,9 @@ def _one(found: set[str], text: str, series: Series) -> tuple[str | None, str]:
     if "flair" in found:
         found = found - {"t2"}
     if STACK in found and len(found) > 1:
-        found = found - {STACK} if series.first.body_part not in ("HEART", "CARDIAC") else {STACK}
+        found = found - {STACK} if series.first.body_part in _HEAD else {STACK}
+    if STACK not in found and series.first.body_part in _CHEST:
+        return None, "of the chest, and not a short axis by its description"
     if len(found) > 1:
         return None, f"its description says {' and '.join(sorted(found))}"
     (element,) = found

@@ -71,7 +71,7 @@ class Series:
             return None
         if any(h.position is None or h.orientation is None or h.spacing is None for h in self.headers):
             return "its images have no position in space"
-        if np.ptp([h.orientation for h in self.headers], axis=0).max() > 1e-3:
+        if np.ptp(np.array([h.orientation for h in self.headers]), axis=0).max() > 1e-3:
             return "its slices lie in several directions, as those of a localizer"
         if max(Counter(np.round(self.places(), 3)).values()) > 1:
             return "several images of each slice: a series over time, of echoes or of diffusion"

@@ -115,8 +115,8 @@ def dicom_studies(
     divided = _divide(root, headers)
     if explicit and len(divided) > 1:
         raise CopeditError(f"--file names series of one study, and {root} holds {len(divided)}; give one of them")
-    found = [_study(folder, files, explicit or {}) for folder, files in divided]
-    found = [replace(study, scratch=scratch, keep=keep) for study in found if study is not None]
+    several = (_study(folder, files, explicit or {}) for folder, files in divided)
+    found = [replace(study, scratch=scratch, keep=keep) for study in several if study is not None]
     if not found and damaged:
         raise CopeditError(f"{damaged[0][0]}: {damaged[0][1]}; copy or export the study again")
     return [_with_damaged(study, damaged, len(found) == 1) for study in found]

@@ -128,6 +128,11 @@ def test_series_are_named_by_hand(tmp_path):
         find_studies(tmp_path / "case", {"t1": "7", "t2": "7"})
 
 
+def test_a_folder_is_no_file(hospital):
+    with pytest.raises(CopeditError, match=r"is a folder; .* with -i and the series' number with --file t1=NUMBER"):
+        find_studies((), {"t1": hospital / "0002"})
+
+
 def test_a_series_that_is_none_cannot_be_named(hospital):
     with pytest.raises(CopeditError, match=r"series 1 \(localizer\) of case cannot be taken: its slices lie in"):
         find_studies(hospital, {"t1": "localizer"})
@@ -192,6 +197,16 @@ def test_a_stack_of_the_heart(tmp_path, heart_model):
     read = [pydicom.dcmread(path) for path in sorted((tmp_path / "o" / "heart_dicom").iterdir())]
     assert [one.SyntheticData for one in read] == ["YES" if k in (5, 6) else "NO" for k in range(12)]
     assert read[0].BodyPartExamined == "HEART" and "Slices 5, 6 (from 0)" in read[0].DerivationDescription
+
+
+def test_the_task_chooses(tmp_path):
+    case = dicoms.study(tmp_path / "case", T2, Made("short axis", 9))
+    assert [list(study.files) for study in find_studies(case)] == [["t2"]]
+    assert [list(study.files) for study in find_studies(case, task="cardiac")] == [["sax"]]
+    with pytest.raises(CopeditError, match="a DICOM study of the other task than --task cardiac"):
+        find_studies(dicoms.study(tmp_path / "brain", T2), task="cardiac")
+    (unclear,) = find_studies(dicoms.study(tmp_path / "unclear", dicoms.DIFFUSION), task="brain")
+    assert "no series could be matched" in unclear.problem
 
 
 # ----------------------------------------------------------------------------------------------------------- out
@@ -333,6 +348,17 @@ def test_inspect(hospital, brain_model):
     assert f"{hospital}/series 5 (ep2d_diff_3scan_trace_p2)" in report["passed_over"]["diffusion"]
 
 
+def test_a_study_of_which_nothing_is_understood(tmp_path, brain_model):
+    for name, made in (("a", dicoms.DIFFUSION), ("b", T2)):
+        dicoms.study(tmp_path / "cohort" / name, made, study=name.replace("a", "1").replace("b", "2"))
+    words = "a: no series could be matched with a modality; there are 5 (ep2d_diff_3scan_trace_p2): diffusion"
+    refused(run("inspect", tmp_path / "cohort" / "a", "--model", brain_model), words)
+    report = json.loads(run("inspect", tmp_path / "cohort", "--model", brain_model, "--json").stdout)
+    assert words in report["studies"][0]["findings"][0]["text"] and report["studies"][1]["files"]
+    done = run("synth", tmp_path / "cohort", "-o", tmp_path / "o", "--model", brain_model, "--shard", "0/2")
+    assert done.exit_code == 1 and words in done.stderr
+
+
 def test_without_the_extra(hospital, tmp_path, monkeypatch):
     from copedit_rt.images.dicom import convert, headers
 
@@ -462,6 +488,26 @@ def test_hostile_files_are_one_sentence(tmp_path, build, words):
     case = build(tmp_path / "case")
     refused(run("synth", case, "-o", tmp_path / "o", "--resample"), words)
     assert not (tmp_path / "o").exists()
+
+
+def test_bytes_changed_at_random(tmp_path):
+    """A volume or one sentence, whatever the files are."""
+    small = {"shape": (16, 16, 4), "size": (4, 4, 12)}
+    case = dicoms.study(tmp_path / "case", replace(T2, **small), replace(FLAIR, **small))
+    paths, draw, outcomes = sorted(case.rglob("IM*")), np.random.default_rng(0), set()
+    for _ in range(60):
+        path = paths[draw.integers(len(paths))]
+        content = path.read_bytes()
+        at = draw.integers(132, len(content) - 512)
+        new = [bytes(16), b"\xff\xff\xff\xff", draw.bytes(3), b""][draw.integers(4)]
+        path.write_bytes(content[:at] + new + (content[at + len(new) :] if new else b""))
+        try:
+            outcomes |= {len(Study.read(case).volumes)}
+        except CopeditError as error:
+            assert str(tmp_path / "scratch") not in str(error)
+            outcomes |= {"refused"}
+        path.write_bytes(content)
+    assert {2, "refused"} <= outcomes
 
 
 def test_missing_tags_that_do_not_matter(tmp_path):

@@ -124,6 +124,13 @@ def test_contrast_agent_and_protocol():
     assert judge(series("axial", repetition_time=500, echo_time=10, contrast=True))[0] == "t1ce"
 
 
+def test_hearts():
+    assert judge(series("t2_tse_sax", body_part="HEART"))[0] == "sax" and judge(series("T2 SAX"))[0] == "t2"
+    assert judge(series("T2 SAX", body_part=""))[0] == "sax"
+    assert "of the chest" in judge(series("t2_tse_tra", body_part="CHEST"))[1]
+    assert judge(series("axial", body_part="HEART", repetition_time=500, echo_time=10))[0] is None
+
+
 def test_two_echoes_are_two_series():
     early = series("PD_T2 tse", echo_time=15.0, repetition_time=4000.0).headers
     late = [replace(h, echo_time=100.0, instance=f"{h.instance}b") for h in early]

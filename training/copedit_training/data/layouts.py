@@ -107,6 +107,9 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
     data = DataSet(folder, [], [], found.skipped, dict.fromkeys(wanted, 0))
     places: dict[str, Path] = {}
     for study in found:
+        if not study.files:  # of DICOM, no series of which was understood
+            data.skipped.append(Skipped(study.name, "incomplete", str(study.problem)))
+            continue
         layout, subject, name = _whose(study, folder)
         files = {element: path for element, path in study.files.items() if element in wanted}
         place = next(iter(study.files.values())).parent
