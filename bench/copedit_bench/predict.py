@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -144,7 +144,8 @@ def launches(config: ModelConfig) -> Counter[str]:
 
 def blocks(config: ModelConfig, batch: int, gpu: Gpu, direction: str = "forward") -> dict[str, float]:
     """Seconds of all blocks by kind of work; "both" is a training step's forward and backward."""
-    c, passes, times = config.denoiser, (3 if direction == "both" else 1), Counter[str]()
+    c, passes = config.denoiser, 3 if direction == "both" else 1
+    times: defaultdict[str, float] = defaultdict(float)
     rows = math.prod(OPERATORS["ada_norm"].sizes(config, batch)[letter] for letter in "BmT")
     shapes = ((3 * c.width, c.width), (c.width, c.width), (2 * c.hidden, c.width), (c.width, c.hidden))
     for i in range(c.blocks):
