@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from copedit_bench.models.sampler import operations
 from copedit_bench.operators.cases import OPERATORS, directions, floor
-from copedit_kernels import attention_token
+from copedit_kernels import attention_token, convolution
 from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.files import write_atomically
 from copedit_rt.networks.denoiser import MDiT3D
@@ -67,11 +67,13 @@ LARGE = 0.80  # share of the rate that the largest product reaches: what floors 
 PRODUCT = 0.70  # that the products of the models reach where tiles fill the multiprocessors
 ATTENTION = {"forward": 0.40, "backward": 0.35}  # that ours reach within an element
 CONVOLUTION = 0.29  # that cuDNN reaches on 3x3x3 layers: 290 TFLOP/s of an H200 in public reports
+GATHERED = 0.45  # that conv3 reaches: the cache gives 85 multiply-adds' values at about that pace
 LANES, ISSUED = 128, 0.75  # additions or products in float32 of a multiprocessor a clock, and the share that is issued
 KERNEL = 1.5e-6  # seconds of a kernel in a graph besides its work: begin, fill, drain
 HOST = 12e-6  # seconds in which Python launches a kernel, outside a graph
 LINK = 6e9  # bytes a second between ordinary memory of the host and the GPU
 LOOP = 5  # kernels of a step of the loop besides the network: index_select, cast, index_copy, the step, its counter
+PRODUCTS = ("axis_attention_token", "conv3")  # operators that tensor cores decide
 TILES = ((128, 256), (128, 128), (64, 256), (64, 128), (64, 64))  # of a product's result
 KERNELS = {  # of an operator, where not one: forward, backward
     "axis_attention_token": (1, 2),
@@ -99,9 +101,13 @@ def operator(op: str, direction: str, sizes: Mapping[str, int], itemsize: int, g
     moved, computed = floor(op, direction, sizes, itemsize)
     by_work = 0.0
     if op == "axis_attention_token":
-        tile = attention_token.FORWARD[90].get(sizes["D"], attention_token.FORWARD[90][64])
-        programs = math.ceil(sizes["T"] / tile.BQ) * sizes["B"] * sizes["m"] * sizes["H"]
+        rows = attention_token.FORWARD[90][sizes["D"]].BQ
+        programs = math.ceil(sizes["T"] / rows) * sizes["B"] * sizes["m"] * sizes["H"]
         by_work = computed / (ATTENTION[direction] * gpu.products) * uneven(programs, gpu)
+    elif op == "conv3":
+        tile = convolution.TILES[90]
+        programs = math.ceil(sizes["P"] * sizes["Q"] * sizes["R"] / tile.BM) * math.ceil(sizes["U"] / tile.BN)
+        by_work = computed / (GATHERED * gpu.products) * uneven(programs, gpu)
     elif op == "nearest_code":
         instructions = sizes["N"] * sizes["K"] * (3 * sizes["d"] + 3)  # without fused multiply-adds; three to compare
         by_work = instructions / (LANES * gpu.processors * gpu.clock * ISSUED)
@@ -144,7 +150,8 @@ def launches(config: ModelConfig) -> Counter[str]:
 
 def blocks(config: ModelConfig, batch: int, gpu: Gpu, direction: str = "forward") -> dict[str, float]:
     """Seconds of all blocks by kind of work; "both" is a training step's forward and backward."""
-    c, passes, times = config.denoiser, (3 if direction == "both" else 1), Counter[str]()
+    c, passes = config.denoiser, 3 if direction == "both" else 1
+    times: defaultdict[str, float] = defaultdict(float)
     rows = math.prod(OPERATORS["ada_norm"].sizes(config, batch)[letter] for letter in "BmT")
     shapes = ((3 * c.width, c.width), (c.width, c.width), (2 * c.hidden, c.width), (c.width, c.hidden))
     for i in range(c.blocks):
@@ -234,7 +241,7 @@ def operator_table(batch: int) -> list[str]:
             cells = []
             for gpu in GPUS.values():
                 seconds = operator(op, direction, sizes, itemsize, gpu)
-                peak = computed / gpu.products if op == "axis_attention_token" else moved / gpu.bandwidth
+                peak = computed / gpu.products if op in PRODUCTS else moved / gpu.bandwidth
                 cells += [text(seconds), "–" if op == "nearest_code" else f"{peak / seconds:.0%}"]
             body.append([op, direction, *cells])
     header = [cell for gpu in GPUS for cell in (gpu, "of peak")]
@@ -335,7 +342,7 @@ def of_row(row: Mapping[str, Any], gpu: Gpu) -> float | None:
     """Expected seconds of a row of kernels.json, sampler.json or train-step.json; None where the model says nothing."""
     if "op" in row:
         itemsize = getattr(torch, row["dtype"]).itemsize
-        if row["op"] == "axis_attention_token" and itemsize > 2:
+        if row["op"] in PRODUCTS and itemsize > 2:
             return None
         return operator(row["op"], row["direction"], row["sizes"], itemsize, gpu)
     config = PRESETS.get(row["model"])

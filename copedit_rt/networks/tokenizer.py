@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import fuse_conv_bn_eval
 
-from copedit_kernels import nearest_code
+from copedit_kernels import conv3, convolution, nearest_code
+from copedit_kernels.dispatch import use_triton
 from copedit_rt.config import TokenizerConfig, Triple
 from copedit_rt.errors import CopeditError
 
@@ -98,7 +99,20 @@ class ResidualUnit(nn.Module):
         self.conv2 = Conv3d(hidden, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if convolution.FUSED and self._fits(x):
+            return self._fused(x)
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether x can be computed by `copedit_kernels.conv3`: on its device, without gradients, channels last."""
+        tensors = (x, self.conv1.weight, self.conv2.weight)
+        alike = all(t.stride(1) == 1 and t.dtype == x.dtype for t in tensors)
+        return alike and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and use_triton(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        (first, bias1), (second, bias2) = ((c.weight.movedim(1, -1), c.bias) for c in (self.conv1, self.conv2))
+        last = x.movedim(1, -1)
+        return conv3(conv3(last, first, bias1, None, True), second, bias2, last, True).movedim(-1, 1)
 
 
 def _size(layer: nn.Module, n: int, axis: int = 0) -> int:

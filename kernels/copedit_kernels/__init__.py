@@ -6,6 +6,7 @@
 from copedit_kernels.activation import swiglu
 from copedit_kernels.attention import axis_attention
 from copedit_kernels.codes import nearest_code
+from copedit_kernels.convolution import conv3
 from copedit_kernels.dispatch import decompositions, implementation
 from copedit_kernels.norm import ada_norm, gated_residual_ada_norm
 from copedit_kernels.reference import rotate
@@ -14,6 +15,7 @@ from copedit_kernels.sampler_step import partial_ddim_step_
 __all__ = [
     "ada_norm",
     "axis_attention",
+    "conv3",
     "decompositions",
     "gated_residual_ada_norm",
     "implementation",

@@ -94,6 +94,15 @@ def swiglu(h: Tensor) -> Tensor:
     return (F.silu(a) * b).to(h.dtype)
 
 
+def conv3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    """3x3x3 convolution of x [N, H, W, D, C] by weight [U, 3, 3, 3, C], padded with zeros, then + bias [U],
+    + residual [N, H, W, D, U], and ReLU where asked for."""
+    added = None if bias is None else _wide(bias)
+    y = F.conv3d(_wide(x).movedim(-1, 1), _wide(weight).movedim(-1, 1), added, padding=1).movedim(1, -1)
+    y = y if residual is None else y + _wide(residual)
+    return (y.relu() if relu else y).to(x.dtype)
+
+
 def nearest_code(z: Tensor, codebook: Tensor, rows: int = 256) -> Tensor:
     """Index [N] (int64) of the code nearest to each z [N, d] in codebook [K, d]; the leftmost on ties.
 

@@ -21,7 +21,7 @@ def test_no_prediction_is_faster_than_the_hardware(op, gpu):
             for direction in directions(op):
                 moved, computed = floor(op, direction, sizes, itemsize)
                 least = moved / gpu.bandwidth
-                if op == "axis_attention_token":
+                if op in predict.PRODUCTS:
                     least = max(least, computed / gpu.products)
                 if op == "nearest_code":
                     least = max(least, computed / (predict.LANES * gpu.processors * gpu.clock))

@@ -46,7 +46,7 @@ def complaints(case: dict[str, Any], kernel: dict[str, Any]) -> list[str]:
         found.append(f"spills: {kernel['stack']} bytes of stack, {kernel['local']} of local memory")
     if kernel["shared"] > SHARED[architecture]:
         found.append(f"{kernel['shared']} bytes of shared memory, of {SHARED[architecture]}")
-    if name.startswith("token_") and half:
+    if name.startswith(("token_", "conv3_")) and half:
         wanted = "wgmma" if architecture == 90 else "mma"
         if not kernel[wanted]:
             found.append(f"no {wanted}")

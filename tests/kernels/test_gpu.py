@@ -34,7 +34,9 @@ def test_every_preset(op: str, preset: str, dtype: torch.dtype) -> None:
     for variant in row.variants:
         for ours in row.ours:
             for layout in (lambda name, x: Layout.plain(x.ndim), lambda name, x: Layout.inside(x.ndim)):
-                inputs = inputs_of(op, row.sizes(PRESETS[preset], 2), dtype, layout, "cuda", **variant)
+                sizes = row.sizes(PRESETS[preset], 2)
+                sizes |= {axis: min(sizes[axis], 20) for axis in "PQR" if axis in sizes}  # float64 takes long
+                inputs = inputs_of(op, sizes, dtype, layout, "cuda", **variant)
                 compare(op, inputs, ours=ours)
 
 

@@ -125,7 +125,7 @@ def test_at_the_widths_of_the_models(op: str) -> None:
     row, seen = OPERATORS[op], set()
     for config in PRESETS.values():
         sizes = row.sizes(config, 1)
-        sizes |= {letter: row.small[letter] for letter in "mTNKE" if letter in sizes}
+        sizes |= {letter: row.small[letter] for letter in "mTNKEPQR" if letter in sizes}
         if tuple(sizes.items()) not in seen:
             compare(op, inputs_of(op, sizes, torch.float16, strided))
             seen.add(tuple(sizes.items()))
@@ -206,6 +206,10 @@ MODULATION = torch.zeros(2, 16)
         (lambda k: k.nearest_code(torch.zeros(5, 8), torch.zeros(4, 7)), "codebook"),
         (lambda k: k.nearest_code(torch.zeros(5, 8), torch.zeros(0, 8)), r"\b0\b"),
         (lambda k: k.nearest_code(torch.zeros(5, 8).int(), torch.zeros(4, 8).int()), "int32"),
+        (lambda k: k.conv3(QKV[0], torch.zeros(4, 3, 3, 3, 31), None, None, False), "31"),
+        (lambda k: k.conv3(QKV[0], torch.zeros(4, 3, 3, 3, 32), torch.zeros(5), None, False), r"\b5\b"),
+        (lambda k: k.conv3(QKV[0], torch.zeros(4, 3, 3, 3, 32), None, QKV[0], False), "residual"),
+        (lambda k: k.conv3(QKV[0], torch.zeros(4, 3, 3, 3, 32).half(), None, None, False), "float16"),
         (lambda k: k.partial_ddim_step_(ROW, ROW[:, :2], torch.zeros(2, 3) > 0, torch.zeros(4, 2), 0), "x0"),
         (lambda k: k.partial_ddim_step_(ROW, ROW, torch.zeros(2, 2) > 0, torch.zeros(4, 2), 0), "observed"),
         (lambda k: k.partial_ddim_step_(ROW, ROW, torch.zeros(2, 3), torch.zeros(4, 2), 0), "bool|float32"),

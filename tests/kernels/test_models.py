@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import assert_rule, interpreted, normal, poisoned_memory, using
+from checks import Recorder, assert_rule, interpreted, normal, poisoned_memory, using
 from torch import Tensor, nn
 
 import copedit_kernels as ops
+from copedit_kernels import convolution
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.networks.denoiser import MDiT3D
-from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.networks.tokenizer import CoPeVAE, ResidualUnit
 
 pytestmark = interpreted
 
@@ -129,6 +130,31 @@ def test_tokenizer() -> None:
     for name, value in found.items():
         assert_rule(value, low[name], exact[name], name)
         assert torch.equal(value, low[name]), f"{name}: the same codes, hence the same bits"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_residual_units_take_our_convolution_where_it_is_switched_on(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inference alone, of one type and channels last."""
+    torch.manual_seed(0)
+    unit = ResidualUnit(16, 24).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    x = normal(2, 16, 5, 6, 4, dtype=torch.float32).to(memory_format=torch.channels_last_3d)
+    exact = unit(x).detach()
+    unit, x = unit.to(dtype), x.to(dtype)
+
+    def calls() -> tuple[Tensor, list[str]]:
+        with using("triton"), Recorder() as recorder:
+            return unit(x), [func.name() for func, _ in recorder.calls]
+
+    with torch.no_grad():
+        assert calls()[1] == []
+        monkeypatch.setattr(convolution, "FUSED", True)
+        found, names = calls()
+        assert names == ["copedit::conv3"] * 2
+        bound = 1e-2 if dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(found.float(), exact, rtol=bound, atol=bound)
+        assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    if dtype == torch.float32:
+        assert calls()[1] == []  # with gradients
 
 
 # One node per operator

@@ -89,6 +89,11 @@ MUTATIONS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "strides of h": ("at_1 * h_1 + at_2 * h_2", "at_1 * h_2 + at_2 * h_1"),
         "the sigmoid's derivative": ("(1.0 + a * (1.0 - s))", "(1.0 + a * s)"),
     },
+    ("convolution", "conv3"): {
+        "the edge along an axis": ("(h < H - 1)", "(h < H)"),
+        "the strides of taps": ("a * w_h + b * w_w", "a * w_w + b * w_h"),
+        "the residual": ("if ADDED:", "if False:"),
+    },
     ("codes", "nearest_code"): {
         "the leftmost of equals": ("closer = distance < best", "closer = distance <= best"),
         "the mask of codes": ('other=float("inf")', "other=0.0"),

@@ -20,6 +20,7 @@ from copedit_bench.operators import contestants
 from copedit_bench.operators.contestants import EPS, STEP, Contestant, Verdict, four
 from copedit_kernels import reference
 from copedit_rt.config import PRESETS, ModelConfig
+from copedit_rt.networks.precision import exact_float32
 
 BATCHES = (1, 4, 32)
 TARGET_BATCH = 2  # nearest_code also at the 36,864 vectors that its target speaks of
@@ -143,6 +144,14 @@ def _step_sizes(config: ModelConfig, batch: int) -> dict[str, int]:
     return {"B": batch, "m": len(config.elements), "M": 1, "E": values}
 
 
+def _conv_sizes(config: ModelConfig, batch: int) -> dict[str, int]:
+    """The residual units of the first level, where most of the tokenizer's operations are; a study's elements come one
+    by one, whatever the batch."""
+    c = config.tokenizer
+    plane = (n // s for n, s in zip(config.image, c.strides[0], strict=True))
+    return dict(zip("PQR", plane, strict=True)) | {"C": c.channels[0], "U": c.residual_channels}
+
+
 # What goes in
 
 
@@ -193,9 +202,26 @@ def _step(sizes: Sizes, fill: Fill, on_device: bool = True) -> dict[str, Any]:
     return {"z": z, "x0": x0, "observed": observed, "table": table, "step": step}
 
 
+def _conv(sizes: Sizes, fill: Fill, plain: bool = False) -> dict[str, Any]:
+    """As the second convolution of a residual unit. plain: without bias, residual and ReLU."""
+    P, Q, R, C, U = (sizes[letter] for letter in "PQRCU")
+    x, weight = fill(sizes.get("N", 1), P, Q, R, C), fill(U, 3, 3, 3, C) * (27 * C) ** -0.5
+    bias, residual = (None, None) if plain else (fill(U), fill(*x.shape[:4], U))
+    return {"x": x, "weight": weight, "bias": bias, "residual": residual, "relu": not plain}
+
+
 def _exact_code(z: Tensor, codebook: Tensor) -> Tensor:
     """The reference in float32, which the contract is about, in larger pieces than the models need."""
     return reference.nearest_code(z.float(), codebook.float(), rows=4096)
+
+
+def _exact_conv(x: Tensor, *given: Any) -> Tensor:
+    """The reference; on a GPU, where a convolution in float64 may take minutes or 16 GB, in float32 without TF32."""
+    if not x.is_cuda:
+        return reference.conv3(x, *given)
+    single = [t.float() if isinstance(t, Tensor) else t for t in (x, *given)]
+    with exact_float32():
+        return reference.conv3(*single).double()  # type: ignore[arg-type]
 
 
 # The table. Letters: B samples, m elements, T tokens, H heads, D channels a head, C channels, F hidden width,
@@ -206,7 +232,10 @@ def _exact_code(z: Tensor, codebook: Tensor) -> Tensor:
 # Row-wise operators: what does not depend on the token (weight * (1 + scale), gradients of the modulation after the sum
 # over tokens) is left out.
 
+# P, Q, R voxels along the axes, U filters.
+
 B, m, T, H, D, C, F, N, K, d, E, M, s = symbols("B m T H D C F N K d E M s")
+P, Q, R, U = symbols("P Q R U")
 _NORM_TESTS: dict[str, Any] = {
     "small": {"B": 2, "m": 3, "T": 5, "C": 24},
     "ranges": {"B": (1, 2, 3), "m": (1, 2, 4), "T": (1, 2, 5, 9), "C": (8, 24, 64, 104, 192, 288)},
@@ -286,6 +315,24 @@ OPERATORS: dict[str, Operator] = {
         learn=("h",),
         small={"B": 2, "m": 3, "T": 5, "F": 19},
         ranges={"B": (1, 2), "m": (1, 3), "T": (1, 5), "F": (1, 7, 19, 64, 80)},
+    ),
+    "conv3": Operator(
+        function="conv3",
+        inputs=_conv,
+        sizes=_conv_sizes,
+        floors={"forward": (P * Q * R * (C + 2 * U) * s + (27 * C + 1) * U * s, 54 * P * Q * R * C * U)},
+        contestants={
+            "ours": Contestant(copedit_kernels.conv3),
+            "eager": Contestant(contestants.eager_conv3),
+            "compile": Contestant(contestants.eager_conv3, tier=1, options=contestants.DEFAULT),
+            "compile-max": Contestant(contestants.eager_conv3, tier=0, options=contestants.AUTOTUNE),
+        },
+        exact=_exact_conv,
+        compute_bound=True,
+        small={"P": 3, "Q": 4, "R": 5, "C": 24, "U": 16},
+        ranges={"N": (1, 2), "P": (1, 3), "Q": (1, 4), "R": (1, 2, 5), "C": (8, 24, 64), "U": (1, 16, 40)},
+        gates=({"P": 8, "Q": 8, "R": 4, "C": 64, "U": 64}, {"P": 8, "Q": 8, "R": 4}),
+        variants=({}, {"plain": True}),
     ),
     "nearest_code": Operator(
         function="nearest_code",

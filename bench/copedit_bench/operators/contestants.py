@@ -211,6 +211,13 @@ def eager_swiglu(h: Tensor) -> Tensor:
 # Codes and the sampler's step
 
 
+def eager_conv3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    """cuDNN or oneDNN by way of PyTorch, then residual and ReLU by themselves."""
+    y = F.conv3d(x.movedim(-1, 1), weight.movedim(-1, 1), bias, padding=1).movedim(1, -1)
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
+
+
 def cdist_code(z: Tensor, codebook: Tensor) -> Tensor:
     return torch.cdist(z, codebook).argmin(1)
 

@@ -19,7 +19,7 @@ import torch
 
 from copedit_bench.operators.cases import BATCHES, OPERATORS, floor
 from copedit_bench.operators.report import PRESET, short_table, yardsticks
-from copedit_kernels import activation, attention_token, norm, rotary, sampler_step
+from copedit_kernels import activation, attention_token, convolution, norm, rotary, sampler_step
 from copedit_rt.config import PRESETS
 from copedit_rt.files import write_atomically
 
@@ -31,6 +31,7 @@ MARKED = re.compile(r"<!-- (floor|tiles|measured) (\w+) -->\n.*?<!-- end -->", r
 TILES: dict[str, dict[int, Any]] = {
     "ada_norm": norm.TILES,
     "swiglu": activation.TILES,
+    "conv3": convolution.TILES,
     "partial_ddim_step_": sampler_step.TILES,
 }
 

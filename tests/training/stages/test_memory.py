@@ -1,11 +1,18 @@
 """What a step needs is what it is expected to need; computing again changes no gradient."""
 
 import dataclasses
+import gc
+import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
+import copedit_kernels
+from copedit_bench.operators.cases import OPERATORS, Fill
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages import memory
@@ -70,6 +77,76 @@ def test_the_estimate_is_that_of_a_real_step(stage):
     assert found["peak"] - found["weights"] >= saved
     # Above what is saved: gradients of weights and of activations while the backward pass is under way.
     assert found["peak"] - found["weights"] <= 1.5 * saved + held
+
+
+def tracked(call, folder):
+    """Bytes allocated at the worst moment of a call over what was there before, as torch's profiler notes them."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+def test_the_estimate_is_what_torch_notes_of_a_step(stage, checkpointing, tmp_path):
+    settings = dataclasses.replace(SETTINGS[stage], checkpointing=checkpointing)
+    task = task_of(settings)
+    optimizers = optimizers_of(task)
+
+    def step():
+        task.module.zero_grad(set_to_none=True)
+        gradients(task, task.module, [task.draw(0, 0)])
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()  # the first makes the optimizers' state
+    task.module.zero_grad(set_to_none=True)
+    found = memory.estimate(CONFIG, settings, kernels="reference")
+    assert found["peak"] - found["weights"] == pytest.approx(tracked(step, tmp_path), rel=0.01)
+
+
+# Bytes that a launcher holds besides its results, of sizes: one sum a row of attention, the norms' partial sums.
+BESIDES = {
+    "axis_attention_token": lambda s: 4 * s["B"] * s["m"] * s["T"] * s["H"],
+    "ada_norm": lambda s: 4 * s["C"] * (2 * s["B"] * s["m"] * s["T"] + s["B"]),
+    "gated_residual_ada_norm": lambda s: 4 * s["C"] * (3 * s["B"] * s["m"] * s["T"] + s["B"]),
+}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter")
+@pytest.mark.parametrize("op", OPERATORS)
+def test_an_operator_takes_what_is_promised(op, tmp_path, monkeypatch):
+    """Forward and backward of the kernels, interpreted, beside the count on shapes that the estimate is made of."""
+    monkeypatch.setenv("COPEDIT_KERNELS", "triton")
+    row = OPERATORS[op]
+
+    def inputs():
+        found = row.inputs(row.small, Fill(torch.float32))
+        learnt = {name: found[name].detach().requires_grad_() for name in row.learn if found[name] is not None}
+        return found | learnt
+
+    def run(given):
+        out = getattr(copedit_kernels, row.function)(*given.values())
+        if row.learn:
+            outputs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+    run(inputs())
+    given = inputs()
+    real = tracked(lambda: run(given), tmp_path)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = inputs()
+        with memory._Alive() as alive:
+            run(given)
+    assert 0 <= real - alive.peak <= BESIDES.get(op, lambda s: 0)(row.small)
+    assert bool(alive.peak) != bool(row.mutated)  # what writes in place allocates nothing
 
 
 # Of a residual unit two feature maps are saved without, one with checkpointing; of a block many and one.
