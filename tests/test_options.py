@@ -47,14 +47,15 @@ ALWAYS = {
     "bench train-step": "output stage batch compiled device as_json",
     "bench cost": "output measure device as_json",
     "demo": "output subjects seed device as_json",
-    "evaluate": "output model data subjects steps patterns seed solver samples fid_network fvd_network lpips_network "
-    "device as_json",
+    "evaluate": "output model data subjects steps patterns seed seeds solver beside fid_network fvd_network "
+    "lpips_network device as_json",
     "sweep": "output steps model data subjects patterns seed device as_json",
     "ablate": "kind output preset data subjects full runs as_json",
     "analyse": "kind output model data subjects device as_json",
     "segment": "output model data override full device as_json",
     "train tokenizer": "preset output quick estimate",
     "train denoiser": "preset output quick estimate",
+    "train method": "name preset output quick resume",
     "train prior": "preset output tokenizer data",
     "train check-data": "data preset deep as_json output",
     "train check-simulation": "studies data preset count",
@@ -95,6 +96,15 @@ LEFT_OUT: list[tuple[str, str, list[str], str]] = [
         for option, given, words in (
             ("first_seed", ["--first-seed", "1000001", "--data", "IN"], "--first-seed is of simulated subjects"),
             ("split", ["--split", "all"], "--split all is of a data set"),
+        )
+    ),
+    ("evaluate", "samples", ["--samples", "2", "--beside", "IN", "-o", "OUT"], "--samples 2: methods give one each"),
+    *(
+        ("train method", option, ["mmgan", "--preset", "demo-brain", "-o", "OUT", *given], words)
+        for option, given, words in (
+            ("data", ["--data", "IN/nothing"], "IN/nothing"),
+            ("override", ["--data", "IN", "--set", "subjects=3"], "--set subjects=3: is of simulated subjects"),
+            ("override", ["--set", "guidance=mask"], "there is no place for it in MMGAN"),
         )
     ),
     ("ablate", "device", ["prompts", "-o", "OUT", "--device", "cpu", "--set", "device=cuda"], "give one of them"),

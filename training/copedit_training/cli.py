@@ -31,6 +31,7 @@ from copedit_rt.terminal import (
 
 if TYPE_CHECKING:
     from copedit_rt.synthesizer import Synthesizer
+    from copedit_training.evaluation.beside import Beside
 
 app = commands()
 train = commands("Train a model, stage by stage.")
@@ -107,6 +108,13 @@ def evaluate(
     ] = None,
     fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
     lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN[@KEY=N]", help="A run of a method or denoiser, on the same studies; repeatable."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="So many seeds from --seed on; to resolve differences, two or more.")
+    ] = 1,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -116,11 +124,16 @@ def evaluate(
     from copedit_training.evaluation.report import markdown, unplotted, write_report
     from copedit_training.evaluation.subjects import held_out
 
+    if beside and samples > 1:
+        raise CopeditError(f"--samples {samples}: methods give one each; leave it out beside --beside, or take --seeds")
     check_writable(output)
     synthesizer = _load(model, device)
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
+    others, budget = _beside(beside or [], synthesizer, model, device)
+    seeds = max([seeds, *(len(method.runs) for method in others.values())])
     networks = Networks(fid_network, fvd_network, lpips_network, synthesizer.engine.device)
     options: dict[str, Any] = {"steps": steps, "solver": solver, "seed": seed, "patterns": patterns}
+    options |= {"beside": others, "seeds": seeds, "budget": budget}
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
@@ -152,6 +165,16 @@ def sweep(
     with counting("evaluating") as progress:
         report = body.sweep(synthesizer, whom, steps=counts, seed=seed, patterns=patterns, progress=progress)
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
+
+
+def _beside(
+    runs: list[str], model: Synthesizer, name: str, device: str
+) -> tuple[dict[str, Beside], dict[str, Any]]:
+    if not runs:
+        return {}, {}
+    from copedit_training.experiments import beside
+
+    return beside.load(runs, model, name, device)
 
 
 def _load(model: str, device: str) -> Synthesizer:
@@ -274,6 +297,25 @@ def train_denoiser(
 ) -> None:
     """Stage II: the diffusion transformer, on the latents of a trained tokenizer (--set tokenizer=FOLDER)."""
     _train("denoiser", preset, output, data, override, resume, estimate, quick)
+
+
+@train.command("method")
+def train_method(
+    name: Annotated[str, typer.Argument(help="mmgan, mmt, hyper-gae, ldm, controlnet, m2dn or diffm4ri.")],
+    preset: Preset,
+    output: Output,
+    data: Data = "phantom",
+    override: Set = None,
+    resume: Resume = False,
+    quick: Quick = False,
+) -> None:
+    """A method of the paper's tables, to be compared with (`copedit evaluate --beside`)."""
+    from copedit_training.methods.fit import fit
+
+    check_writable(output)
+    folder = fit(name, preset, output, data, override or (), resume, quick=quick)
+    if os.environ.get("RANK", "0") == "0":
+        say(folder)
 
 
 @train.command("prior")

@@ -123,7 +123,8 @@ def task(name: str, config: ModelConfig, *overrides: str, images: np.ndarray | N
 def train(name: str, folder: Path, config: ModelConfig, *overrides: str, resume: bool = False) -> Path:
     """A run with its checkpoints; the method's model folder."""
     given = [*options(name, config), *overrides]
-    if method(name).needs_tokenizer(settings(name, config, *overrides)):
+    told = settings(name, config, *overrides)
+    if method(name).needs_tokenizer(told) and not told.tokenizer:
         given.append(f"tokenizer={model(config, folder.parent / 'vae')}")
     return runs.fit(name, preset_of(config), folder, overrides=given, config=config, resume=resume)
 

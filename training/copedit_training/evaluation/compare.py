@@ -127,17 +127,21 @@ def compare_brain(
     *,
     std: Mapping[str, np.ndarray] | None = None,
     orientation: Orientation | None = None,
+    others: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> Iterator[Pair]:
-    """Per missing modality the model, then the baselines (no regression: without that one).
+    """Per missing modality the model, other methods, then the baselines (no regression: without that one).
 
-    truth: the complete study; synthesised, std: the outputs, in the file's units, of which `intensity` is 0 and 1.
+    truth: the complete study; synthesised, std: the outputs, in the file's units, of which `intensity` is 0 and 1;
+    others: those of each other method.
     """
     normal = {name: normalise(image) for name, image in truth.items()}
     observed = {name: image for name, image in normal.items() if name not in missing}
     inside = np.any([image > 0 for image in normal.values()], axis=0)
     low, high = intensity
     for name in missing:
-        made = {"model": to_unit_range(synthesised[name], low, high)[0], "mean of observed": mean_of_observed(observed)}
+        outputs = {"model": synthesised, **(others or {})}
+        made = {method: to_unit_range(volumes[name], low, high)[0] for method, volumes in outputs.items()}
+        made["mean of observed"] = mean_of_observed(observed)
         if regression:
             made["linear regression"] = regression.predict(observed, name)
         for method, image in made.items():
@@ -146,9 +150,15 @@ def compare_brain(
 
 
 def compare_heart(
-    truth: np.ndarray, slices: Sequence[int], synthesised: np.ndarray, *, std: np.ndarray | None = None
+    truth: np.ndarray,
+    slices: Sequence[int],
+    synthesised: np.ndarray,
+    *,
+    std: np.ndarray | None = None,
+    others: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[Pair]:
-    """Over the missing slices the model, then the baselines. Stacks [X, Y, slices], all in the file's units."""
+    """Over the missing slices the model, other methods, then the baselines. Stacks [X, Y, slices], all in the file's
+    units."""
     low, high = np.percentile(truth, PERCENTILES)
 
     def normal(stack: np.ndarray) -> np.ndarray:
@@ -157,6 +167,7 @@ def compare_heart(
     reference = normal(truth)
     for method, stack in (
         ("model", synthesised),
+        *(others or {}).items(),
         ("linear interpolation", interpolate_slices(truth, slices)),
         ("nearest slice", nearest_slices(truth, slices)),
     ):
@@ -170,8 +181,10 @@ def pairs(
     missing: Sequence[str],
     result: Result,
     regression: LinearRegression | None = None,
+    others: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> Iterator[Pair]:
-    """`compare_brain` or `compare_heart` of a complete study and what was made of it without its missing elements."""
+    """`compare_brain` or `compare_heart` of a complete study and what was made of it without its missing elements, by
+    the model and by others (method -> volume -> array)."""
     truth = as_study(config, truth)
     volumes = {name: volume.data for name, volume in result.study.volumes.items()}
     if config.task.joint:
@@ -179,11 +192,14 @@ def pairs(
         stacks = [truth.volumes[STACK].data, volumes[STACK], result.std.get(STACK)]
         whole, made, std = (None if x is None else np.moveaxis(x, axis, 2) for x in stacks)
         assert whole is not None and made is not None
-        return compare_heart(whole, slices, made, std=std)
+        more = {method: np.moveaxis(found[STACK], axis, 2) for method, found in (others or {}).items()}
+        return compare_heart(whole, slices, made, std=std, others=more)
     images = {name: truth.volumes[name].data for name in config.elements}
     upright = Orientation.to_ras(truth.reference.affine)
     intensity = intensity_of(result.record)
-    return compare_brain(images, missing, volumes, intensity, regression, std=result.std, orientation=upright)
+    return compare_brain(
+        images, missing, volumes, intensity, regression, std=result.std, orientation=upright, others=others
+    )
 
 
 def compare(

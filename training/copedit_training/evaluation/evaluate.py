@@ -6,7 +6,7 @@ Everything is measured on the file's grid, but for the tokenizer's reconstructio
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -20,6 +20,7 @@ from copedit_training.data.prepared import HELD_OUT
 from copedit_training.evaluation.baselines import (
     LinearRegression,
 )
+from copedit_training.evaluation.beside import Beside, Differences
 from copedit_training.evaluation.calibration import Calibration
 from copedit_training.evaluation.compare import (
     compare,
@@ -155,19 +156,26 @@ def evaluate(
     solver: str | None = None,
     samples: int = 1,
     networks: Networks | None = None,
+    beside: Mapping[str, Beside] | None = None,
+    budget: Mapping[str, Any] | None = None,
+    seeds: int = 1,
 ) -> dict[str, Any]:
     """Evaluate on a cohort (None: `subjects` held-out phantoms from `first_seed` on); JSON-able.
 
     patterns: at most that many missing patterns per count (None: all). fit_subjects: how many training subjects of the
     cohort the regression baseline is fitted on. progress: called with studies done and studies in all. samples: with
     more than one their mean is measured, and how well their spread tells its error. networks: for FID, FVD and LPIPS.
+    beside: other methods, by name, which get the same incomplete studies and seeds; budget: what the model has cost, as
+    `Beside.budget`. seeds: so many, from `seed` on, and
+    scores are of all of them; the Fréchet distances are of the first.
     Raises CopeditError where no study of the cohort can be used.
     """
     config = model.config
     cohort = cohort or Phantoms(config, subjects, first_seed)
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
     by_count, by_pattern, reconstruction, every = Scores(), Scores(), Scores(), Scores()
-    heads, calibration = Heads(), Calibration()
+    heads, calibration, differences = Heads(), Calibration(), Differences()
+    others, taken = dict(beside or {}), dict.fromkeys(beside or {}, 0.0)  # seconds
     regression = None if config.task.joint else fit_regression(config, wanted, fit_subjects, cohort)
     mislabel = {"studies": 0, "caught": 0, "false_alarms": 0}  # T2 named FLAIR
     seconds, done, people, studies, impossible = 0.0, 0, set(), [], []
@@ -184,23 +192,30 @@ def evaluate(
             if not possible(config, truth, missing):
                 impossible.append({"study": truth.name, "missing": "+".join(missing)})
                 continue
-            start = time.perf_counter()
-            result = model.synthesize(
-                incomplete(config, truth, missing), steps=steps, seed=seed, solver=solver, samples=samples
-            )
-            seconds += time.perf_counter() - start
-            heads.add(result.perception, missing)
-            number = str(len(missing))
-            for pair in pairs(config, truth, missing, result, regression):
-                values = pair.measure()
-                if networks:
-                    values |= networks.distances(pair)
-                    networks.add(number, pair, first=pair.method == "model")
-                if pair.std is not None:
-                    where = pair.where()
-                    calibration.add((pair.image - pair.truth)[where], pair.std[where], samples)
-                by_count.add(number, pair.method, values, subject)
-                by_pattern.add("+".join(missing), pair.method, values, subject)
+            study, number = incomplete(config, truth, missing), str(len(missing))
+            for turn in range(seeds):
+                start = time.perf_counter()
+                result = model.synthesize(study, steps=steps, seed=seed + turn, solver=solver, samples=samples)
+                seconds += time.perf_counter() - start
+                if not turn:
+                    heads.add(result.perception, missing)
+                made = {}
+                for name, other in others.items():
+                    start = time.perf_counter()
+                    made[name] = other.fill(study, seed + turn, turn)
+                    taken[name] += time.perf_counter() - start
+                for pair in pairs(config, truth, missing, result, regression, made):
+                    values = pair.measure()
+                    if networks:
+                        values |= networks.distances(pair)
+                        if not turn:
+                            networks.add(number, pair, first=pair.method == "model")
+                    if pair.std is not None:
+                        where = pair.where()
+                        calibration.add((pair.image - pair.truth)[where], pair.std[where], samples)
+                    by_count.add(number, pair.method, values, subject)
+                    by_pattern.add("+".join(missing), pair.method, values, subject)
+                    differences.add(number, pair.method, turn, subject, values)
             done += 1
             if progress:
                 progress(count * len(wanted) + tried, cohort.studies * len(wanted))
@@ -210,7 +225,9 @@ def evaluate(
             mislabel["studies"] += 1
             mislabel["caught"] += "flair" in misnamed(renamed)
             mislabel["false_alarms"] += bool(misnamed(honest))
-    about = cohort.about()
+    about, costs = cohort.about(), {name: other.budget for name, other in others.items()}
+    if others:
+        costs, taken = {"model": budget or {}, **costs}, {"model": seconds, **taken}
     if not done:
         first = f" ({cohort.skipped[0].reason})" if cohort.skipped else ""
         raise CopeditError(
@@ -226,10 +243,15 @@ def evaluate(
         "steps": config.diffusion.steps if steps is None else steps,
         "solver": config.diffusion.solver if solver is None else solver,
         "seed": seed,
+        "seeds": seeds,
         "samples": samples,
-        "seconds_per_study": seconds / done,
+        "seconds_per_study": seconds / (done * seeds),
         "by_count": by_count.summary(),
         "by_pattern": by_pattern.summary(),
+        "beside": {
+            name: {**cost, "seconds_per_study": taken[name] / (done * seeds)} for name, cost in costs.items()
+        },
+        "differences": differences.summary(list(others)) if others else {},
         "frechet": networks.summary() if networks else {},
         "networks": {name: str(path) if path else None for name, path in networks.files.items()} if networks else {},
         "reconstruction": reconstruction.summary() | every.summary(),

@@ -121,6 +121,8 @@ def _evaluation(report: Report) -> list[str]:
     """Every section is there whatever was asked for: one that is off says so."""
     brain = report["task"] == Task.BRAIN
     mean = f" Means of {report['samples']} samples." if report["samples"] > 1 else ""
+    if report.get("seeds", 1) > 1:
+        mean += f" Seeds {report['seed']} to {report['seed'] + report['seeds'] - 1}."
     steps, studies = report["steps"], len(report["studies"])
     lines = [
         f"# {report['model']}: quality",
@@ -133,6 +135,8 @@ def _evaluation(report: Report) -> list[str]:
     ]
     for title, key in (("count", "by_count"), ("pattern", "by_pattern")):
         lines += ["", f"## By missing {title}", "", *_scores(report[key], "missing" if brain else "missing slabs")]
+    if report.get("beside"):
+        lines += ["", "## Beside the model", "", *_beside(report)]
     lines += ["", "## Perceptual distances", "", *_distances(report)]
     lines += [
         "",
@@ -183,6 +187,45 @@ def _scores(keys: Report, heading: str) -> list[str]:
         for method, row in methods.items()
     ]
     return table([heading, "method", "images", *(title for title, _ in metrics.values())], body, 2)
+
+
+def _beside(report: Report) -> list[str]:
+    """What each method has cost, and how it differs from the model."""
+    body = []
+    for name, row in report["beside"].items():
+        counts = [_thousands(row.get(key)) for key in ("parameters", "steps", "volumes", "slices", "seconds")]
+        body.append([name, row.get("space", "–"), *counts, f"{row['seconds_per_study']:.2f}"])
+    header = ["", "space", "parameters", "steps", "volumes seen", "slices seen", "s of training", "s a study"]
+    lines = [
+        "Steps, volumes and seconds are of one run's training, of both parts where there are two; a dash: of a model "
+        "that is no run. The tokenizer's training is in nobody's budget, which favours methods on latents.",
+        "",
+        *table(header, body, 2),
+        "",
+        "Differences to the model on the same subjects and seeds: mean ± standard error over subjects, and under each "
+        "seed. Resolved: more than two standard errors from zero, and the seeds, two at least, agree.",
+        "",
+    ]
+    inside = any("psnr_inside" in row for methods in report["differences"].values() for row in methods.values())
+    metrics = ("psnr_inside", "ssim_inside") if inside else ("psnr", "ssim")
+    body = []
+    for key, methods in report["differences"].items():
+        for name, row in methods.items():
+            cells = [cell for metric in metrics for cell in difference(row[metric], METRICS[metric][1])]
+            body.append([key, name, *cells])
+    seeds = ("under each seed", "resolved")
+    return [*lines, *table(["missing", "", METRICS[metrics[0]][0], *seeds, METRICS[metrics[1]][0], *seeds], body, 2)]
+
+
+def difference(row: Report, digits: int) -> list[str]:
+    """Cells of a `paired` difference: mean ± standard error, under each seed, whether it is resolved."""
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.{digits}f}"
+    each = ", ".join(f"{x:+.{digits}f}" for x in row["per_seed"])
+    return [f"{row['mean']:+.{digits}f}{error}", each, "yes" if row["resolved"] else "no"]
+
+
+def _thousands(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def _distances(report: Report) -> list[str]:

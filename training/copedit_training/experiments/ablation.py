@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,9 +33,10 @@ from copedit_rt.schedule import noise
 from copedit_rt.task import Task
 from copedit_training.data import layouts
 from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_images, phantom_images
+from copedit_training.evaluation.beside import paired
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import measure
-from copedit_training.evaluation.report import table, write
+from copedit_training.evaluation.report import difference, table, write
 from copedit_training.experiments.analysis import check_prior
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -352,25 +352,6 @@ def means(runs: Sequence[Mapping[str, Any]], metric: str, count: str | None) -> 
     return np.array([[value(subject) for subject in run["subjects"]] for run in runs])
 
 
-def paired(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Difference a - b of [seeds, subjects] on the same subjects: mean, standard error over subjects (after averaging
-    over seeds), and the mean under each seed.
-
-    "resolved" is whether the mean is more than two standard errors from zero and all seeds (at least two) agree.
-    """
-    difference = a - b
-    each, per_subject = difference.mean(1), difference.mean(0)
-    mean, n = float(per_subject.mean()), len(per_subject)
-    error = float(per_subject.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    agree = len(each) > 1 and bool((np.sign(each) == np.sign(mean)).all())
-    return {
-        "mean": mean,
-        "standard_error": None if math.isnan(error) else error,
-        "per_seed": each.tolist(),
-        "resolved": bool(agree and n > 1 and abs(mean) > 2 * error),
-    }
-
-
 def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> dict[str, Any]:
     """Per variant and missing count ("all": averaged) the mean and deviation over subjects of each metric (after
     averaging over seeds), and the paired difference to the reference."""
@@ -486,10 +467,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             continue
         cells = []
         for metric, digits in (("psnr", 3), ("mse", 4)):
-            d = rows["all"][metric]["difference"]
-            error = "" if d["standard_error"] is None else f" ± {d['standard_error']:.{digits}f}"
-            each = ", ".join(f"{x:+.{digits}f}" for x in d["per_seed"])
-            cells += [f"{d['mean']:+.{digits}f}{error}", each, "yes" if d["resolved"] else "no"]
+            cells += difference(rows["all"][metric]["difference"], digits)
         body.append([variants[name]["label"], *cells])
     seeds = ("under each seed", "resolved")
     lines += [*table(["", "PSNR (dB)", *seeds, "latent MSE", *seeds], body, 1), ""]

@@ -125,7 +125,7 @@ class ControlNet(LatentMethod[ControlNetSettings]):
                 assert isinstance(net, Controlled) and isinstance(self.used, Controlled)
                 net.base.load_state_dict(self.used.base.state_dict())
                 net.start()
-                net.control.load_state_dict(self.net.control.state_dict())  # type: ignore[union-attr, operator]
+                net.control.load_state_dict(self.net.control.state_dict())  # type: ignore[union-attr]
         return terms
 
     def sampled(self, z: Tensor, observed: Tensor, noise: Noise) -> Tensor:

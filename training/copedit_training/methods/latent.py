@@ -48,7 +48,7 @@ class LatentMethod(Method[M]):
 
     space = "latent"
     noised = True
-    adjustable = ("sampler_steps",)
+    adjustable: ClassVar[tuple[str, ...]] = ("sampler_steps",)
 
     @abstractmethod
     def sampled(self, z: Tensor, observed: Tensor, noise: Noise) -> Tensor:

@@ -1,0 +1,196 @@
+"""Methods beside a model: the same studies and noise, fair or refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from copedit_rt import checkpoint
+from copedit_rt.cli import app
+from copedit_rt.errors import CopeditError
+from copedit_rt.images.prepare import prepare
+from copedit_rt.schedule import noise as noise_of
+from copedit_rt.synthesizer import Synthesizer
+from copedit_training.evaluation import evaluate as ev
+from copedit_training.evaluation.beside import Beside, Differences, paired
+from copedit_training.evaluation.subjects import Phantoms
+from copedit_training.experiments import beside
+from copedit_training.stages import trainer
+from tests.training.methods.small import BRAIN, CONFIGS, HEART, model, smooth, task, train
+from tests.training.stages.tiny import SMALL
+
+
+@pytest.fixture(autouse=True)
+def smooth_subjects(monkeypatch):
+    monkeypatch.setattr(trainer, "phantom_images", smooth)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Of IXI's three modalities: two seeds of MM-GAN, LDM, DiffM4RI, and a denoiser on the same data."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "phantom_images", smooth)
+        for seed in (0, 1):
+            train("mmgan", root / f"mmgan-{seed}", BRAIN, f"seed={seed}")
+        train("ldm", root / "ldm", BRAIN)
+        train("diffm4ri", root / "diffm4ri", BRAIN)
+        given = (*SMALL["denoiser"], "crop=0", "steps=2", f"tokenizer={root / 'vae'}")
+        trainer.run("denoiser", "demo-brain", root / "denoiser", overrides=given, config=BRAIN)
+    return root
+
+
+def test_a_table_of_all_from_the_command(runs, tmp_path):
+    command = ["evaluate", "--model", str(runs / "denoiser" / "model"), "-o", str(tmp_path), "--subjects", "2"]
+    command += ["--patterns", "1", "--json", "--device", "cpu"]
+    for name in ("mmgan-0", "mmgan-1", "ldm/model", "diffm4ri", "diffm4ri@resample=2,sampler_steps=2", "denoiser"):
+        command += ["--beside", str(runs / name)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    names = ["MMGAN", "LDM", "DiffM4RI", "DiffM4RI: resample=2, sampler_steps=2", "CoPeDiT, trained beside"]
+    assert list(found["beside"]) == ["model", *names] and found["seeds"] == 2, "as many as a method has runs"
+    for rows in found["by_count"].values():
+        assert {"model", *names, "mean of observed", "linear regression"} == set(rows)
+        assert {row["images"] for row in rows.values()} == {rows["model"]["images"]}
+    budget = found["beside"]["MMGAN"]
+    assert (budget["steps"], budget["volumes"], budget["slices"], budget["runs"]) == (4, 8, 16, 2)
+    lines = [x for i in (0, 1) for x in (runs / f"mmgan-{i}" / "log.jsonl").read_text().splitlines()]
+    assert budget["seconds"] == pytest.approx(sum(json.loads(x)["seconds"] for x in lines) / 2)
+    assert budget["seconds_per_study"] > 0
+    ldm, own = found["beside"]["LDM"], found["beside"]["model"]
+    assert ldm["slices"] is None and ldm["space"] == "latent" and own["steps"] == 2 and own["parameters"] > 0
+
+    same = found["differences"]["1"]["CoPeDiT, trained beside"]["psnr"]
+    assert same["per_seed"] == [0, 0] and not same["resolved"], "the same model with the same noise"
+    other = found["differences"]["2"]["LDM"]["psnr_inside"]
+    rows = found["by_count"]["2"]
+    mean = rows["LDM"]["psnr_inside"]["mean"] - rows["model"]["psnr_inside"]["mean"]
+    assert other["mean"] == pytest.approx(mean) and len(other["per_seed"]) == 2 and other["standard_error"] > 0
+    text = (tmp_path / "evaluation.md").read_text()
+    assert "## Beside the model" in text and "Seeds 0 to 1." in text and "| MMGAN | image |" in text
+
+
+@pytest.mark.parametrize("where", CONFIGS)
+def test_a_study_goes_the_way_of_the_synthesizer(where, tmp_path):
+    """A method that does what the model does writes what the model writes."""
+    config = CONFIGS[where]
+    synthesizer = Synthesizer.load(model(config, tmp_path / "model"), device="cpu")
+    made = task("ldm", config)
+    seen = []
+
+    def fill(known, observed, noise):
+        seen.append((known, observed))
+        there = observed[0].numpy()
+        z = synthesizer.encode(known[0].numpy()[there]).latents[0]
+        begin = np.empty((3, *z.shape[1:]), np.float32)
+        begin[there] = z
+        for i in np.flatnonzero(~there):
+            begin[i] = noise(config.elements[i], z.shape[1:])
+        prompts = synthesizer.encode(known[0].numpy()[there]).prompts
+        latents = synthesizer.sample(begin[None], prompts, observed.numpy(), 4, "ddim", None, None)
+        return torch.from_numpy(synthesizer.decode(latents[0], there))[None]
+
+    made.fill = fill
+    _, truth, _ = next(iter(Phantoms(config, 1)))
+    study = ev.incomplete(config, truth, config.elements[1:2])
+    volumes = beside.filled(made)(study, 7)
+    result = synthesizer.synthesize(study, seed=7, steps=4, solver="ddim")
+    known, observed = seen[0]
+    assert observed.tolist() == [[True, False, True]]
+    assert torch.equal(known[0, [0, 2]], torch.from_numpy(prepare(study, config).images[[0, 2]]))
+    for name in volumes:
+        own = result.study.volumes[name].data
+        assert volumes[name].shape == own.shape and np.allclose(volumes[name], own, atol=1e-3 * own.max())
+
+
+def test_hearts_are_compared_over_the_missing_slices_alone(tmp_path):
+    synthesizer = Synthesizer.load(model(HEART, tmp_path / "vae"), device="cpu")
+    _, truth, _ = next(iter(Phantoms(HEART, 1)))
+    whole = truth.volumes["sax"].data
+
+    def perfect(study, seed):
+        assert study.missing_slices and seed in (3, 4)
+        wrong = np.full_like(whole, 1e6)
+        wrong[..., list(study.missing_slices)] = whole[..., list(study.missing_slices)]
+        return {"sax": wrong}
+
+    others = {"perfect": Beside([perfect])}
+    found = ev.evaluate(synthesizer, Phantoms(HEART, 1), steps=1, patterns=1, seed=3, seeds=2, beside=others)
+    assert [rows["perfect"]["psnr"]["mean"] for rows in found["by_count"].values()] == [100, 100]
+    gain = found["differences"]["1"]["perfect"]["psnr"]
+    assert gain["mean"] > 50 and gain["standard_error"] is None and not gain["resolved"], "one subject resolves nothing"
+
+
+def test_runs_take_turns_and_every_method_gets_the_same_study(tmp_path):
+    synthesizer = Synthesizer.load(model(BRAIN, tmp_path / "vae"), device="cpu")
+    asked = []
+
+    def run(name):
+        def fill(study, seed):
+            asked.append((name, seed, tuple(study.volumes)))
+            missing = [e for e in BRAIN.elements if e not in study.volumes]
+            return dict.fromkeys(missing, np.zeros(study.reference.data.shape, np.float32))
+
+        return fill
+
+    others = {"a": Beside([run("a0"), run("a1")]), "b": Beside([run("b")])}
+    ev.evaluate(synthesizer, Phantoms(BRAIN, 1), steps=1, patterns=1, seed=5, seeds=3, beside=others, fit_subjects=1)
+    first = [(name, seed) for name, seed, there in asked if there == ("t2", "pd")]
+    assert first == [("a0", 5), ("b", 5), ("a1", 6), ("b", 6), ("a0", 7), ("b", 7)]
+
+
+def test_a_difference_is_of_the_same_subjects_and_seeds():
+    found = Differences()
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.random((2, 2, 3, 2))  # seeds, subjects, images
+    for turn in range(2):
+        for who in range(3):
+            for image in range(2):
+                found.add("1", "model", turn, f"s{who}", {"psnr": ours[turn, who, image]})
+                found.add("1", "other", turn, f"s{who}", {"psnr": theirs[turn, who, image]})
+    assert found.summary(["other"])["1"]["other"]["psnr"] == paired(theirs.mean(2), ours.mean(2))
+
+
+def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
+    synthesizer = Synthesizer.load(runs / "denoiser" / "model", device="cpu")
+    name = str(runs / "denoiser" / "model")
+
+    def refused(words, *specs, of=name):
+        with pytest.raises(CopeditError, match=words):
+            beside.load([str(spec) for spec in specs], synthesizer, of, "cpu")
+
+    train("mmgan", tmp_path / "fewer", BRAIN, "subjects=3")
+    refused("fewer and .*denoiser: not trained on the same data", tmp_path / "fewer")
+    train("mmgan", tmp_path / "wider", BRAIN, "width=12", "seed=5")
+    refused("must differ in their seed, and in nothing else", runs / "mmgan-0", tmp_path / "wider")
+    refused("several runs of MMGAN must differ in their seed", runs / "mmgan-0", runs / "mmgan-0")
+    refused("no run there", tmp_path)
+    refused("settings of sampling can be given for methods", f"{runs / 'denoiser'}@steps=2")
+    refused("expected RUN@KEY=NUMBER, found resample=x", f"{runs / 'diffm4ri'}@resample=x")
+    refused("resample: cannot be changed in a trained LDM; what can be is sampler_steps", f"{runs / 'ldm'}@resample=2")
+    train("mmgan", tmp_path / "heart", HEART)
+    refused("its task is not that of", tmp_path / "heart")
+
+    vae = checkpoint.load_tokenizer(runs / "vae")[1]
+    with torch.no_grad():
+        vae.latent_mean += 1
+    checkpoint.save(tmp_path / "other-vae", BRAIN, vae)
+    train("ldm", tmp_path / "other-tokenizer", BRAIN, f"tokenizer={tmp_path / 'other-vae'}")
+    refused("not trained with the same tokenizer", tmp_path / "other-tokenizer")
+    refused("its tokenizer is not that of elsewhere", tmp_path / "other-tokenizer", of="elsewhere")
+    others, budget = beside.load([str(runs / "mmgan-0")], synthesizer, "elsewhere", "cpu")
+    assert list(others) == ["MMGAN"] and set(budget) == {"space", "parameters"}
+
+
+def test_the_same_noise_as_the_model_begins_with():
+    made = task("ldm", BRAIN)
+    seen = {}
+    made.synthesise = lambda images, observed, noise: seen.update(eps=noise("t2", (8, 16, 16, 4))) or images
+    _, truth, _ = next(iter(Phantoms(BRAIN, 1)))
+    beside.filled(made)(ev.incomplete(BRAIN, truth, ("t2",)), 3)
+    assert np.array_equal(seen["eps"], noise_of(3, truth.name, "t2", (8, 16, 16, 4)))
+
+
