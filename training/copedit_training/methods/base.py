@@ -210,7 +210,10 @@ class Method(LatentTask[M, Drawn], Generic[M]):
         return (batch.prompts * weight[:, :, None, None]).sum(1)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast on a GPU. On a CPU, whose bfloat16 convolutions can be wrong, methods compute in float32."""
+        """Of training: autocast on a GPU, and on a CPU float32, as bfloat16 convolutions can be wrong there."""
+        return self._sound()
+
+    def _sound(self) -> AbstractContextManager[Any]:
         return self.autocast() if self.device.type == "cuda" else nullcontext()
 
     @contextmanager
@@ -270,7 +273,7 @@ class Method(LatentTask[M, Drawn], Generic[M]):
         there = of_elements(observed)
         training = self.used.training
         self.used.eval()
-        with self.precision():
+        with self._sound():
             made = self.fill(torch.where(there, images, 0.0), observed, noise)
         self.used.train(training)
         return torch.where(there, images, made.float().clamp(0, 1))
@@ -279,7 +282,7 @@ class Method(LatentTask[M, Drawn], Generic[M]):
         """Prompts [B, 3, P] of the observed elements of images; None without guidance by them."""
         if self.settings.guidance != "full":
             return None
-        with self.autocast():
+        with self._sound():
             return self.tokenizer.prompts(self.tokenizer.encode(known).float(), observed).float()
 
     def noise_of(self, noise: Noise, batch: int, shape: Sequence[int], name: str = "") -> Tensor:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,9 @@ class DiffM4RI(LatentMethod[DiffM4RISettings]):
             prompts="none",
         )
         return build_denoiser(dataclasses.replace(config, denoiser=denoiser))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return self.autocast()  # on a CPU, too: it has no convolutions
 
     def objective(self, batch: Drawn) -> tuple[Tensor, Terms]:
         assert batch.latents is not None and batch.noise is not None and batch.timesteps is not None
