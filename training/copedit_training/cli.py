@@ -167,9 +167,7 @@ def sweep(
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
-def _beside(
-    runs: list[str], model: Synthesizer, name: str, device: str
-) -> tuple[dict[str, Beside], dict[str, Any]]:
+def _beside(runs: list[str], model: Synthesizer, name: str, device: str) -> tuple[dict[str, Beside], dict[str, Any]]:
     if not runs:
         return {}, {}
     from copedit_training.experiments import beside
@@ -189,7 +187,9 @@ def _load(model: str, device: str) -> Synthesizer:
 
 @app.command()
 def ablate(
-    kind: Annotated[str, typer.Argument(metavar="prompts|injection|backbone|prior|identity", help="What is changed.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="prompts|injection|backbone|prior|identity|pretext", help="What is changed or left out.")
+    ],
     output: Output,
     preset: Annotated[str, typer.Option(help="Its model and its training settings are the reference.")] = "demo-brain",
     data: Annotated[str, typer.Option(metavar="phantom|DIR", help="What to train and to test on.")] = "phantom",
@@ -200,18 +200,23 @@ def ablate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train and compare variants of a preset's denoiser. Repeat the command to go on with what is not finished."""
-    from copedit_training.experiments import ablation as body
+    """Train and compare variants of a preset's denoiser, or tokenizer (pretext). Repeat the command to go on with what
+    is not finished."""
+    from copedit_training.experiments import ablation, pretext
 
-    if kind not in body.VARIANTS:
-        raise CopeditError(f"ablation {kind!r} is unknown; choose one of {', '.join(body.VARIANTS)}")
+    if kind not in (known := (*ablation.VARIANTS, "pretext")):
+        raise CopeditError(f"ablation {kind!r} is unknown; choose one of {', '.join(known)}")
     check_writable(output)
     if device != "auto" and any(item.startswith("device=") for item in override or ()):
         raise CopeditError(f"--device {device} beside --set device=...: give one of them")
     settings = [*(override or ()), *([] if device == "auto" else [f"device={device}"])]
-    experiment = body.Experiment(output, preset, settings, data=data, full=full, runs=runs, test_subjects=subjects)
-    report = body.ablate(kind, experiment)
-    present(report, body.markdown(report), body.write_report(report, output), as_json)
+    shared: Any = {"data": data, "full": full, "runs": runs, "test_subjects": subjects}
+    if kind == "pretext":
+        report = pretext.ablate(pretext.Experiment(output, preset, settings, **shared))
+        present(report, pretext.markdown(report), pretext.write_report(report, output), as_json)
+        return
+    report = ablation.ablate(kind, ablation.Experiment(output, preset, settings, **shared))
+    present(report, ablation.markdown(report), ablation.write_report(report, output), as_json)
 
 
 @app.command()

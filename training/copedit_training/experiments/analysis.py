@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -305,42 +306,64 @@ def neighbour_accuracy(points: np.ndarray, labels: np.ndarray, subject: np.ndarr
     return float(np.mean(right))
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """Prompts [S, 3, P] of every subject [S] under every pattern, in deviations; and by "count" and "identity" of what
+    is missing, which of them belong there [S] (bool) and their classes [S]."""
+
+    prompts: np.ndarray
+    subject: np.ndarray
+    groups: Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def of(cls, probe: Probe) -> Grouped:
+        n, s = len(probe.images), len(probe.patterns)
+        subject, observed = torch.arange(n).repeat_interleave(s), probe.patterns.repeat(n, 1)
+        counts = (~observed).sum(1).numpy()
+        one = counts == 1
+        return cls(
+            probe.prompts(subject, observed).cpu().numpy().astype(np.float64),
+            subject.numpy(),
+            {"count": (np.ones_like(one), counts), "identity": (one, (~observed).float().argmax(1).numpy())},
+        )
+
+    def points(self, label: str, kind: int) -> np.ndarray:
+        """One kind of prompt of a group [N, P], each value with mean 0 and deviation 1."""
+        points = self.prompts[self.groups[label][0], kind]
+        return (points - points.mean(0)) / points.std(0).clip(1e-9)
+
+
+def separation(grouped: Grouped) -> dict[str, Any]:
+    """How far count and identity separate in each prompt."""
+    from sklearn.metrics import silhouette_score
+
+    found: dict[str, Any] = {}
+    for label, (rows, classes) in grouped.groups.items():
+        for k, kind in enumerate(KINDS[:3]):
+            points = grouped.points(label, k)
+            found.setdefault(kind, {})[label] = {
+                "silhouette": float(silhouette_score(points, classes[rows])),
+                "nearest_neighbours": neighbour_accuracy(points, classes[rows], grouped.subject[rows]),
+            }
+    return found
+
+
 def distribution(probe: Probe) -> tuple[dict[str, Any], Figure]:
     """Figure 7a and b: t-SNE of p^d over all patterns, by count, and of p^p where one is missing, by identity; and in
     numbers how far count and identity separate in each prompt."""
     from sklearn.manifold import TSNE
-    from sklearn.metrics import silhouette_score
 
-    n, s = len(probe.images), len(probe.patterns)
-    subject = torch.arange(n).repeat_interleave(s)
-    observed = probe.patterns.repeat(n, 1)
-    prompts = probe.prompts(subject, observed).cpu().numpy().astype(np.float64)
-    counts = (~observed).sum(1).numpy()
-    one = counts == 1
-    groups = {
-        "count": (np.ones_like(one), counts),
-        "identity": (one, (~observed).float().argmax(1).numpy()),
-    }
-    report: dict[str, Any] = {"subjects": n, "separation": {}, "embedding": {}}
-    for label, (rows, classes) in groups.items():
-        for k, kind in enumerate(KINDS[:3]):
-            points = prompts[rows, k]
-            points = (points - points.mean(0)) / points.std(0).clip(1e-9)
-            report["separation"].setdefault(kind, {})[label] = {
-                "silhouette": float(silhouette_score(points, classes[rows])),
-                "nearest_neighbours": neighbour_accuracy(points, classes[rows], subject.numpy()[rows]),
-            }
+    grouped = Grouped.of(probe)
+    report: dict[str, Any] = {"subjects": len(probe.images), "separation": separation(grouped), "embedding": {}}
     for label, k in (("count", 0), ("identity", 1)):
-        rows, classes = groups[label]
-        points = prompts[rows, k]
-        points = (points - points.mean(0)) / points.std(0).clip(1e-9)
+        (rows, classes), points = grouped.groups[label], grouped.points(label, k)
         perplexity = min(30.0, (len(points) - 1) / 3)
         where = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
         report["embedding"][label] = {
             "x": where[:, 0].tolist(),
             "y": where[:, 1].tolist(),
             "class": classes[rows].tolist(),
-            "subject": subject.numpy()[rows].tolist(),
+            "subject": grouped.subject[rows].tolist(),
         }
     return report, _draw_distribution(probe.config, report)
 
