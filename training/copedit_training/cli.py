@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -188,7 +188,7 @@ def _load(model: str, device: str) -> Synthesizer:
 @app.command()
 def ablate(
     kind: Annotated[
-        str, typer.Argument(metavar="prompts|injection|backbone|prior|identity|pretext", help="What is changed or left out.")
+        str, typer.Argument(metavar="prompts|injection|backbone|prior|identity|pretext", help="What is changed.")
     ],
     output: Output,
     preset: Annotated[str, typer.Option(help="Its model and its training settings are the reference.")] = "demo-brain",
@@ -215,7 +215,7 @@ def ablate(
         report = pretext.ablate(pretext.Experiment(output, preset, settings, **shared))
         present(report, pretext.markdown(report), pretext.write_report(report, output), as_json)
         return
-    report = ablation.ablate(kind, ablation.Experiment(output, preset, settings, **shared))
+    report = ablation.ablate(cast("ablation.Ablation", kind), ablation.Experiment(output, preset, settings, **shared))
     present(report, ablation.markdown(report), ablation.write_report(report, output), as_json)
 
 
