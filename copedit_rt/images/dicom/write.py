@@ -286,12 +286,12 @@ def _file(image: Dataset, sources: bytes) -> bytes:
     from pydicom.dataset import FileMetaDataset
     from pydicom.filebase import DicomBytesIO
     from pydicom.filewriter import write_file_meta_info
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import UID, ExplicitVRLittleEndian
 
-    meta, head = FileMetaDataset(), DicomBytesIO()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
-    meta.ImplementationClassUID, meta.ImplementationVersionName = _IMPLEMENTATION, "COPEDIT"
+    head, meta = DicomBytesIO(), FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
+    meta.ImplementationClassUID, meta.ImplementationVersionName = UID(_IMPLEMENTATION), "COPEDIT"
     write_file_meta_info(head, meta)
     text = image.get("SpecificCharacterSet", "iso8859")
     before, after = _encoded(image[:_SOURCES], text), _encoded(image[_SOURCES + 1 :], text)

@@ -533,6 +533,25 @@ def test_text_of_any_kind(tmp_path):
         assert pydicom.dcmread(tmp_path / "o" / "0001.dcm").PatientAge == "old"
 
 
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        ("ISO_IR 100", "Müller^Jörg"),
+        ("ISO_IR 192", "Łoś^山田"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        (None, "Roe^R"),
+    ],
+)
+def test_names_in_any_script(tmp_path, charset, name):
+    tags = {"SpecificCharacterSet": charset, "PatientName": name, "StudyDescription": name.partition("=")[0]}
+    case = dicoms.study(tmp_path / "case", replace(T2, tags=tags))
+    (found,) = find_studies(case)
+    data, affine = np.zeros(T2.shape, np.float32), Study.read(case).reference.affine
+    write_series(tmp_path / "o", found.source, Output("t1", data, affine, "t2", "m", RECORD))
+    one = pydicom.dcmread(tmp_path / "o" / "0002.dcm")
+    assert one.PatientName == name and one.StudyDescription == tags["StudyDescription"]
+
+
 def test_duplicates_are_one(tmp_path):
     case = dicoms.study(tmp_path / "case")
     shutil.copytree(case / "0004", case / "again")
