@@ -200,8 +200,7 @@ def ablate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train and compare variants of a preset's denoiser, or tokenizer (pretext). Repeat the command to go on with what
-    is not finished."""
+    """Train and compare variants of a preset's denoiser or tokenizer. Repeat the command to go on with what is left."""
     from copedit_training.experiments import ablation, pretext
 
     if kind not in (known := (*ablation.VARIANTS, "pretext")):
@@ -263,6 +262,19 @@ def segment(
     with counting("synthesising") as progress:
         report = body.compare(model, output, data, device, budget, progress)
     present(report, body.markdown(report), body.write_report(report, output), as_json)
+
+
+@app.command()
+def network(
+    kind: Annotated[str, typer.Argument(metavar="inception|i3d|medicalnet", help="Which network.")],
+    weights: Annotated[Path, typer.Argument(metavar="FILE", help="Its published weights: .pth, .pt or .safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The TorchScript file to write.")],
+) -> None:
+    """Published weights to the file that --fid-network or --fvd-network takes; nothing is downloaded."""
+    from copedit_training.evaluation import networks as body
+
+    check_writable(output.parent)
+    print(f"{output}: for {body.convert(kind, weights, output)}")
 
 
 # ------------------------------------------------------------------------------------------------- training
