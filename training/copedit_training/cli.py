@@ -203,8 +203,9 @@ def ablate(
     """Train and compare variants of a preset's denoiser or tokenizer. Repeat the command to go on with what is left."""
     from copedit_training.experiments import ablation, pretext
 
-    if kind not in (known := (*ablation.VARIANTS, "pretext")):
-        raise CopeditError(f"ablation {kind!r} is unknown; choose one of {', '.join(known)}")
+    if kind != "pretext" and kind not in ablation.VARIANTS:
+        known = ", ".join((*ablation.VARIANTS, "pretext"))
+        raise CopeditError(f"ablation {kind!r} is unknown; choose one of {known}")
     check_writable(output)
     if device != "auto" and any(item.startswith("device=") for item in override or ()):
         raise CopeditError(f"--device {device} beside --set device=...: give one of them")
@@ -214,6 +215,7 @@ def ablate(
         report = pretext.ablate(pretext.Experiment(output, preset, settings, **shared))
         present(report, pretext.markdown(report), pretext.write_report(report, output), as_json)
         return
+    assert kind in ablation.VARIANTS
     report = ablation.ablate(kind, ablation.Experiment(output, preset, settings, **shared))
     present(report, ablation.markdown(report), ablation.write_report(report, output), as_json)
 
