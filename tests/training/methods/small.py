@@ -49,7 +49,7 @@ HEART = dataclasses.replace(
 CONFIGS = {"brain": BRAIN, "heart": HEART}
 COMMON = "steps=4 batch_size=2 accumulate=1 subjects=4 checkpoint_every=2 warmup=1 validate_every=0".split()
 # Of each method, what makes it small; and where and how it learns one subject by heart in a few seconds.
-_UNET = "width=16 widest=2 residual_blocks=1 attention=1 fold_plane=1 fold_depth=1 ema=0.5"
+_UNET = "width=16 widest=2 residual_blocks=1 attention=1 fold_plane=2 fold_depth=1 ema=0.5"
 _FLAT = "batch_size=4 fold_depth=2 ema=0.9 sampler_steps=5"
 OPTIONS = {
     "m2dn": "width=4 slices=2 sampler_steps=2 ema=0.5",
@@ -67,7 +67,7 @@ OVERFIT = {
     "mmt": ("heart", (16, 16, 4), "steps=60 lr=5e-3 batch_size=1"),
     "mmgan": ("brain", (32, 32, 8), "steps=25 lr=5e-3 batch_size=2 slices=4"),
     "ldm": ("heart", (16, 16, 4), "steps=40 lr=5e-3 batch_size=4 ema=0.9 sampler_steps=5"),
-    "controlnet": ("brain", (16, 16, 4), f"steps=60 lr=5e-3 control_steps=30 control_lr=5e-3 {_FLAT}"),
+    "controlnet": ("brain", (16, 16, 4), f"steps=50 lr=5e-3 control_steps=25 control_lr=5e-3 {_FLAT}"),
     "diffm4ri": ("heart", (16, 16, 4), "steps=100 lr=5e-3 batch_size=4 ema=0.9 sampler_steps=5 resample=2"),
 }
 

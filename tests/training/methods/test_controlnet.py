@@ -5,10 +5,9 @@ import torch
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_training.methods.base import parameters
-from copedit_training.methods.controlnet import Controlled, ControlNet, ControlNetSettings
+from copedit_training.methods.controlnet import Controlled, ControlNetSettings
 from copedit_training.stages.step import learning_rate
-from tests.training.methods.small import BRAIN, CONFIGS, settings, steps, stir, task
+from tests.training.methods.small import BRAIN, CONFIGS, HEART, settings, steps, stir, task
 
 
 def begun(config) -> Controlled:
@@ -26,7 +25,7 @@ def test_our_sizes():
         net = Controlled(ModelConfig.preset("brain-brats"), told)
     base, control = (sum(p.numel() for p in part.parameters()) for part in (net.base, net.control))
     assert (base, control) == (166_692_384, 70_341_056)
-    assert parameters(ControlNet, ModelConfig.preset("brain-brats"), told) == base + control
+    assert sum(p.numel() for p in net.parameters()) == base + control
 
 
 @pytest.mark.parametrize("where", CONFIGS)
@@ -66,7 +65,7 @@ def test_the_condition_matters_once_the_zeros_have_moved():
 
 
 def test_the_second_part_begins_with_the_averaged_base_and_leaves_it():
-    made = task("controlnet", BRAIN, "steps=6", "control_steps=3", "weight_decay=0.1")
+    made = task("controlnet", HEART, "steps=6", "control_steps=3", "weight_decay=0.1")
     seen = []
     for step in range(6):
         net, average = made.net, made.used

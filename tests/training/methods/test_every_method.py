@@ -95,7 +95,7 @@ def test_one_subject_is_learnt_beyond_the_mean_of_the_observed(name):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_same_subjects_and_patterns_as_the_denoiser_draws(name):
     config = CONFIGS["brain"]
-    made = task(name, config, "steps=10")
+    made = task(name, config, "steps=10", "dtype=float32")
     told = load_settings("denoiser", "demo-brain", (*SMALL["denoiser"], "crop=0"))
     denoiser = DenoiserTask(config, told, smooth(config, 4), tokenizer(config))
     for step in (8, 9):  # MMGAN's last phase has all patterns
