@@ -200,12 +200,12 @@ def ablate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train and compare variants of a preset's denoiser, or tokenizer (pretext). Repeat the command to go on with what
-    is not finished."""
+    """Train and compare variants of a preset's denoiser or tokenizer. Repeat the command to go on with what is left."""
     from copedit_training.experiments import ablation, pretext
 
-    if kind not in (known := (*ablation.VARIANTS, "pretext")):
-        raise CopeditError(f"ablation {kind!r} is unknown; choose one of {', '.join(known)}")
+    if kind != "pretext" and kind not in ablation.VARIANTS:
+        known = ", ".join((*ablation.VARIANTS, "pretext"))
+        raise CopeditError(f"ablation {kind!r} is unknown; choose one of {known}")
     check_writable(output)
     if device != "auto" and any(item.startswith("device=") for item in override or ()):
         raise CopeditError(f"--device {device} beside --set device=...: give one of them")
@@ -263,6 +263,19 @@ def segment(
     with counting("synthesising") as progress:
         report = body.compare(model, output, data, device, budget, progress)
     present(report, body.markdown(report), body.write_report(report, output), as_json)
+
+
+@app.command()
+def network(
+    kind: Annotated[str, typer.Argument(metavar="inception|i3d|medicalnet", help="Which network.")],
+    weights: Annotated[Path, typer.Argument(metavar="FILE", help="Its published weights: .pth, .pt or .safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The TorchScript file to write.")],
+) -> None:
+    """Published weights to the file that --fid-network or --fvd-network takes; nothing is downloaded."""
+    from copedit_training.evaluation import networks as body
+
+    check_writable(output.parent)
+    print(f"{output}: for {body.convert(kind, weights, output)}")
 
 
 # ------------------------------------------------------------------------------------------------- training
