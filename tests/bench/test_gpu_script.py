@@ -90,7 +90,7 @@ def test_nothing_needs_what_a_bare_machine_lacks():
     ).stdout.split()
     code = BLOCKED + (
         "import importlib, pytest\n"
-        "for name in ('operators.measure', 'operators.tables', 'models.sampler', 'models.train_step'):\n"
+        "for name in ('operators.measure', 'operators.tables', 'models.sampler', 'models.train_step', 'predict'):\n"
         "    importlib.import_module('copedit_bench.' + name)\n"
         "assert not {'nibabel', 'monai'} & set(sys.modules)\n"
         "sys.exit(pytest.main(['--collect-only', '-m', 'gpu', '-p', 'no:cacheprovider', *sys.argv[1:]]))"

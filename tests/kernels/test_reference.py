@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import copedit_kernels as ops
 from copedit_kernels import (
     ada_norm,
     axis_attention,
+    conv3,
     gated_residual_ada_norm,
     nearest_code,
     partial_ddim_step_,
@@ -365,3 +367,19 @@ def test_nearest_code_is_exact_under_a_common_offset(offset: float) -> None:
     codebook = normal(500, 8, seed=2, dtype=torch.float32) + offset
     distance = torch.cdist(z.double(), codebook.double())
     assert torch.equal(nearest_code(z, codebook), distance.argmin(1))
+
+
+def test_conv3_tap_by_tap() -> None:
+    """Of every voxel the 27 neighbours, those outside left out."""
+    x, weight, bias, residual = normal(2, 3, 2, 4, 5), normal(6, 3, 3, 3, 5), normal(6), normal(2, 3, 2, 4, 6)
+    expected = residual + bias
+    for h, w, d in product(range(3), range(2), range(4)):
+        for a, b, c in product(range(3), repeat=3):
+            i, j, k = h + a - 1, w + b - 1, d + c - 1
+            if 0 <= i < 3 and 0 <= j < 2 and 0 <= k < 4:
+                expected[:, h, w, d] += x[:, i, j, k] @ weight[:, a, b, c].T
+    torch.testing.assert_close(conv3(x, weight, bias, residual, False), expected)
+    torch.testing.assert_close(conv3(x, weight, bias, residual, True), expected.clamp_min(0))
+    torch.testing.assert_close(conv3(x, weight, None, None, False), expected - residual - bias)
+    half = conv3(x.half(), weight.half(), bias.half(), residual.half(), True)
+    torch.testing.assert_close(half, expected.clamp_min(0).half(), rtol=0.02, atol=0.02)
