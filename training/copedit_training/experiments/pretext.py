@@ -36,7 +36,7 @@ from copedit_training.stages.settings import load_settings
 from copedit_training.stages.tokenizer_task import TokenizerTask
 from copedit_training.stages.trainer import check_subjects, fit
 
-# Little enough for two CPU cores; without `--full` these replace the preset's own.
+# A short budget, a twentieth of the demo's steps; without `--full` these replace the preset's own.
 REDUCED = (
     "steps=200",
     "quantise_from=100",
