@@ -29,7 +29,7 @@ TILES = {80: Tiles(8, 256, 4), 90: Tiles(8, 256, 4)}
 
 
 @jit
-def place(size_1, size_2, F, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def place(size_1, size_2, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's rows [ROWS, 1], their places in the three leading dimensions, and its columns [1, BLOCK].
 
     FLAT: the first two have size 1; otherwise a place takes four divisions of 64 bits, half of the kernel's
@@ -62,7 +62,7 @@ def swiglu_forward(
     """Program (j, k): ROWS rows from j * ROWS, BLOCK columns from k * BLOCK. size_1, size_2: inner leading sizes."""
     NARROW: tl.constexpr = h.dtype.element_ty
     WIDE: tl.constexpr = tl.float64 if NARROW == tl.float64 else tl.float32
-    row, at_0, at_1, at_2, c = place(size_1, size_2, F, FLAT, ROWS, BLOCK)
+    row, at_0, at_1, at_2, c = place(size_1, size_2, FLAT, ROWS, BLOCK)
     # [ROWS, BLOCK]
     live = (row < rows) & (c < F)
     source = h + at_0 * h_0 + at_1 * h_1 + at_2 * h_2 + c
@@ -80,7 +80,7 @@ def swiglu_backward(
     """Program as in `swiglu_forward`; writes both halves of dh."""
     NARROW: tl.constexpr = h.dtype.element_ty
     WIDE: tl.constexpr = tl.float64 if NARROW == tl.float64 else tl.float32
-    row, at_0, at_1, at_2, c = place(size_1, size_2, F, FLAT, ROWS, BLOCK)
+    row, at_0, at_1, at_2, c = place(size_1, size_2, FLAT, ROWS, BLOCK)
     # [ROWS, BLOCK]
     live = (row < rows) & (c < F)
     source = h + at_0 * h_0 + at_1 * h_1 + at_2 * h_2 + c
