@@ -74,7 +74,7 @@ def read_config(folder: Path) -> ModelConfig:
     except ValueError as error:
         raise CopeditError(f"{path}: not valid JSON ({error}); copy the model again") from error
     config = ModelConfig.from_dict(data)
-    if config.task == "brain" and (unknown := [name for name in config.elements if name not in MODALITIES]):
+    if not config.task.joint and (unknown := [name for name in config.elements if name not in MODALITIES]):
         raise CopeditError(f"{path}: unknown element {unknown[0]!r}; known modalities are {', '.join(MODALITIES)}")
     return config
 

@@ -22,6 +22,7 @@ Triple = tuple[int, int, int]
 Prompts = Literal["full", "none", "mask", "no-count", "no-position", "no-contrast"]
 Injection = Literal["across", "within", "both"]
 Backbone = Literal["mdit3d", "dit3d", "dit", "unet"]
+Identity = Literal["sincos", "orthogonal"]
 Solver = Literal["ddim", "dpm2m"]
 # What a number may be, and each of several; far beyond all that is of use, but small enough to be computed with.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -40,6 +41,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "patch": (1, 16),
     "train_steps": (1, 100_000),
     **dict.fromkeys(("beta_start", "beta_end"), (1e-8, 0.999)),
+    "start": (0.01, 1),
     "image": (1, 1024),
 }
 VOXELS, TOKENS = 2**26, 2**17  # of all elements of a study together; the paper's have 9.4 million and 2304
@@ -128,6 +130,8 @@ class DenoiserConfig:
     injection: the blocks that receive them. Only "mdit3d" has both kinds; the other backbones take them everywhere.
     prior: a fill of what is missing (`prior.Prior`) is encoded, given to the network as a second latent of each missing
     element, and corrected by it; off, as in the paper, the network starts from noise alone.
+    identity: what tells one element from another, sine and cosine of its index, as positions are told in the paper, of
+    which those of neighbours are nearly parallel, or orthogonal directions of the same length.
     """
 
     width: int = 768
@@ -138,6 +142,7 @@ class DenoiserConfig:
     prompts: Prompts = "full"
     injection: Injection = "across"
     prior: bool = False
+    identity: Identity = "sincos"
 
     def __post_init__(self) -> None:
         _check_ranges(self, "denoiser")
@@ -145,7 +150,8 @@ class DenoiserConfig:
             raise CopeditError(
                 f"denoiser: width {self.width} over {self.heads} heads must give a head dimension divisible by 8"
             )
-        for name, kind in (("backbone", Backbone), ("prompts", Prompts), ("injection", Injection)):
+        kinds = {"backbone": Backbone, "prompts": Prompts, "injection": Injection, "identity": Identity}
+        for name, kind in kinds.items():
             if getattr(self, name) not in typing.get_args(kind):
                 known = ", ".join(typing.get_args(kind))
                 raise CopeditError(f"denoiser: {name} {getattr(self, name)!r} is unknown; choose one of {known}")
@@ -162,20 +168,31 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Scaled-linear schedule (Appendix B.3) and the sampler's defaults; solvers: `schedule.solver_tables`."""
+    """Scaled-linear schedule (Appendix B.3) and the sampler's defaults; solvers: `schedule.solver_tables`.
+
+    start: the share of the schedule at which sampling starts. 1, the paper's, is noise alone. Below 1 it is the fill,
+    noised as far as that timestep is (as in SDEdit, Meng et al. 2022); only for models with a prior.
+    """
 
     train_steps: int = 500
     beta_start: float = 0.0015
     beta_end: float = 0.0195
     steps: int = 200
     solver: Solver = "ddim"
+    start: float = 1.0
 
     def __post_init__(self) -> None:
         _check_ranges(self, "diffusion")
         if self.beta_start > self.beta_end:
             raise CopeditError(f"diffusion.beta_start: {self.beta_start:g} is above beta_end, {self.beta_end:g}")
-        if not 1 <= self.steps <= self.train_steps:
-            raise CopeditError(f"diffusion.steps: {self.steps} must be from 1 to train_steps, {self.train_steps}")
+        if not 1 <= self.steps <= self.most_steps:
+            where = "train_steps" if self.start == 1 else "start x train_steps"
+            raise CopeditError(f"diffusion.steps: {self.steps} must be from 1 to {where}, {self.most_steps}")
+
+    @property
+    def most_steps(self) -> int:
+        """As many as the schedule has timesteps from where sampling starts."""
+        return max(round(self.start * self.train_steps), 1)
 
 
 @dataclass(frozen=True)
@@ -205,6 +222,11 @@ class ModelConfig:
         if len(set(self.elements)) < len(self.elements):
             raise CopeditError(f"model {self.name}: an element is named twice: {', '.join(self.elements)}")
         _check_ranges(self, f"model {self.name}")
+        if self.diffusion.start < 1 and not self.denoiser.prior:
+            raise CopeditError(
+                f"model {self.name}: diffusion.start is {self.diffusion.start:g}, and without denoiser.prior there is "
+                f"nothing to start from but noise; set it to 1"
+            )
         if any(n % c for n, c in zip(self.image, self.tokenizer.compression, strict=True)):
             raise CopeditError(f"model {self.name}: image {self.image} does not divide by {self.tokenizer.compression}")
         if any(n % p for n, p in zip(self.latent, self.denoiser.patch, strict=True)):

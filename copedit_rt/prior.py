@@ -32,10 +32,12 @@ class Fill:
     """A study with what was missing filled.
 
     images [m, 1, H, W, D]: of all elements. stack [H, W, slices of the file]: hearts, what the slabs were taken from.
+    bright [m, 1, H, W, D]: brains, the chance that a voxel is among the brightest of its image; 0 where it is observed.
     """
 
     images: Array
     stack: Array | None = None
+    bright: Array | None = None
 
 
 def read(folder: Path, shapes: Mapping[str, tuple[int | None, ...]], config: ModelConfig) -> dict[str, Array]:
@@ -111,9 +113,13 @@ class Prior:
     """The fill of a brain's missing modalities: a perceptron on `features`, the same for every missing pattern."""
 
     def __init__(self, weights: Mapping[str, Array]):
-        """weights: "mean" and "scale" of the features, "w0", "b0", "w1", ... of the layers [inputs, outputs]."""
+        """weights: "mean" and "scale" of the features, "w0", "b0", "w1", ... of the layers [inputs, outputs]; where it
+        tells chances of brightness, "v0", "c0", "v1", ... of those that do, on what the last layer is given."""
         self.weights = dict(weights)
-        self.layers = [(weights[f"w{i}"], weights[f"b{i}"]) for i in range(sum(k.startswith("w") for k in weights))]
+        self.layers, self.bright = (
+            [(weights[f"{w}{i}"], weights[f"{b}{i}"]) for i in range(sum(k[0] == w for k in weights))]
+            for w, b in ("wb", "vc")
+        )
 
     @classmethod
     def load(cls, folder: Path, config: ModelConfig) -> Prior:
@@ -121,10 +127,14 @@ class Prior:
         m = len(config.elements)
         rows = m * (2 + len(WINDOWS) + len(QUANTILES))
         tensors = read(folder, {"mean": (rows,), "scale": (rows,)}, config)
-        count = max(1, sum(name.startswith("w") for name in tensors))
-        widths = [rows, *(tensors.get(f"b{i}", np.empty(0)).size for i in range(count - 1)), m]
-        layers = {f"w{i}": (widths[i], widths[i + 1]) for i in range(count)}
-        return cls(read(folder, layers | {f"b{i}": (widths[i + 1],) for i in range(count)}, config))
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        for w, b in ("wb", "vc"):
+            count = sum(name.startswith(w) for name in tensors) or int(w == "w")
+            widths = [rows, *(tensors.get(f"{b}{i}", np.empty(0)).size for i in range(count - 1)), m]
+            shapes |= {f"{w}{i}": (widths[i], widths[i + 1]) for i in range(count)}
+            shapes |= {f"{b}{i}": (widths[i + 1],) for i in range(count)}
+            rows = widths[-2]
+        return cls(read(folder, shapes, config))
 
     def save(self, folder: Path) -> None:
         """Into a model folder."""
@@ -132,18 +142,33 @@ class Prior:
 
     def fill_study(self, prepared: Prepared) -> Fill:
         """Of a brain."""
-        images = prepared.images.copy()
-        images[~prepared.observed] = self.fill(images, prepared.observed)
-        return Fill(images)
+        images, missing = prepared.images.copy(), ~prepared.observed
+        made = self._made(images, prepared.observed)
+        images[missing] = made[0]
+        if not self.bright:
+            return Fill(images)
+        bright = np.zeros_like(images)
+        bright[missing] = made[1]
+        return Fill(images, bright=bright)
+
+    def hidden(self, rows: Array) -> Array:
+        """What the last layer is given [N, width] for rows of `features`."""
+        x = (rows - self.weights["mean"]) * self.weights["scale"]
+        for weight, bias in self.layers[:-1]:
+            x = np.maximum(x @ weight + bias, 0)
+        return x
 
     def __call__(self, rows: Array) -> Array:
-        """Images' values [N, m] in 0..1 of rows of `features`."""
-        x = (rows - self.weights["mean"]) * self.weights["scale"]
-        for i, (weight, bias) in enumerate(self.layers):
-            x = x @ weight + bias
-            if i + 1 < len(self.layers):
-                np.maximum(x, 0, out=x)
-        return np.clip(x, 0, 1, out=x)
+        """Images' values [N, m] in 0..1 of rows of `features`, and behind them in a prior that tells them the chances
+        that the voxels are bright: [N, 2 m]."""
+        x = self.hidden(rows)
+        weight, bias = self.layers[-1]
+        made = np.clip(x @ weight + bias, 0, 1)
+        for weight, bias in self.bright[:-1]:
+            x = np.maximum(x @ weight + bias, 0)
+        for weight, bias in self.bright[-1:]:
+            made = np.concatenate((made, 1 / (1 + np.exp(-(x @ weight + bias)))), axis=1)
+        return made
 
     def fill(self, images: Array, observed: NDArray[np.bool_], quantiles: Array | None = None) -> Array:
         """Images of the missing elements [missing, 1, H, W, D]; 0 where no observed image shows anything.
@@ -151,13 +176,18 @@ class Prior:
         images [m, 1, H, W, D] in 0..1, observed [m]; images of missing elements are not read. quantiles
         [m, quantiles]: of the whole images where these are crops.
         """
+        return self._made(images, observed, quantiles)[0]
+
+    def _made(self, images: Array, observed: NDArray[np.bool_], quantiles: Array | None = None) -> Array:
+        """What `fill` says, and the chances of brightness if there are any [1 or 2, missing, 1, H, W, D]."""
         given = np.where(observed[:, None, None, None], images[:, 0], np.float32(0))
         local, whole = views(given)
         quantiles = whole if quantiles is None else quantiles
         where = np.flatnonzero((given > 0).any(0))
         local = local.reshape(*local.shape[:2], -1)
-        out = np.zeros((int((~observed).sum()), given[0].size), np.float32)
+        wanted = np.concatenate([~observed] * (2 if self.bright else 1))
+        out = np.zeros((int(wanted.sum()), given[0].size), np.float32)
         for start in range(0, len(where), ROWS):
             some = where[start : start + ROWS]
-            out[:, some] = self(features(local[..., some], quantiles, observed))[:, ~observed].T
-        return out.reshape(-1, 1, *given.shape[1:])
+            out[:, some] = self(features(local[..., some], quantiles, observed))[:, wanted].T
+        return out.reshape(2 if self.bright else 1, -1, 1, *given.shape[1:])

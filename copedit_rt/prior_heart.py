@@ -4,8 +4,9 @@ Linear interpolation keeps all detail of slices that may be centimetres away, an
 interpolated slice, the same blurred more and more, the next slices and the mean of all are summed with weights fitted
 by ridge regression (Hoerl and Kennard 1970), a set for each class of missing slice: whether there are slices on both
 sides, how many slices away the nearest is, and how wide the gap is. Distances are counted in slices, not mm: stacks of
-8 to 10 mm are the rule, and the spacing of the published training data is nominal. A stack and its reverse are filled
-alike. NumPy alone, for every engine.
+8 to 10 mm are the rule, and the spacing of the published training data is nominal. Slices that are nearer than `THICK`
+count as parts of one, and the nearer the next one is, the more interpolation is left as it is. A stack and its reverse
+are filled alike. NumPy alone, for every engine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.prepare import Prepared
+from copedit_rt.images.prepare import THICK, Prepared, remoteness
 from copedit_rt.prior import PRIOR, Fill, read, write
 
 SIGMAS = (1, 2, 4, 8)  # voxels in the plane
@@ -51,11 +52,12 @@ def blurs(slices: Array) -> Array:
     return np.stack([slices, *(blur(sigma) for sigma in SIGMAS)])
 
 
-def features(seen: Array, kept: Sequence[int], index: int) -> tuple[Class, Array]:
+def features(seen: Array, kept: Sequence[int], index: int, scale: float = 1.0) -> tuple[Class, Array]:
     """The class of missing slice `index`, and what its voxels are made of [FEATURES, H, W]; the first is the
     interpolated slice.
 
-    seen: `blurs` of the slices that are there [1 + SIGMAS, H, W, k]; kept [k]: their indices, ascending.
+    seen: `blurs` of the slices that are there [1 + SIGMAS, H, W, k]; kept [k]: their indices, ascending. scale: slices
+    that a slice counts as.
     """
     last, after = len(kept) - 1, int(np.searchsorted(kept, index))
     low, high = max(after - 1, 0), min(after, last)
@@ -76,7 +78,8 @@ def features(seen: Array, kept: Sequence[int], index: int) -> tuple[Class, Array
         np.ones_like(mean[:1]),
     ]
     nearest = min(abs(index - kept[low]), abs(kept[high] - index))
-    return (int(two), min(nearest, FURTHEST), min(gap, WIDEST) if two else 0), np.concatenate(made)
+    wide = min(max(round(scale * gap), 2), WIDEST) if two else 0
+    return (int(two), min(max(round(scale * nearest), 1), FURTHEST), wide), np.concatenate(made)
 
 
 class SlicePrior:
@@ -103,17 +106,22 @@ class SlicePrior:
         unlike = np.abs(self.classes - np.array(wanted)) @ (100, 1, 1)
         return self.weights[np.argmin(unlike)]
 
-    def fill_stack(self, stack: Array, missing: Sequence[int]) -> Array:
-        """A copy of a stack [H, W, N] in 0..1 with its missing slices filled; what they hold is not read."""
+    def fill_stack(self, stack: Array, missing: Sequence[int], apart: float = THICK) -> Array:
+        """A copy of a stack [H, W, N] in 0..1 with its missing slices filled; what they hold is not read.
+
+        apart: mm from slice to slice; what is added to interpolation falls as `remoteness` does.
+        """
+        scale = min(1.0, apart / THICK)
         kept = [index for index in range(stack.shape[-1]) if index not in missing]
         seen, filled = blurs(np.ascontiguousarray(stack[..., kept])), stack.copy()
         for index in missing:
-            kind, given = features(seen, kept, index)
-            filled[..., index] = np.clip(given[0] + np.tensordot(self.of_class(kind), given, 1), 0, 1)
+            kind, given = features(seen, kept, index, scale)
+            share = remoteness(kept, index, apart)
+            filled[..., index] = np.clip(given[0] + share * np.tensordot(self.of_class(kind), given, 1), 0, 1)
         return filled
 
     def fill_study(self, prepared: Prepared) -> Fill:
         """Of a heart: all slabs, and the stack that they are of."""
         assert prepared.stack is not None
-        stack = self.fill_stack(prepared.stack, prepared.missing_slices)
+        stack = self.fill_stack(prepared.stack, prepared.missing_slices, prepared.apart)
         return Fill(prepared.elements_of(stack), stack)

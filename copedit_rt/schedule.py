@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import typing
+from typing import Any
 
 import numpy as np
 
 from copedit_rt.config import DiffusionConfig, Solver
 from copedit_rt.errors import CopeditError
+
+Array = typing.TypeVar("Array", bound=Any)
 
 
 def alpha_bar(config: DiffusionConfig) -> np.ndarray:
@@ -20,12 +23,21 @@ def alpha_bar(config: DiffusionConfig) -> np.ndarray:
 def timesteps(config: DiffusionConfig, steps: int) -> np.ndarray:
     """The `steps` training timesteps that sampling visits, int64, descending.
 
-    They end evenly below the last one ("trailing", Lin et al. 2024), so that sampling starts at the noisiest, and the
-    step after the last lands on alpha-bar 1. Raises CopeditError unless 1 <= steps <= train_steps.
+    They end evenly below the one at which sampling starts ("trailing", Lin et al. 2024), so that it is the noisiest,
+    and the step after the last lands on alpha-bar 1. Raises CopeditError unless 1 <= steps <= `most_steps`.
     """
-    if not 1 <= steps <= config.train_steps:
-        raise CopeditError(f"steps {steps}: must be between 1 and {config.train_steps}")
-    return np.round(np.arange(steps, 0, -1) * (config.train_steps / steps)).astype(np.int64) - 1
+    if not 1 <= steps <= config.most_steps:
+        raise CopeditError(f"steps {steps}: must be between 1 and {config.most_steps}")
+    return np.round(np.arange(steps, 0, -1) * (config.most_steps / steps)).astype(np.int64) - 1
+
+
+def begun(config: DiffusionConfig, noise: Array, fill: Array | None = None) -> Array:
+    """Where sampling starts: noise, or with a `start` below 1 the fill, noised as far as its timestep is; latents of a
+    shape, of NumPy or torch."""
+    if fill is None or config.start == 1:
+        return noise
+    kept = float(alpha_bar(config)[config.most_steps - 1])
+    return kept**0.5 * fill + (1 - kept) ** 0.5 * noise
 
 
 def ddim_table(config: DiffusionConfig, steps: int) -> np.ndarray:

@@ -61,12 +61,13 @@ class Begun:
 
     latents [m, 8, h, w, d]: of the fill, and of what is observed its own. beyond [m, 1, H, W, D]: what the fill shows
     and its decoded latents do not. It is added to what is decoded, so that a correction of nothing changes nothing.
-    stack: see `Prepared.restore`.
+    stack, bright: see `Prepared.restore`.
     """
 
     latents: np.ndarray | None = None
     beyond: np.ndarray | float = 0.0
     stack: np.ndarray | None = None
+    bright: np.ndarray | None = None
 
 
 class Synthesizer:
@@ -212,7 +213,7 @@ class Synthesizer:
         steps = config.diffusion.steps if steps is None else steps
         solver = config.diffusion.solver if solver is None else solver
         schedule.solver_tables(config.diffusion, steps, solver)
-        if detail is not None and config.task == "cardiac":
+        if detail is not None and config.task.joint:
             raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
         detail = config.preprocessing.detail if detail is None else detail
         if not 1 <= samples <= SAMPLES:
@@ -227,7 +228,8 @@ class Synthesizer:
             begun = self._begun(prepared.observed, encoded, fill, study.name)
             for sample, z in enumerate(self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)):
                 decoded = self.decode(z, prepared.observed) + begun.beyond
-                images = prepared.restore(decoded, detail, config.preprocessing.whole_range, begun.stack)
+                whole = config.preprocessing.whole_range
+                images = prepared.restore(decoded, detail, whole, begun.stack, begun.bright)
                 for name in wanted:
                     # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                     if samples == 1:
@@ -242,7 +244,10 @@ class Synthesizer:
                         spread[name] += delta * (value - mean[name])
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
         volumes = {name: value.astype(np.float32, copy=False) for name, value in mean.items()}
-        record = self._record(prepared, wanted, {"method": solver, "steps": steps, "seed": seed, "samples": samples})
+        sampling = {"method": solver, "steps": steps, "seed": seed, "samples": samples}
+        if config.diffusion.start < 1:
+            sampling["start"] = config.diffusion.start
+        record = self._record(prepared, wanted, sampling)
         record["output"] = {"detail": detail, "whole_range": config.preprocessing.whole_range}
         made = study.with_synthetic(volumes)
         perception = self._perception(prepared, encoded)
@@ -267,9 +272,10 @@ class Synthesizer:
             report = None
             if progress:
                 report = lambda i, n, some=some: progress(some.start * n + i * len(some), samples * n)  # noqa: E731
-            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample) for sample in some])
+            fill = begun.latents
+            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample, fill) for sample in some])
             prompts, observed = encoded.prompts.repeat(len(some), 0), there[None].repeat(len(some), 0)
-            prior = None if begun.latents is None else begun.latents[None].repeat(len(some), 0)
+            prior = None if fill is None else fill[None].repeat(len(some), 0)
             yield from self.sample(start, prompts, observed, steps, solver, report, prior, about=name)
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
@@ -300,7 +306,7 @@ class Synthesizer:
         z = np.empty((len(there), *encoded.latents.shape[2:]), np.float32)
         z[there] = encoded.latents[0]
         z[~there] = self.encode(fill.images[~there], about).latents[0]
-        return Begun(z, fill.images - self.decode(z, there), fill.stack)
+        return Begun(z, fill.images - self.decode(z, there), fill.stack, fill.bright)
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements
@@ -335,13 +341,21 @@ class Synthesizer:
             )
 
     def start(
-        self, latents: np.ndarray, observed: np.ndarray, study: str, seed: int = 0, sample: int = 0
+        self,
+        latents: np.ndarray,
+        observed: np.ndarray,
+        study: str,
+        seed: int = 0,
+        sample: int = 0,
+        fill: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Where sampling starts [m, 8, h, w, d]: latents [k, 8, h, w, d] of what is observed [m], noise elsewhere."""
+        """Where sampling starts [m, 8, h, w, d]: latents [k, 8, h, w, d] of what is observed [m], noise elsewhere, or
+        the fill's latents [m, 8, h, w, d] with noise, in a model whose `diffusion.start` is below 1."""
         z = np.empty((len(observed), *latents.shape[1:]), np.float32)
         z[observed] = latents
         for i in np.flatnonzero(~observed):
-            z[i] = schedule.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
+            noise = schedule.noise(seed, study, self.config.elements[i], z.shape[1:], sample)
+            z[i] = schedule.begun(self.config.diffusion, noise, None if fill is None else fill[i])
         return z
 
     def decode(self, z: np.ndarray, observed: np.ndarray) -> np.ndarray:

@@ -118,7 +118,7 @@ def run(
 def _case(folder: Path, model: str, steps: int | None) -> Case:
     """A simulated study with something missing, and what the command makes of it."""
     config, (given, out) = checkpoint.read_config(checkpoint.locate(model)), (folder / "in", folder / "out")
-    phantom, brain = prepared.phantom_subject(config, prepared.HELD_OUT), config.task == "brain"
+    phantom, brain = prepared.phantom_subject(config, prepared.HELD_OUT), not config.task.joint
     slices = [] if brain else compare.missing_slices(config, phantom, [config.elements[1]])
     for element in config.elements[1:] if brain else [STACK]:
         name = f"case_{element}.nii.gz" if brain else "heart_sax.nii.gz"

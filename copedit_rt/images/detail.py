@@ -17,7 +17,8 @@ from copedit_rt.images.grids import Frame
 RADIUS = 1  # windows of 3 x 3 x 3 grid voxels; of the sizes tried on real brains the best
 RIDGE = 1e-2  # in squared units of images that run from 0 to 1: a contrast below 0.1 is not followed
 LIMIT = 2.0  # largest coefficient: beyond it noise of a flat observed image would be amplified
-TOP, BRIGHT = 0.995, 0.98  # quantiles: what becomes 1 in every image a model has seen, and where lifting begins
+TOP = 0.995  # quantile: what becomes 1 in every image a model has seen
+BRIGHT, BRIGHTEST = 0.98, 0.99  # where lifting begins, of grey values and of the chances of being bright
 
 Array = NDArray[np.float32]
 
@@ -95,15 +96,21 @@ def _solve(system: list[list[Array]], right: list[Array]) -> list[Array]:
     return right
 
 
-def full_range(image: Array) -> Array:
+def full_range(image: Array, bright: Array | None = None) -> Array:
     """An image [X, Y, Z] whose brightest voxels are lifted so that its 99.5 percentile is 1, as that of every image in
     a model's training is.
 
     An expectation is duller than any image that it is the mean of: whoever scales it by its own range brightens all of
-    it. Monotone; what lies below the 98th
-    percentile stays as it is, and so does an image that reaches 1.
+    it. bright [X, Y, Z]: the chance of each voxel to be among the brightest. The one hundredth with the best is lifted;
+    what is brightest in an expectation may be what is least known (fluid's borders in a FLAIR). Without it the lift is
+    monotone, and what lies below the 98th percentile stays as it is. So does an image that reaches 1.
     """
     start, top = (float(x) for x in np.quantile(image, (BRIGHT, TOP)))
     if not 0 < start < top < 1:
         return image
-    return np.where(image > start, start + (image - start) * ((1 - start) / (top - start)), image).astype(np.float32)
+    if bright is None:
+        slope = (1 - start) / (top - start)
+        return np.where(image > start, start + slope * (image - start), image).astype(np.float32)
+    least, most = (float(x) for x in np.quantile(bright, (BRIGHTEST, TOP)))
+    share = np.clip((bright - least) / max(most - least, 1e-6), 0, 1)
+    return np.asarray(image + share * np.maximum(1 - image, 0), np.float32)

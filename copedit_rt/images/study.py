@@ -228,7 +228,7 @@ class Study:
     def _output(self, element: str) -> tuple[NDArray, nib.Nifti1Header, bool]:
         """An element's numbers and header as a file holds them, and whether the header's slope applies."""
         volume, header = self.volumes[element], self.reference.header.copy()
-        if self.task == "brain":
+        if not self.task.joint:
             header["cal_min"] = header["cal_max"] = 0  # another image's display range
         elif volume.raw is not None:
             return self._raw_stack(), header, True

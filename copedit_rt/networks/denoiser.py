@@ -26,6 +26,12 @@ def sincos(position: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
+def orthogonal(count: int, dim: int) -> Tensor:
+    """Directions [count, dim] that are orthogonal and as long as those of `sincos`: rows of the cosine transform."""
+    row, column = torch.arange(1.0, count + 1)[:, None], torch.arange(dim) + 0.5
+    return (math.pi / dim * row * column).cos()
+
+
 def _grid(size: Triple) -> Tensor:
     """Positions [T, 3] of the tokens of a grid, depth fastest."""
     return torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in size), indexing="ij"), -1).reshape(-1, 3)
@@ -143,7 +149,8 @@ class MDiT3D(nn.Module):
         # Fixed tables are rebuilt from the configuration, not stored.
         self.register_buffer("rope", rope_table(grid, c.head_dim), persistent=False)
         self.register_buffer("position", position_embedding(grid, c.width), persistent=False)
-        self.register_buffer("element", sincos(torch.arange(float(m)), c.width), persistent=False)
+        element = sincos(torch.arange(float(m)), c.width) if c.identity == "sincos" else orthogonal(m, c.width)
+        self.register_buffer("element", element, persistent=False)
         self.register_buffer(
             "frequencies",
             torch.exp(torch.arange(_TIME_FREQUENCIES // 2) * (-math.log(10000.0) / (_TIME_FREQUENCIES // 2))),

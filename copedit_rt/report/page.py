@@ -65,7 +65,7 @@ def write(result: Result, model: str | Path, path: Path) -> None:
 
 def panels(study: Study, std: Mapping[str, NDArray]) -> list[Panel]:
     """What is shown side by side: the observed, the synthesised, and maps of their deviation."""
-    if study.task == "cardiac":
+    if study.task.joint:
         return _heart(study, std)
     shown = []
     for name in sorted(study.volumes, key=lambda n: n in study.synthetic):
@@ -157,7 +157,7 @@ def _body(result: Result, model: str | Path, volumes: Sequence[str], picture: st
 def _findings(result: Result) -> Iterable[str]:
     """What `inspect` would point out, and what there is to know."""
     study = result.study
-    observed = {n: v for n, v in study.volumes.items() if study.task == "cardiac" or n not in study.synthetic}
+    observed = {n: v for n, v in study.volumes.items() if study.task.joint or n not in study.synthetic}
     names = {n: str(entry["file"] or n) for n, entry in result.record["inputs"].items()}
     found = examine(observed, names, task=study.task)
     found += contradictions(result.perception, names, task=study.task)

@@ -14,6 +14,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.sampler import Plan, sample
 from copedit_rt.prior import PRIOR, QUANTILES, WINDOWS, Prior, box_mean, features, shown
+from copedit_rt.schedule import begun as noised_fill
 from copedit_rt.synthesizer import Synthesizer
 
 MODEL = replace(BRAIN, name="tiny-prior", denoiser=replace(BRAIN.denoiser, prior=True))
@@ -135,6 +136,20 @@ def test_the_plan_samples_as_the_plain_loop_does():
     planned = Plan(net, config, 3, observed).run(z, prompts, prior=prior)
     assert (planned - plain).abs().max() <= 1e-10 * plain.abs().max()
     assert torch.equal(planned[observed], z[observed])
+
+
+def test_sampling_may_start_from_the_noised_fill(folder, tmp_path):
+    diffusion = replace(MODEL.diffusion, start=0.2, steps=2)
+    perceptron().save(saved(replace(MODEL, diffusion=diffusion), tmp_path))
+    plain, part = Synthesizer.load(folder, "cpu"), Synthesizer.load(tmp_path, "cpu")
+    z = np.random.default_rng(0).standard_normal((2, M, *MODEL.latent), dtype=np.float32)
+    begun = part.start(z[0][OBSERVED], OBSERVED, "a", fill=z[1])
+    noise = plain.start(z[0][OBSERVED], OBSERVED, "a", fill=z[1])
+    np.testing.assert_array_equal(begun[OBSERVED], z[0][OBSERVED])
+    np.testing.assert_allclose(begun[~OBSERVED], noised_fill(diffusion, noise, z[1])[~OBSERVED], rtol=1e-6)
+    made, other = part.synthesize(study(MODEL, "t1", "t2")), plain.synthesize(study(MODEL, "t1", "t2"), steps=2)
+    assert made.record["sampler"]["start"] == 0.2 and "start" not in other.record["sampler"]
+    assert not np.array_equal(made.study.volumes["flair"].data, other.study.volumes["flair"].data)
 
 
 def test_a_study_is_the_same_on_every_engine(folder, tmp_path):

@@ -11,10 +11,12 @@ from small import HEART, saved, study
 from copedit_rt import checkpoint
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.grids import fill_slices
+from copedit_rt.images.nifti import Volume
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
 from copedit_rt.prior_heart import FEATURES, FURTHEST, SIGMAS, WIDEST, SlicePrior, blurs, features, gaussian
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.task import Task
 
 MODEL = replace(HEART, name="tiny-prior-heart", denoiser=replace(HEART.denoiser, prior=True))
 
@@ -105,6 +107,38 @@ def test_without_weights_it_is_interpolation_and_keeps_a_ramp():
     ramp = np.linspace(0.1, 0.9, 8, dtype=np.float32) * np.ones((20, 17, 1), np.float32)
     np.testing.assert_allclose(weights(0).fill_stack(ramp, (2, 3, 4, 6)), ramp, atol=1e-6)
     np.testing.assert_allclose(weights(0).fill_stack(stack(), (0, 3, 4)), fill_slices(stack(), (0, 3, 4), 2), atol=1e-6)
+
+
+def test_between_thin_slices_it_is_nearly_interpolation():
+    """A share of the correction, the cube of the distance to the next slice; classes by distance, not by slices."""
+    data, prior, missing = stack(), weights(), (3, 4)
+    linear, kept = fill_slices(data, missing, 2), [0, 1, 2, 5, 6, 7]
+    found = {apart: prior.fill_stack(data, missing, apart) - linear for apart in (0.5, 2.5, 5.0, 9.0)}
+    assert np.array_equal(found[9.0], found[5.0]) and np.array_equal(
+        found[5.0], prior.fill_stack(data, missing) - linear
+    )
+    assert np.abs(found[0.5]).max() < 0.002 * np.abs(found[5.0]).max()
+    kind, given = features(blurs(data[..., kept]), kept, 3, 0.5)
+    assert kind == (1, 1, 2)
+    expected = np.clip(given[0] + np.tensordot(prior.of_class(kind), given, 1) / 8, 0, 1) - linear[..., 3]
+    np.testing.assert_allclose(found[2.5][..., 3], expected, atol=1e-6)
+
+
+def test_missing_slices_of_a_thin_stack_keep_what_their_neighbours_show():
+    """Fine texture, which the model's plane cannot hold, between slices of 0.5 mm; none between those of 8 mm."""
+    texture = np.random.default_rng(1).random((24, 24, 1)) + 0.2 * np.random.default_rng(2).random((24, 24, 8))
+    made = {}
+    for apart in (0.5, 8.0):
+        volume = Volume.from_array(texture.astype(np.float32), np.diag([1.0, 1.0, apart, 1.0]))
+        case = Study("a", Task.HEART, {"sax": volume}, (3,))
+        prepared = prepare(case, MODEL)
+        fill = weights(0).fill_study(prepared)
+        made[apart] = prepared.restore(fill.images, stack=fill.stack)["sax"][..., 3]
+    linear = fill_slices(texture, (3,), 2)[..., 3]
+    low, high = np.percentile(np.delete(texture, 3, 2), MODEL.preprocessing.percentiles)
+    assert np.abs(made[0.5] - linear).mean() < 0.02 * np.ptp(texture)
+    assert np.abs(made[8.0] - linear).mean() > 0.05 * np.ptp(texture)
+    assert low - 1e-5 <= made[0.5].min() and made[0.5].max() < high + 0.1
 
 
 def test_a_prior_of_a_brain_is_refused(tmp_path):

@@ -23,7 +23,7 @@ from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.sampler import add_noise, sample
-from copedit_rt.schedule import alpha_bar, ddim_table, noise, solver_tables, timesteps
+from copedit_rt.schedule import alpha_bar, begun, ddim_table, noise, solver_tables, timesteps
 
 CONFIG = DiffusionConfig()
 
@@ -84,6 +84,20 @@ def test_all_training_steps_are_all_timesteps() -> None:
 def test_impossible_step_counts_are_refused(steps: int) -> None:
     with pytest.raises(CopeditError, match=str(steps)):
         timesteps(CONFIG, steps)
+
+
+def test_sampling_can_start_part_of_the_way() -> None:
+    part = replace(CONFIG, start=0.3, steps=10)
+    assert timesteps(part, 150).tolist() == list(range(149, -1, -1)) and timesteps(part, 1).tolist() == [149]
+    x0, drawn = np.full(5, 2.0, np.float32), np.full(5, -1.0, np.float32)
+    np.testing.assert_allclose(begun(part, drawn, x0), 2 * A[149] ** 0.5 - (1 - A[149]) ** 0.5, rtol=1e-6)
+    (table,) = solver_tables(part, 10, "ddim")
+    z = begun(part, drawn, x0)
+    for a, b in table:  # with the right answer at every step the noise is gone at the end
+        z = a * z + b * x0
+    np.testing.assert_allclose(z, x0, rtol=1e-6)
+    with pytest.raises(CopeditError, match="between 1 and 150"):
+        timesteps(part, 151)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20, 200, 500])

@@ -166,7 +166,7 @@ def _load(model: str, device: str) -> Synthesizer:
 
 @app.command()
 def ablate(
-    kind: Annotated[str, typer.Argument(metavar="prompts|injection|backbone", help="What is changed or left out.")],
+    kind: Annotated[str, typer.Argument(metavar="prompts|injection|backbone|prior|identity", help="What is changed.")],
     output: Output,
     preset: Annotated[str, typer.Option(help="Its model and its training settings are the reference.")] = "demo-brain",
     data: Annotated[str, typer.Option(metavar="phantom|DIR", help="What to train and to test on.")] = "phantom",

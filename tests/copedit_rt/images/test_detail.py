@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from copedit_rt.images.detail import BRIGHT, Detail, full_range, local_slopes, window_mean
+from copedit_rt.images.detail import BRIGHT, BRIGHTEST, Detail, full_range, local_slopes, window_mean
 from copedit_rt.images.grids import Frame, Orientation
 
 FINE, COARSE = (24, 20, 18), (8, 10, 6)
@@ -84,3 +84,13 @@ def test_the_brightest_voxels_are_lifted_to_the_full_range_and_nothing_else():
     assert (np.diff(lifted.ravel()[order]) >= 0).all()
     for other in (image / np.quantile(image, 0.995), np.zeros(FINE, np.float32)):
         np.testing.assert_array_equal(full_range(other), other)
+
+
+def test_with_chances_it_is_the_likeliest_that_are_lifted():
+    image, bright = 0.7 * images(2)[0], images(2)[1] ** 2
+    lifted = full_range(image, bright)
+    assert np.quantile(lifted, 0.995) == pytest.approx(1, abs=0.01)
+    changed = bright > np.quantile(bright, BRIGHTEST)
+    np.testing.assert_array_equal(lifted[~changed], image[~changed])
+    assert (lifted[changed] >= image[changed]).all() and np.allclose(lifted[bright >= np.quantile(bright, 0.995)], 1)
+    np.testing.assert_array_equal(full_range(image, np.zeros(FINE, np.float32)), image)  # nothing is known to be bright

@@ -26,6 +26,7 @@ from copedit_rt.images.grids import (
     from_border,
     resample_matrix,
     slice_axis,
+    surroundings,
 )
 from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.prepare import prepare
@@ -342,6 +343,23 @@ def test_holes_deep_inside_are_filled_and_background_is_not():
     restored = prepared.restore(np.full_like(prepared.images, 0.7))["t2"]
     assert (restored[8:10, 10:12, 4] > 0).all()
     assert not restored[:4].any() and not restored[13:, 5, 5].any()
+
+
+def test_fluid_that_a_narrow_way_joins_to_the_border_is_no_background():
+    empty = np.ones((20, 20, 20), bool)
+    empty[3:17, 3:17, 3:17] = False
+    empty[8:12, 8:12, 8:12] = True  # a ventricle
+    empty[3:8, 9, 9] = True  # a way to it, one voxel wide
+    expected = empty.copy()
+    expected[8:12, 8:12, 8:12] = False
+    expected[6:8, 9, 9] = False  # followed for three voxels
+    np.testing.assert_array_equal(surroundings(empty), expected)
+
+
+def test_a_frame_one_voxel_wide_is_background():
+    empty = np.ones((6, 7, 8), bool)
+    empty[1:-1, 1:-1, 1:-1] = False
+    np.testing.assert_array_equal(surroundings(empty), empty)
 
 
 @QUICK

@@ -522,6 +522,16 @@ def test_only_attention_within_an_element_knows_positions() -> None:
     assert commutes == {WITHIN: False, ACROSS: True}
 
 
+def test_elements_may_be_told_by_orthogonal_directions() -> None:
+    config = replace(TINY, denoiser=replace(TINY.denoiser, identity="orthogonal"))
+    told, plain = (MDiT3D(c).element.double() for c in (config, TINY))
+    m, width = plain.shape
+    torch.testing.assert_close(told @ told.T, torch.eye(m).double() * width / 2, atol=1e-4, rtol=0)
+    torch.testing.assert_close(told.norm(dim=1), plain.norm(dim=1))
+    with pytest.raises(CopeditError, match="identity 'x' is unknown; choose one of sincos, orthogonal"):
+        replace(TINY.denoiser, identity="x")
+
+
 def test_the_position_embedding_tells_every_token_apart() -> None:
     """All blocks asleep and every token alike: what still differs between tokens is their position."""
     z, t, prompts, observed = tiny_inputs()

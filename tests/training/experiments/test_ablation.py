@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from copedit_rt import checkpoint
 from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
+from copedit_training.evaluation.metrics import measure
 from copedit_training.experiments import ablation
 from copedit_training.experiments.ablation import VARIANTS, Experiment, Variant
+from copedit_training.stages.prior import fit_prior
 
 FAST = ("steps=3", "warmup=1", "crop=8", "batch_size=4", "subjects=4", "checkpoint_every=2", "dtype=float32")
 SIZE = ("width=32", "heads=2", "blocks=2")
@@ -50,7 +52,7 @@ def batch(task):
     return seen[0]
 
 
-@pytest.mark.parametrize("kind", ["prompts", "injection", "backbone"])
+@pytest.mark.parametrize("kind", ["prompts", "injection", "backbone", "identity"])
 def test_all_variants_see_the_same_batches(experiment, kind):
     if kind == "backbone":
         pytest.importorskip("monai", reason="the UNet baseline needs the extra `train`")
@@ -129,6 +131,27 @@ def test_an_ablation_is_reported_resumed_and_kept(experiment, tmp_path, monkeypa
     assert ablation.ablate("injection", experiment()) == report
     with pytest.raises(AssertionError, match="trained again"):
         ablation.ablate("prompts", experiment())  # only the reference is there
+
+
+def test_a_network_that_starts_from_a_fill_corrects_it(experiment, monkeypatch):
+    monkeypatch.setattr(ablation, "fit_prior", lambda images, seed: fit_prior(images, seed, steps=30))
+    report = ablation.ablate("prior", experiment(runs=1))
+    assert list(report["table"]) == ["full", "fill", "prior", "noised"]
+    made = experiment()
+    noised = made.task(VARIANTS["prior"][3], 0)
+    assert noised.config.diffusion.start == 0.3 and noised.draw(1, 0).timesteps.max() < 150 and noised.levels[-1] > 0
+    # A network that has learnt nothing returns the fill, bit for bit what the prior makes.
+    images, observed = made.held_out[0], torch.ones(3, 4, dtype=torch.bool)
+    for row, missing in zip(observed, ablation.patterns_of(made.config, 0), strict=True):
+        row[list(missing)] = False
+    own = ablation.filled(made.prior(), images, observed).numpy()
+    shown, values = np.any(images[:, 0] > 0, axis=0), []
+    for i in np.flatnonzero(~observed[0].numpy()):
+        values.append(measure(own[0, i, 0].clip(0, 1), images[i, 0].astype(np.float32), mask=shown)["psnr_inside"])
+    task = made.task(VARIANTS["prior"][1], 0)
+    found = ablation.score(task.average, made.tokenizer, task.config, task.settings, images, 0, made.prior())
+    assert found["1"]["psnr"] == pytest.approx(np.mean(values), abs=0.01)
+    assert report["variants"]["fill"]["seconds_per_step"] == 0
 
 
 def test_an_interrupted_variant_ends_as_one_that_was_not(experiment, tmp_path, monkeypatch):

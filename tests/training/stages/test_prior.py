@@ -1,10 +1,10 @@
-"""Fitting the prior of hearts."""
+"""Fitting the priors of brains and hearts."""
 
 import numpy as np
 
 from copedit_rt.images.grids import fill_slices, nearest_matrices
 from copedit_training.data.prepared import draw_run
-from copedit_training.stages.prior import fit_slice_prior, stack_of
+from copedit_training.stages.prior import fit_prior, fit_slice_prior, stack_of
 
 
 def hearts(count: int, slices: int = 10, seed: int = 0) -> np.ndarray:
@@ -45,6 +45,21 @@ def test_the_fit_beats_interpolation_on_other_hearts_and_is_the_same_again():
             near = np.s_[12:52, 12:52, list(missing)]
             error = [np.square(x[near] - stack[near]).mean() for x in (made, linear)]
             assert error[0] < 0.95 * error[1], missing
+
+
+def test_a_brain_s_prior_tells_values_and_which_voxels_are_bright():
+    """The second image is the first turned over, and bright where the third is dark, which its value does not show."""
+    rng = np.random.default_rng(0)
+    first, third = rng.random((2, 8, 1, 16, 16, 16)) * 0.6 + 0.2
+    second = np.where(third < 0.25, np.where(rng.random(first.shape) < 0.5, 0.99, 0.05), 1 - first)
+    studies = np.stack((first, second, third), axis=1).astype(np.float32)
+    prior = fit_prior(studies, steps=600)
+    observed, image = np.array([True, False, True]), studies[0]
+    made, chance = prior._made(image, observed)[:, 0, 0]
+    dark = third[0, 0] < 0.25
+    assert np.square(made - second[0, 0])[~dark].mean() < 0.01
+    assert chance[dark].mean() > 3 * chance[~dark].mean() and chance[~dark].mean() < 0.1
+    assert np.array_equal(prior.fill(image, observed)[0, 0], made)
 
 
 def test_runs_leave_a_slice_and_are_of_every_length_and_place():

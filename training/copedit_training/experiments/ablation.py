@@ -1,4 +1,4 @@
-"""Ablations (Tables 4, 7, 8 and 16): what the prompts, their injection and the backbone are worth.
+"""Ablations (Tables 4, 7, 8 and 16): what the prompts, their injection, the backbone and an informed prior are worth.
 
 Every variant is trained by stage II's own code on the latents of one frozen tokenizer: the same subjects, crops,
 missing patterns, timesteps and noise in the same order, and the same first weights wherever two have the same layer.
@@ -30,7 +30,8 @@ from copedit_rt.files import write_atomically
 from copedit_rt.networks.denoiser import MDiT3D, UNet
 from copedit_rt.networks.sampler import sample
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_rt.schedule import noise
+from copedit_rt.prior import PRIOR, Prior
+from copedit_rt.schedule import begun, noise
 from copedit_rt.task import Task
 from copedit_training.data import layouts
 from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_images, phantom_images
@@ -40,10 +41,11 @@ from copedit_training.evaluation.report import table, write
 from copedit_training.experiments.analysis import check_prior
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.denoiser_task import DenoiserTask
+from copedit_training.stages.prior import fit_prior
 from copedit_training.stages.settings import DenoiserSettings, load_settings
 from copedit_training.stages.trainer import check_subjects, fit
 
-Ablation = Literal["prompts", "injection", "backbone"]
+Ablation = Literal["prompts", "injection", "backbone", "prior", "identity"]
 
 # Enough for differences of a tenth of a dB, and little enough for two CPU cores. Without `--full`, these and `NETWORK`
 # replace the preset's own.
@@ -69,11 +71,14 @@ TEST_SUBJECTS = 16
 @dataclass(frozen=True)
 class Variant:
     """A row of a table. changes: what it has in place of the reference's, fields of `DenoiserConfig`; a width is a
-    multiple of the reference's."""
+    multiple of the reference's. start: where its sampling does, see `DiffusionConfig`. trained: whether it is, or as it
+    is built, when a network with a prior returns the fill."""
 
     name: str
     label: str
     changes: Mapping[str, Any]
+    start: float = 1.0
+    trained: bool = True
 
 
 # The first row of each is the reference, the paper's choice.
@@ -98,6 +103,16 @@ VARIANTS: dict[Ablation, tuple[Variant, ...]] = {
         Variant("dit", "DiT", {"backbone": "dit"}),
         Variant("unet", "UNet", {"backbone": "unet"}),
     ),
+    "identity": (
+        Variant("full", "sine and cosine of the index (CoPeDiT)", {}),
+        Variant("orthogonal", "orthogonal directions", {"identity": "orthogonal"}),
+    ),
+    "prior": (
+        Variant("full", "from noise (CoPeDiT)", {}),
+        Variant("fill", "the fill alone", {"prior": True}, trained=False),
+        Variant("prior", "the fill beside the noise, corrected", {"prior": True}),
+        Variant("noised", "the same, from the noised fill", {"prior": True}, start=0.3),
+    ),
 }
 METRICS = ("psnr", "ssim", "mse")
 
@@ -107,7 +122,8 @@ def variant_config(config: ModelConfig, variant: Variant) -> ModelConfig:
     changes = dict(variant.changes)
     if wider := changes.pop("width", 0):
         changes |= {"width": config.denoiser.width * wider, "heads": config.denoiser.heads * wider}
-    return replace(config, denoiser=replace(config.denoiser, **changes))
+    diffusion = replace(config.diffusion, start=variant.start)
+    return replace(config, denoiser=replace(config.denoiser, **changes), diffusion=diffusion)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -171,6 +187,7 @@ class Experiment:
         self.console = Console(stderr=True)
         self.images, self.held_out = self._images()
         self._first: dict[int, dict[str, Tensor]] = {}
+        self._prior: Prior | None = None
 
     def _images(self) -> tuple[np.ndarray, np.ndarray]:
         if self.data == "phantom":
@@ -190,11 +207,21 @@ class Experiment:
         whiten = 0.0 if config.denoiser.backbone == "unet" else self.settings.whiten
         settings = replace(self.settings, seed=seed, whiten=whiten)
         torch.manual_seed(seed)
-        task = DenoiserTask(config, settings, self.images, self.tokenizer, self.folder / "latents.npy")
+        prior = self.prior() if config.denoiser.prior else None
+        task = DenoiserTask(config, settings, self.images, self.tokenizer, self.folder / "latents.npy", prior)
         if variant.changes:
             share_weights(task.denoiser, self._reference(seed))
             task.average.load_state_dict(task.denoiser.state_dict())
         return task
+
+    def prior(self) -> Prior:
+        """The fill that all variants with a prior share, fitted to the training images."""
+        if self._prior is None:
+            if not (self.folder / PRIOR).exists():
+                self.console.print("fitting the prior: minutes on one core")
+                fit_prior(self.images, self.settings.seed).save(self.folder)
+            self._prior = Prior.load(self.folder, self.config)
+        return self._prior
 
     def _reference(self, seed: int) -> dict[str, Tensor]:
         """First weights of the reference under a seed."""
@@ -212,16 +239,19 @@ class Experiment:
         task = self.task(variant, seed)
         described = {"stage": "denoiser", "settings": dataclasses.asdict(task.settings), "model": task.config.to_dict()}
         claim(folder, described, resume=True)
-        fit(f"{variant.name}, seed {seed}", folder, task, resume=True, held_out=None, console=self.console)
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        prior = self.prior() if task.config.denoiser.prior else None
+        log = []
+        if variant.trained:
+            fit(f"{variant.name}, seed {seed}", folder, task, resume=True, held_out=None, console=self.console)
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         start = time.perf_counter()
         scores = {
             "parameters": sum(p.numel() for p in task.denoiser.parameters()),
             "gflop": gflop(task),
-            "seconds_per_step": float(np.median([x["seconds"] for x in log])),
-            "training_mse": float(np.mean([x["mse"] for x in log[-max(1, len(log) // 10) :]])),
+            "seconds_per_step": float(np.median([x["seconds"] for x in log])) if log else 0.0,
+            "training_mse": float(np.mean([x["mse"] for x in log[-max(1, len(log) // 10) :]])) if log else 0.0,
             "subjects": [
-                score(task.average, self.tokenizer, task.config, task.settings, images, i)
+                score(task.average, self.tokenizer, task.config, task.settings, images, i, prior)
                 for i, images in enumerate(self.held_out)
             ],
         }
@@ -251,7 +281,8 @@ def gflop(task: DenoiserTask) -> float:
     prompts = torch.zeros(1, 3, c.tokenizer.prompt_dim, device=task.device)
     observed, zero = torch.ones(1, m, dtype=torch.bool, device=task.device), torch.zeros(1, 2, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        task.denoiser(z, zero[0, :1].to(task.device), prompts, observed, zero.to(task.device))
+        prior = z if c.denoiser.prior else None
+        task.denoiser(z, zero[0, :1].to(task.device), prompts, observed, zero.to(task.device), prior)
     counted = counter.get_flop_counts()["Global"]
     return sum(n for name, n in counted.items() if str(name).split(".")[-1] in ("addmm", "mm", "convolution")) / 1e9
 
@@ -275,21 +306,38 @@ def in_tiles(net: MDiT3D | UNet, settings: DenoiserSettings, config: ModelConfig
     if config.latent[0] % h or config.latent[1] % w:
         return net
 
-    def predict(z: Tensor, t: Tensor, prompts: Tensor, observed: Tensor) -> Tensor:
+    def predict(z: Tensor, t: Tensor, prompts: Tensor, observed: Tensor, prior: Tensor | None = None) -> Tensor:
         rows, columns = z.shape[-3] // h, z.shape[-2] // w
-        tiles = rearrange(z, "b m c (i h) (j w) d -> (b i j) m c h w d", h=h, w=w)
+        tiles, begun = (
+            None if x is None else rearrange(x, "b m c (i h) (j w) d -> (b i j) m c h w d", h=h, w=w)
+            for x in (z, prior)
+        )
         corner = torch.cartesian_prod(torch.arange(rows) * (h // p), torch.arange(columns) * (w // q))
         corner = corner.repeat(len(z), 1).to(z.device)
         t, prompts, observed = (x.repeat_interleave(rows * columns, 0) for x in (t, prompts, observed))
-        out = net(tiles, t, prompts, observed, corner)
+        out = net(tiles, t, prompts, observed, corner, begun)
         return rearrange(out, "(b i j) m c h w d -> b m c (i h) (j w) d", i=rows, j=columns)
 
     return predict
 
 
+def filled(prior: Prior, images: np.ndarray, observed: Tensor) -> Tensor:
+    """Images [patterns, m, 1, H, W, D], float32, the prior's fill where not observed [patterns, m]."""
+    rows = np.repeat(images[None].astype(np.float32), len(observed), axis=0)
+    for row, there in zip(rows, observed.cpu().numpy(), strict=True):
+        row[~there] = prior.fill(row, there)
+    return torch.from_numpy(rows)
+
+
 @torch.no_grad()
 def score(
-    net: MDiT3D | UNet, vae: CoPeVAE, config: ModelConfig, settings: DenoiserSettings, images: np.ndarray, subject: int
+    net: MDiT3D | UNet,
+    vae: CoPeVAE,
+    config: ModelConfig,
+    settings: DenoiserSettings,
+    images: np.ndarray,
+    subject: int,
+    prior: Prior | None = None,
 ) -> dict[str, dict[str, float]]:
     """Missing count -> PSNR (dB), SSIM, and squared error of normalised latents ("mse"), means over what is missing.
 
@@ -313,9 +361,15 @@ def score(
         z = vae.encode(x).float().expand(len(patterns), -1, -1, -1, -1, -1)
         prompts, z = vae.prompts(z, observed).float(), vae.normalise(z)
         eps = np.stack([noise(0, f"ablation-{subject}", e, tuple(z.shape[2:])) for e in config.elements])
-        begin = torch.where(observed[:, :, None, None, None, None], z, torch.from_numpy(eps).to(device))
+        fill = z_fill = None
+        there = observed[:, :, None, None, None, None]
+        if prior:
+            fill = filled(prior, images, observed).to(device)
+            z_fill = torch.where(there, z, vae.normalise(vae.encode(fill).float()))
+        begin = torch.where(there, z, begun(config.diffusion, torch.from_numpy(eps).to(device), z_fill))
+        given = {} if z_fill is None else {"prior": z_fill}
         latents = sample(
-            lambda x, t: predict(x, t, prompts, observed).float(),
+            lambda x, t: predict(x, t, prompts, observed, **given).float(),
             begin,
             observed,
             config.diffusion,
@@ -323,9 +377,10 @@ def score(
         )
         found = {}
         for row, missing in enumerate(patterns):
-            there = np.isin(np.arange(len(config.elements)), missing, invert=True)
-            chosen = np.flatnonzero(config.task.decoded(there))
+            chosen = np.flatnonzero(config.task.decoded(np.isin(np.arange(m), missing, invert=True)))
             made = vae.images(latents[row : row + 1, chosen], joint=config.task.joint).float()[0]
+            if fill is not None and z_fill is not None:  # what the fill shows beyond its latents stays, as in a study
+                made += fill[row, chosen] - vae.images(z_fill[row : row + 1, chosen], joint=False).float()[0]
             made = made[np.isin(chosen, missing)]
             each = [
                 measure(a[0], images[i, 0].astype(np.float32), mask=shown)
@@ -424,6 +479,10 @@ def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> 
     if unknown := set(only) - {v.name for v in VARIANTS[kind]}:
         known = ", ".join(v.name for v in VARIANTS[kind])
         raise CopeditError(f"variant {min(unknown)!r} is unknown; choose among {known}")
+    if kind == "prior" and experiment.config.task.joint:
+        raise CopeditError(
+            f"{experiment.config.name}: the ablation of the prior is of brains; choose a preset of a brain"
+        )
     runs: dict[str, list[dict[str, Any]]] = {v.name: [] for v in wanted}
     for seed in experiment.seeds:  # a whole table under the first seed comes before any of the second
         for variant in wanted:

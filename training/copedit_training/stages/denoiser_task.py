@@ -24,7 +24,7 @@ from copedit_rt.networks.sampler import add_noise, sample
 from copedit_rt.networks.tokenizer import CoPeVAE, Decoder
 from copedit_rt.prior import Prior, shown
 from copedit_rt.prior_heart import SlicePrior
-from copedit_rt.schedule import alpha_bar
+from copedit_rt.schedule import alpha_bar, begun
 from copedit_training.data.prepared import draw_observed, draw_run, mapped, new_cache
 from copedit_training.evaluation.metrics import psnr
 from copedit_training.stages.prior import stack_of
@@ -142,7 +142,8 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             self._whiten()
             self.average.load_state_dict(self.denoiser.state_dict())
         self.levels = torch.from_numpy(alpha_bar(config.diffusion)).float().to(self.device)
-        if settings.last_timestep:
+        self.timesteps = config.diffusion.most_steps  # those that sampling can visit
+        if settings.last_timestep and config.diffusion.start == 1:
             # Sampling begins with nothing but noise. What shines through at alpha-bar 0.015 is lost then, and a network
             # that was taught to look for it takes its absence for a dark image (Lin et al. 2024).
             self.levels[-1] = 0.0
@@ -298,9 +299,9 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
             latents = self._latents(rows, corner)
         if not self.augmentation:
             prompts = self.prompts[torch.from_numpy(subjects if self.prior else rows)]
-        t = torch.from_numpy(rng.integers(0, len(self.levels), batch))
+        t = torch.from_numpy(rng.integers(0, self.timesteps, batch))
         if settings.last_timestep:
-            t[torch.from_numpy(rng.random(batch) < settings.last_timestep)] = len(self.levels) - 1
+            t[torch.from_numpy(rng.random(batch) < settings.last_timestep)] = self.timesteps - 1
         noise = torch.randn(self._shape(batch, corner), generator=generator)
         if settings.image_weight:
             chance = torch.from_numpy(rng.random(tuple(observed.shape)))
@@ -452,11 +453,11 @@ class DenoiserTask(Task[DenoiserSettings, Noised]):
                 observed = observed.to(self.device)
                 noise = torch.randn(z.shape, generator=generator).to(self.device)
                 there = observed[:, :, None, None, None, None]
-                begin = torch.where(there, vae.normalise(z), noise)
                 prior = None
                 if self.prior:
                     fill = self._fill(torch.from_numpy(subject[None]).float(), observed.cpu(), [None]).to(self.device)
                     prior = torch.where(there, vae.normalise(z), self._encode_alone(fill))
+                begin = torch.where(there, vae.normalise(z), begun(self.config.diffusion, noise, prior))
                 with self.autocast():
                     prompts = vae.prompts(z, observed)
 

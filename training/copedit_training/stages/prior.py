@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from copedit_rt.prior import Prior, features, views
 from copedit_rt.prior_heart import FEATURES, Class, SlicePrior, blurs
@@ -23,6 +25,7 @@ JITTER = 0.08  # of quantiles: a protocol is more than its quantiles, and withou
 VIEWS, PATIENTS = 24, 0.15  # of each patient; share of the draws that are patients'
 HIDDEN = (96, 96)
 STEPS, BATCH, LR, DECAY = 6000, (64, 64), 3e-3, 0.01  # studies and voxels of each in a step
+BRIGHT, BRIGHT_HIDDEN, BRIGHT_STEPS = 0.9, 32, 0.4  # grey value; width of the layer that tells it; share of the steps
 NEAR, STRIDE = 22, 2  # voxels in the plane: how far from the heart's centre, and every which one, is fitted
 BORDERED = 0.35  # share of the stacks that are seen a second time with a border of zeros
 ENDS, MIDDLE, SLICES = 0.8, 0.3, 0.4  # shares of the runs at an end, of the others, and of their slices that are fitted
@@ -107,35 +110,67 @@ def _drawn(
 
 
 def _train(samples: Sequence[_Sample], rng: np.random.Generator, steps: int) -> Prior:
+    """First what the voxels are, then on the same hidden layers the chance that they are bright."""
     x, y, _ = _drawn(samples, 256, 64, rng)
     mean, scale = x.mean(0), 1 / (x.std(0) + 1e-3)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    net = _perceptron(x.shape[1], y.shape[1], generator)
+    net = _perceptron((x.shape[1], *HIDDEN, y.shape[1]), 0.4, generator)
+
+    def squared(x: np.ndarray, y: np.ndarray) -> Tensor:
+        return (net(torch.from_numpy((x - mean) * scale)) - torch.from_numpy(y)).square()
+
+    _descend(net, squared, samples, rng, steps)
+    weights = {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32), **_layers(net, "w", "b")}
+    prior = Prior(weights)
+    chances = _perceptron((HIDDEN[-1], BRIGHT_HIDDEN, y.shape[1]), -3.0, generator)
+
+    def crossed(x: np.ndarray, y: np.ndarray) -> Tensor:
+        bright = torch.from_numpy((y > BRIGHT).astype(np.float32))
+        return F.binary_cross_entropy_with_logits(chances(torch.from_numpy(prior.hidden(x))), bright, reduction="none")
+
+    _descend(chances, crossed, samples, rng, math.ceil(BRIGHT_STEPS * steps))
+    return Prior(weights | _layers(chances, "v", "c"))
+
+
+def _descend(
+    net: nn.Module,
+    error: Callable[[np.ndarray, np.ndarray], Tensor],
+    samples: Sequence[_Sample],
+    rng: np.random.Generator,
+    steps: int,
+) -> None:
+    """Train a network by its error [N, m] on rows of features and their values, where they are asked for."""
     optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=DECAY)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
         x, y, asked = _drawn(samples, *BATCH, rng)
-        error: Tensor = (net(torch.from_numpy((x - mean) * scale)) - torch.from_numpy(y)).square()
-        loss = error[torch.from_numpy(asked)].mean()
+        loss = error(x, y)[torch.from_numpy(asked)].mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    weights = {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)}
+
+
+def _layers(net: nn.Sequential, weight: str, bias: str) -> dict[str, np.ndarray]:
+    """A perceptron's weights [inputs, outputs] and biases, by these letters and the number of the layer."""
+    found: dict[str, np.ndarray] = {}
     for i, layer in enumerate(x for x in net if isinstance(x, nn.Linear)):
-        weights |= {f"w{i}": layer.weight.detach().numpy().T.copy(), f"b{i}": layer.bias.detach().numpy().copy()}
-    return Prior(weights)
+        found |= {
+            f"{weight}{i}": layer.weight.detach().numpy().T.copy(),
+            f"{bias}{i}": layer.bias.detach().numpy().copy(),
+        }
+    return found
 
 
-def _perceptron(inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
+def _perceptron(widths: Sequence[int], bias: float, generator: torch.Generator) -> nn.Sequential:
+    """bias: of the last layer."""
     layers: list[nn.Module] = []
-    for width in (*HIDDEN, outputs):
+    for inputs, width in pairwise(widths):
         layer = nn.Linear(inputs, width)
         nn.init.normal_(layer.weight, std=math.sqrt(2 / inputs), generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
-        inputs = width
-    nn.init.constant_(layers[-2].bias, 0.4)  # type: ignore[arg-type]
+    nn.init.constant_(layers[-2].bias, bias)  # type: ignore[arg-type]
     return nn.Sequential(*layers[:-1])
 
 
