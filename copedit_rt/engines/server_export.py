@@ -66,9 +66,10 @@ _MADE = (
 )
 # The part of the runtime that a study needs, as files below copedit_rt. NumPy and nibabel, no torch.
 _RUNTIME = (
-    *("__init__ checkpoint config device errors files perception prior prior_heart schedule synthesizer task".split()),
-    *("trained engines/__init__ engines/engine engines/graphs images/__init__ images/bids images/detail".split()),
-    *("images/find images/grids images/names images/nifti images/prepare images/study".split()),
+    *("__init__ archive checkpoint config device errors files perception prior prior_heart schedule".split()),
+    *("synthesizer task trained engines/__init__ engines/engine engines/graphs images/__init__ images/bids".split()),
+    *("images/detail images/find images/grids images/names images/nifti images/prepare images/study".split()),
+    *(f"images/dicom/{name}" for name in ("__init__", "convert", "headers", "match", "series", "studies")),
 )
 _NEEDS = {"onnxruntime": (), "tensorrt": (), "python": ("onnxruntime",)}
 
