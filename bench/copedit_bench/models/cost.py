@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
+STAGES: tuple[Stage, ...] = ("tokenizer", "denoiser")
 DEMO = tuple(name for name in PRESETS if name.startswith("demo-"))
 REPEATS = 5
 LONGEST = 20.0  # seconds for one measurement
@@ -302,7 +303,7 @@ def run(
         for backbone in BACKBONES:
             config = with_backbone(ModelConfig.preset(name), backbone)
             jobs.append((name, backbone, partial(apart, inference, config, device, repeats)))
-        for stage in get_args(Stage):
+        for stage in STAGES:
             settings = load_settings(
                 stage, name, [f"device={device}", *(["compile=false"] if stage == "denoiser" else [])]
             )

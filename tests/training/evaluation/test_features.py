@@ -213,7 +213,7 @@ def test_a_network_that_works_with_files_is_refused(tmp_path, module, word):
 
 
 def test_no_code_of_ours_can_unpickle():
-    """Nothing here calls what reads pickles."""
+    """Nothing here calls what reads pickles, but for weights as they were published, and of those tensors alone."""
     root = Path(__file__).parents[3]
     packages = ["copedit_rt", *(f"{folder}/copedit_{folder}" for folder in ("kernels", "training", "bench"))]
     sources = [path for package in packages for path in (root / package).rglob("*.py")]
