@@ -39,7 +39,7 @@ demo: $(VENV)/installed
 
 test: lint
 	@echo "==> pytest"
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 lint: $(VENV)/installed-test
 	@echo "==> ruff"

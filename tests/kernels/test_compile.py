@@ -113,7 +113,8 @@ def test_token_attention(architecture: int) -> None:
 
 
 def test_the_others() -> None:
-    found = [case for op in OPERATORS if op != "axis_attention_token" for case in cases(op)]
+    """All that runs: `conv3` is off until a GPU decides, and takes as long as the rest; `test_everything` has it."""
+    found = [case for op in OPERATORS if op not in ("axis_attention_token", "conv3") for case in cases(op)]
     hold([*on(80, found), *on(90, found)])
 
 
