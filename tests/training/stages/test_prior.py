@@ -53,7 +53,7 @@ def test_a_brain_s_prior_tells_values_and_which_voxels_are_bright():
     first, third = rng.random((2, 8, 1, 16, 16, 16)) * 0.6 + 0.2
     second = np.where(third < 0.25, np.where(rng.random(first.shape) < 0.5, 0.99, 0.05), 1 - first)
     studies = np.stack((first, second, third), axis=1).astype(np.float32)
-    prior = fit_prior(studies, steps=250)
+    prior = fit_prior(studies, steps=600)
     observed, image = np.array([True, False, True]), studies[0]
     made, chance = prior._made(image, observed)[:, 0, 0]
     dark = third[0, 0] < 0.25
