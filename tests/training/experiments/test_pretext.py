@@ -11,7 +11,7 @@ from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.experiments import pretext
+from copedit_training.experiments import ablation, pretext
 from copedit_training.experiments.pretext import VARIANTS, Experiment, Seen, parameters, score
 from tests.training.experiments.test_ablation import smooth
 
@@ -23,7 +23,7 @@ FAST = (
 
 @pytest.fixture(autouse=True)
 def no_phantoms(monkeypatch):
-    monkeypatch.setattr(pretext, "phantom_images", smooth)
+    monkeypatch.setattr(ablation, "phantom_images", smooth)
 
 
 @pytest.fixture

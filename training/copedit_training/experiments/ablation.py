@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from copedit_training.experiments.analysis import check_prior
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.prior import fit_prior
-from copedit_training.stages.settings import DenoiserSettings, load_settings
+from copedit_training.stages.settings import DenoiserSettings, Settings, load_settings
 from copedit_training.stages.trainer import check_subjects, fit
 
 Ablation = Literal["prompts", "injection", "backbone", "prior", "identity"]
@@ -185,21 +185,9 @@ class Experiment:
         claim(folder, described, resume=True)
         self.described = described
         self.console = Console(stderr=True)
-        self.images, self.held_out = self._images()
+        self.images, self.held_out = images_of(self)
         self._first: dict[int, dict[str, Tensor]] = {}
         self._prior: Prior | None = None
-
-    def _images(self) -> tuple[np.ndarray, np.ndarray]:
-        if self.data == "phantom":
-            images = phantom_images(self.config, self.settings.subjects, self.folder / "phantom.npy")
-            cache = self.folder / "held-out.npy"
-            return images, phantom_images(self.config, self.test_subjects, cache, first=HELD_OUT)
-        found = layouts.find(Path(self.data), self.config)
-        images = folder_images(self.config, found, self.folder, say=self.console.print)
-        held_out = held_out_images(self.config, found, self.folder, self.test_subjects)
-        if not len(held_out):
-            raise CopeditError(f"{self.data}: none of the held-out subjects can be used; an ablation needs some")
-        return images, held_out
 
     def task(self, variant: Variant, seed: int) -> DenoiserTask:
         """Stage II of a variant, before its first step."""
@@ -258,6 +246,39 @@ class Experiment:
         scores["seconds_of_scoring"] = time.perf_counter() - start
         write_atomically(path, (json.dumps(scores, indent=1) + "\n").encode())
         return scores
+
+
+class Described(Protocol):
+    """An experiment, as far as its images depend on it."""
+
+    config: ModelConfig
+    folder: Path
+    data: str
+    test_subjects: int
+    console: Console
+
+    @property
+    def settings(self) -> Settings: ...
+
+
+def images_of(experiment: Described, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Training images and those of held-out subjects, kept in the experiment's folder: of phantoms, or of a data set.
+
+    Raises CopeditError for a data set of whose held-out subjects fewer than `least` can be used.
+    """
+    config, folder = experiment.config, experiment.folder
+    if experiment.data == "phantom":
+        images = phantom_images(config, experiment.settings.subjects, folder / "phantom.npy")
+        return images, phantom_images(config, experiment.test_subjects, folder / "held-out.npy", first=HELD_OUT)
+    found = layouts.find(Path(experiment.data), config)
+    images = folder_images(config, found, folder, say=experiment.console.print)
+    held_out = held_out_images(config, found, folder, experiment.test_subjects)
+    if len(held_out) < least:
+        raise CopeditError(
+            f"{experiment.data}: {len(held_out)} of the held-out subjects can be used, and this ablation needs "
+            f"{least} or more; add studies"
+        )
+    return images, held_out
 
 
 def share_weights(net: nn.Module, first: Mapping[str, Tensor]) -> None:

@@ -24,12 +24,10 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.data import layouts
-from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_images, phantom_images
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import measure
 from copedit_training.evaluation.report import save_figure, table, write
-from copedit_training.experiments.ablation import FULL_RUNS, REDUCED_RUNS, TEST_SUBJECTS, paired
+from copedit_training.experiments.ablation import FULL_RUNS, REDUCED_RUNS, TEST_SUBJECTS, images_of, paired
 from copedit_training.experiments.analysis import KINDS, Grouped, Probe, distribution, separation
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.settings import load_settings
@@ -121,19 +119,7 @@ class Experiment:
         }
         claim(folder, self.described, resume=True)
         self.console = Console(stderr=True)
-        self.images, self.held_out = self._images()
-
-    def _images(self) -> tuple[np.ndarray, np.ndarray]:
-        if self.data == "phantom":
-            images = phantom_images(self.config, self.settings.subjects, self.folder / "phantom.npy")
-            cache = self.folder / "held-out.npy"
-            return images, phantom_images(self.config, self.test_subjects, cache, first=HELD_OUT)
-        found = layouts.find(Path(self.data), self.config)
-        images = folder_images(self.config, found, self.folder, say=self.console.print)
-        held_out = held_out_images(self.config, found, self.folder, self.test_subjects)
-        if len(held_out) < 2:
-            raise CopeditError(f"{self.data}: an ablation needs two held-out subjects or more; add studies")
-        return images, held_out
+        self.images, self.held_out = images_of(self, least=2)
 
     def task(self, variant: Variant, seed: int) -> TokenizerTask:
         """Stage I of a variant, before its first step."""
