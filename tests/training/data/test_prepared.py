@@ -6,6 +6,7 @@ import torch
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.task import Task
+from copedit_training.data import prepared
 from copedit_training.data.augmentation import Augmentation
 from copedit_training.data.prepared import draw_observed, model_images, phantom_images
 
@@ -83,3 +84,31 @@ def test_phantom_images_are_the_runtimes_preprocessing_and_cached(tmp_path):
     phantom_images(config, 2, tmp_path / "p.npy")
     assert (tmp_path / "p.npy").stat().st_mtime_ns == stamp
     assert phantom_images(config, 1, tmp_path / "p.npy").shape[0] == 1
+
+
+def test_a_stopped_preparation_goes_on_from_the_subjects_it_has_made(tmp_path, monkeypatch):
+    config = dataclasses.replace(ModelConfig.preset("demo-brain"), image=(16, 16, 8))
+    whole = phantom_images(config, 5, tmp_path / "whole.npy")
+    monkeypatch.setattr(prepared, "SAFE_ROWS", 2)
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        phantom_images(config, 5, tmp_path / "p.npy", stop)
+    assert not (tmp_path / "p.npy").exists() and (tmp_path / "p.npy.rows").read_text() == "3\n"
+    made, ahead = [], prepared.ahead
+    monkeypatch.setattr(prepared, "ahead", lambda f, c, seeds: made.extend(seeds) or ahead(f, c, seeds))
+    np.testing.assert_array_equal(phantom_images(config, 5, tmp_path / "p.npy"), whole)
+    assert made == [3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.npy", "whole.npy"]
+
+
+@pytest.mark.parametrize("rows", ["", "-1", "6", "two"])
+def test_what_a_stopped_preparation_left_is_used_only_if_it_can_be(tmp_path, rows):
+    config = dataclasses.replace(ModelConfig.preset("demo-brain"), image=(16, 16, 8))
+    (tmp_path / "p.npy.rows").write_text(rows)
+    np.save(tmp_path / "p.npy.partial.npy", np.full((5, 4, 1, 16, 16, 8), 7, np.float16))
+    (tmp_path / "p.npy.partial.npy").rename(tmp_path / "p.npy.partial")
+    assert phantom_images(config, 5, tmp_path / "p.npy").max() == 1

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from copedit_training.data.simulated import STRIPPED, Simulator
 
 HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
 VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
+SAFE_ROWS = 20  # subjects between two notes of how many are on the disk
 HEART_LENGTH = 96.0  # mm that a simulated short-axis stack covers, base to apex
 
 
@@ -97,18 +99,14 @@ def simulated_images(
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Studies simulated from label maps, seeds from 0 on: float16 [subjects, m, 1, H, W, D], mapped from `cache`."""
-    shape = (subjects, len(config.elements), 1, *config.image)
-    if cache.exists():
-        images = mapped(cache)
-        if images.shape == shape and images.dtype == np.float16:
-            return images
-    simulator = labels.simulator(config, cache.with_name("maps"))
-    with new_cache(cache, shape) as images:
-        for seed in range(subjects):
-            images[seed] = simulated_study(config, simulator, seed)
-            if progress:
-                progress(seed + 1, subjects)
-    return mapped(cache)
+    simulator: Simulator | None = None
+
+    def make(seeds: range) -> Iterator[np.ndarray]:
+        nonlocal simulator
+        simulator = simulator or labels.simulator(config, cache.with_name("maps"))
+        return (simulated_study(config, simulator, seed) for seed in seeds)
+
+    return _of_seeds(config, subjects, cache, make, progress)
 
 
 def phantom_images(
@@ -122,17 +120,73 @@ def phantom_images(
 
     float16 steps are at most 2^-11 of an intensity in 0..1, a fortieth of the phantoms' noise.
     """
+    return _of_seeds(
+        config,
+        subjects,
+        cache,
+        lambda seeds: ahead(model_images, config, range(first + seeds.start, first + seeds.stop)),
+        progress,
+    )
+
+
+def _of_seeds(
+    config: ModelConfig,
+    subjects: int,
+    cache: Path,
+    make: Callable[[range], Iterable[np.ndarray]],
+    progress: Callable[[int, int], None] | None,
+) -> np.ndarray:
+    """Subjects made one after another by their seeds: float16 [subjects, m, 1, H, W, D], mapped from `cache`.
+
+    A process that is stopped leaves `NAME.partial` and, in `NAME.rows`, how many of its rows are whole; the next one
+    goes on from there, as an hour of simulation may be in it.
+    """
     shape = (subjects, len(config.elements), 1, *config.image)
     if cache.exists():
         images = mapped(cache)
         if images.shape == shape and images.dtype == np.float16:
             return images
-    with new_cache(cache, shape) as images:
-        for i, subject in enumerate(ahead(model_images, config, range(first, first + subjects))):
-            images[i] = subject
-            if progress:
-                progress(i + 1, subjects)
+    partial, count = (cache.with_name(f"{cache.name}.{end}") for end in ("partial", "rows"))
+    images, done = _begun(partial, count, shape)
+    try:
+        if images is None:
+            _check_room(cache, shape)
+            images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+        try:
+            for subject in make(range(done, subjects)):
+                images[done] = subject
+                done += 1
+                if done % SAFE_ROWS == 0:
+                    _note(images, count, done)
+                if progress:
+                    progress(done, subjects)
+        finally:
+            _note(images, count, done)
+        os.replace(partial, cache)
+        count.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(cache, error) from error
     return mapped(cache)
+
+
+def _begun(partial: Path, count: Path, shape: tuple[int, ...]) -> tuple[np.ndarray | None, int]:
+    """What a stopped process has left of images of this shape, and how many rows of it are whole; None and 0 where it
+    left nothing that can be used."""
+    try:
+        done = int(count.read_text(encoding="ascii"))
+        images = np.lib.format.open_memmap(partial, mode="r+")
+    except (OSError, ValueError, EOFError):
+        return None, 0
+    if images.shape != shape or images.dtype != np.float16 or not 0 <= done <= len(images):
+        return None, 0
+    return images, done
+
+
+def _note(images: np.ndarray, count: Path, done: int) -> None:
+    """So many rows are on the disk."""
+    assert isinstance(images, np.memmap)
+    images.flush()
+    write_atomically(count, f"{done}\n".encode("ascii"))
 
 
 def folder_images(
@@ -255,16 +309,9 @@ def mapped(cache: Path) -> np.ndarray:
 @contextlib.contextmanager
 def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A float16 map to be filled, complete under its name or not there at all."""
-    size = 2 * int(np.prod(shape))
     temporary = cache.with_name(f".{cache.name}.{secrets.token_hex(8)}.{os.getpid()}.tmp.npy")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache.parent).free
-        if size > free:  # writing to a map on a full disk would kill the process
-            raise CopeditError(
-                f"{cache} takes {size / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free there; "
-                f"choose another output folder with -o"
-            )
+        _check_room(cache, shape)
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
         yield images
         images.flush()
@@ -273,6 +320,17 @@ def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         raise unwritable(cache, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_room(cache: Path, shape: tuple[int, ...]) -> None:
+    """Raises CopeditError where a float16 map does not fit on the disk: writing to it would kill the process."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    size, free = 2 * math.prod(shape), shutil.disk_usage(cache.parent).free
+    if size > free:
+        raise CopeditError(
+            f"{cache} takes {size / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free there; "
+            f"choose another output folder with -o"
+        )
 
 
 def draw_observed(rng: np.random.Generator, batch: int, elements: int, task: Task) -> Tensor:

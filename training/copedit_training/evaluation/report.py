@@ -189,13 +189,17 @@ def _scores(keys: Report, heading: str) -> list[str]:
     return table([heading, "method", "images", *(title for title, _ in metrics.values())], body, 2)
 
 
+COST = ("parameters", "steps", "volumes", "slices", "seconds", "processor_seconds")
+
+
 def _beside(report: Report) -> list[str]:
     """What each method has cost, and how it differs from the model."""
     body = []
     for name, row in report["beside"].items():
-        counts = [_thousands(row.get(key)) for key in ("parameters", "steps", "volumes", "slices", "seconds")]
+        counts = [_thousands(row.get(key)) for key in COST]
         body.append([name, row.get("space", "–"), *counts, f"{row['seconds_per_study']:.2f}"])
-    header = ["", "space", "parameters", "steps", "volumes seen", "slices seen", "s of training", "s a study"]
+    header = ["", "space", "parameters", "steps", "volumes seen", "slices seen"]
+    header += ["s of training", "of a processor", "s a study"]
     lines = [
         "Steps, volumes and seconds are of one run's training, of both parts where there are two; a dash: of a model "
         "that is no run. The tokenizer's training is in nobody's budget, which favours methods on latents.",

@@ -54,7 +54,7 @@ class Run:
     def budget(self) -> dict[str, Any]:
         """What its training has cost, by its log."""
         settings = self.said["settings"]
-        lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = [json.loads(x) for x in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         volumes = settings["steps"] * settings["batch_size"] * settings["accumulate"]
         depth = self.config.image[2]
         sliced = getattr(_kind(self.said), "sliced", False)
@@ -64,7 +64,8 @@ class Run:
             "steps": settings["steps"],
             "volumes": volumes,
             "slices": volumes * min(depth, settings["slices"]) if sliced else None,
-            "seconds": sum(json.loads(line)["seconds"] for line in lines),
+            "seconds": sum(line["seconds"] for line in lines),
+            "processor_seconds": sum(line.get("processor_seconds", 0) for line in lines),
             "run": str(self.folder),
         }
 
@@ -207,6 +208,7 @@ def _check_seeds(label: str, runs: Sequence[Run]) -> None:
 
 
 def _mean(runs: Sequence[Run]) -> dict[str, Any]:
-    """The budget of a row: of its first run, with the mean of the seconds."""
+    """The budget of a row: of its first run, with the means of the seconds."""
     budgets = [run.budget() for run in runs]
-    return {**budgets[0], "seconds": float(np.mean([b["seconds"] for b in budgets])), "runs": len(runs)}
+    means = {name: float(np.mean([b[name] for b in budgets])) for name in ("seconds", "processor_seconds")}
+    return {**budgets[0], **means, "runs": len(runs)}

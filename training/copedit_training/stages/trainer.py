@@ -305,7 +305,7 @@ def _loop(
         _Log(output, start, settings.steps, console) if writes else nullcontext() as log,
     ):
         for step in range(start, settings.steps):
-            began, done = time.perf_counter(), step + 1
+            began, worked, done = time.perf_counter(), time.process_time(), step + 1
             optimization.set_rate(learning_rate(settings, step))
             terms, shares = gradients(task, model, islice(batches, share), optimization.scaler)
             optimization.unscale()
@@ -313,7 +313,11 @@ def _loop(
             if not math.isfinite(terms["loss"]) or not (math.isfinite(norm) or optimization.overflowed):
                 _leave(_not_finite(step, norm, shares, study_names(output)))
             optimization.step()
-            terms |= task.after_step(step) | {"gradient": norm, "seconds": time.perf_counter() - began}
+            terms |= task.after_step(step) | {
+                "gradient": norm,
+                "seconds": time.perf_counter() - began,
+                "processor_seconds": time.process_time() - worked,  # what others do on the machine is not in it
+            }
             if log:
                 picture = None
                 if held_out is not None and done % settings.validate_every == 0:
@@ -419,7 +423,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     """Inside, SIGTERM ends what is under way as Ctrl-C does, so that nothing half done is left behind."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped("SIGTERM: stopped while images were prepared; start again with --resume", number)
+        raise Stopped("SIGTERM: stopped while images were prepared; go on with --resume", number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
