@@ -147,9 +147,11 @@ def _of_seeds(
         if images.shape == shape and images.dtype == np.float16:
             return images
     partial, count = (cache.with_name(f"{cache.name}.{end}") for end in ("partial", "rows"))
-    images, done = _begun(partial, count, shape)
+    begun, done = _begun(partial, count, shape)
     try:
-        if images is None:
+        if begun is not None:
+            images = begun
+        else:
             _check_room(cache, shape)
             images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         try:
