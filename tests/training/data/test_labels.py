@@ -43,3 +43,20 @@ def test_a_fitted_prior_fills_what_the_others_tell_and_better_than_their_mean():
         (made,), truth = prior.fill(images[5], observed), images[5, missing]
         error, of_mean = (np.square(y - truth).mean() for y in (made, images[5, observed].mean(0)))
         assert error < 0.2 * of_mean, missing
+
+
+def test_phantoms_have_their_share_of_the_priors_fit():
+    """Studies say y = 1 - x, phantoms y = x; what tells them apart is their quantiles."""
+    rng = np.random.default_rng(0)
+    studies, phantoms = (rng.random((6, 12, 12, 12), np.float32).clip(0.05, 1) for _ in range(2))
+    phantoms **= 4
+    images = np.stack([studies, 1 - studies, studies, studies], 1)[:, :, None]
+    others = np.stack([phantoms, phantoms, phantoms, phantoms], 1)[:, :, None]
+    observed = np.array([True, False, True, True])
+
+    def errors(prior):
+        return [float(np.abs(prior.fill(x[0], observed)[0] - x[0, 1]).mean()) for x in (images, others)]
+
+    alone = errors(fit_prior(images, steps=400))
+    mixed = errors(fit_prior(images, phantoms=list(others), phantoms_share=0.3, steps=400))
+    assert alone[0] < 0.05 < alone[1] and max(mixed) < 0.6 * alone[1] and mixed[0] < 0.1

@@ -15,6 +15,7 @@ from copedit_rt.task import Task
 from copedit_rt.trained import TrainedOn
 from copedit_training.data.patients import read_patients
 from copedit_training.data.prepared import draw_observed
+from copedit_training.stages import tokenizer_task
 from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.step import gradients, learning_rate
@@ -171,3 +172,23 @@ def test_a_bfloat16_step_is_right_on_a_processor_that_is_not(perceptual_weights)
         assert rounded[name] == pytest.approx(value, rel=bound), name
     for a, b in zip(narrow, wide, strict=True):
         assert a.isfinite().all() and (a - b).norm() < 2 * bound * b.norm()
+
+
+def test_phantoms_among_other_images_join_the_read_out_and_shares_are_checked(tmp_path, monkeypatch):
+    given, drawn = [], []
+
+    def model_images(config, seed):
+        given.append(seed)
+        return np.zeros((len(config.elements), 1, *config.image), np.float32)
+
+    monkeypatch.setattr(tokenizer_task, "model_images", model_images)
+    fit_heads = TokenizerTask.fit_heads
+    monkeypatch.setattr(TokenizerTask, "fit_heads", lambda self, *rest: drawn.append(rest) or fit_heads(self, *rest))
+    train("tokenizer", tmp_path / "run", "steps=2", "prompt_steps=1", "readout_steps=2", "phantoms_share=0.25")
+    (features, there, chance), rows = drawn[0], 2 * len(given)
+    assert given == list(range(tokenizer_task.PHANTOMS)) and len(features) == len(there) == len(chance)
+    np.testing.assert_allclose([chance[-rows:].sum(), chance.sum()], [0.25, 1])
+    with pytest.raises(CopeditError, match="phantoms_share and patients_share: together"):
+        train("tokenizer", tmp_path / "no", "readout_steps=2", "phantoms_share=0.8", "patients_share=0.2")
+    with pytest.raises(CopeditError, match="phantoms_share: phantoms join the read-out and the prior of brains"):
+        train("tokenizer", tmp_path / "no", "readout_steps=0", "phantoms_share=0.1")

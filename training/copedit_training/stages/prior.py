@@ -75,6 +75,8 @@ def fit_prior(
     seed: int = 0,
     patients: Sequence[Patient] = (),
     share: float = PATIENTS,
+    phantoms: Sequence[np.ndarray] = (),
+    phantoms_share: float = 0.0,
     steps: int = STEPS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prior:
@@ -82,15 +84,17 @@ def fit_prior(
 
     patients: real studies that are mixed in with this share of the draws, `VIEWS` varied views of each
     (`patients.varied`); of what one lacks nothing is learnt. Those with fewer than two elements are left out.
+    phantoms: further studies [m, 1, H, W, D], with a share of their own.
     """
     rng = np.random.default_rng(seed)
     real = [patient for patient in patients if patient.there.sum() > 1]
-    share = share if real else 0.0
-    samples, m = [], images.shape[1]
+    share, phantoms_share = share if real else 0.0, phantoms_share if len(phantoms) else 0.0
+    samples, every = [], np.ones(images.shape[1], bool)
     for i, study in enumerate(images):
-        samples.append(_Sample.of(study[:, 0], np.ones(m, bool), (1 - share) / len(images), rng))
+        samples.append(_Sample.of(study[:, 0], every, (1 - share - phantoms_share) / len(images), rng))
         if progress:
             progress(i + 1, len(images))
+    samples += [_Sample.of(study[:, 0], every, phantoms_share / len(phantoms), rng) for study in phantoms]
     for patient in real:
         shown = (varied(patient, rng, view) for view in range(VIEWS))
         samples += [_Sample.of(view, patient.there, share / len(real) / VIEWS, rng) for view in shown]

@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clip": (1e-6, 1e6),
     **dict.fromkeys(("beta1", "beta2", "ema"), (0, 0.999_999)),
     **dict.fromkeys(("weight_decay", "whiten", "last_timestep", "observed_weight", "image_weight"), (0, 1)),
-    "patients_share": (0, 0.9),
+    **dict.fromkeys(("patients_share", "phantoms_share"), (0, 0.9)),
     **dict.fromkeys(("count_weight", "position_weight", "contrast_weight"), (0, 100)),
     **dict.fromkeys(("sampler_steps", "slices"), (1, 65_536)),
 }
@@ -133,7 +133,8 @@ class TokenizerSettings(Settings):
     `prompt_crop` voxels in the plane, 0 for whole images, which the read-out sees in any case.
     readout_steps: after them, steps of the linear layers and heads alone on pooled features.
     patients: folder of real brain studies, complete or not, that are mixed into the read-out and into the fit of the
-    prior with `patients_share` of the draws (`patients.varied`); empty for none.
+    prior with `patients_share` of the draws (`patients.varied`); empty for none. phantoms_share: of the draws of both,
+    `PHANTOMS` phantoms among images that are simulated from label maps or of a data set.
     adversarial_from: the first step with the adversarial term, -1 for none. perceptual: file with the weights of its
     network (`losses.Perceptual`), empty for no such term.
     position_loss: "bce", each element missing or not by itself, which is how the heads are read; or "cross-entropy",
@@ -154,6 +155,7 @@ class TokenizerSettings(Settings):
     readout_steps: int = 0
     patients: str = ""
     patients_share: float = 0.15
+    phantoms_share: float = 0.0
     adversarial_from: int = -1
     perceptual: str = ""
     position_loss: str = "bce"

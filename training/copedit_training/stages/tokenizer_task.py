@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
+from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder
 from copedit_training.data.patients import read_patients, varied
-from copedit_training.data.prepared import draw_observed
+from copedit_training.data.prepared import draw_observed, model_images
 from copedit_training.stages import distributed
 from copedit_training.stages.losses import (
     PRETEXT,
@@ -44,6 +45,7 @@ from copedit_training.stages.wavelets import start_as_wavelets
 
 READOUT_LR = 3e-3
 READOUT_NOISE = 0.05  # deviations of a feature
+PHANTOMS = 40  # with their left and right exchanged as many again
 HELD_OUT = 10  # one subject in so many is not learnt from, where there are enough; the heads are calibrated on it
 
 
@@ -70,6 +72,19 @@ class Shared:
     first: int
 
 
+def _check_shares(config: ModelConfig, settings: TokenizerSettings) -> None:
+    """Raises CopeditError for phantoms that nothing would be learnt from, and for shares that leave none."""
+    if not settings.phantoms_share:
+        return
+    if config.task.joint or not (settings.readout_steps or config.denoiser.prior):
+        raise CopeditError(
+            f"phantoms_share: phantoms join the read-out and the prior of brains, and {config.name} has neither; "
+            f"leave it at 0"
+        )
+    if settings.phantoms_share + settings.patients_share > 0.9:
+        raise CopeditError("phantoms_share and patients_share: together at most 0.9; lower one of them")
+
+
 class TokenizerTask(Task[TokenizerSettings, Views]):
     """L1 + vector quantisation + pretext tasks (equation 4).
 
@@ -85,6 +100,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.centres: Centres | None = None
         if images is not None:
             self.images = images
+        _check_shares(config, settings)
         self.patients = read_patients(Path(settings.patients), config) if settings.patients else []
         crop = settings.crop
         for size in (crop, settings.prompt_crop):
@@ -272,8 +288,10 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         flat = z.movedim(2, -1).flatten(0, -2)
         self.tokenizer.latent_mean.copy_(flat.mean(0))
         self.tokenizer.latent_std.copy_(flat.std(0).clamp_min(1e-6))
+        shares = self.settings.patients_share, self.settings.phantoms_share
+        phantoms = [model_images(self.config, seed) for seed in range(PHANTOMS)] if shares[1] else []
         if self.settings.readout_steps:
-            self.read_out()
+            self.read_out(phantoms)
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
         if self.config.denoiser.prior:
@@ -281,20 +299,19 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
                 fit_slice_prior(self.images, self.centres, self.settings.seed).save(folder)
                 return
             with torch.enable_grad():
-                fit_prior(
-                    self.images, self.settings.seed, self.patients, self.settings.patients_share
-                ).save(folder)
+                fit_prior(self.images, self.settings.seed, self.patients, shares[0], phantoms, shares[1]).save(folder)
 
-    def read_out(self) -> None:
-        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects, and of
-        varied views of the patients where there are any."""
+    def read_out(self, phantoms: Sequence[np.ndarray] = ()) -> None:
+        """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects, of
+        phantoms [m, 1, H, W, D], and of varied views of the patients where there are any."""
         features = []
-        for subject in self.images:
+        for subject in (*self.images, *phantoms):
             x = torch.from_numpy(subject[None]).to(self.device).float()
             for view in (x, x.flip(3)) if self.config.task.mirrored else (x,):
                 features.append(self.pooled(view))
-        simulated, share = len(features), self.settings.patients_share if self.patients else 0.0
-        there = torch.ones(simulated, len(self.config.elements), dtype=torch.bool)
+        complete = len(features)
+        simulated = complete * len(self.images) // (len(self.images) + len(phantoms))
+        there = torch.ones(complete, len(self.config.elements), dtype=torch.bool)
         rng = np.random.default_rng(self.settings.seed)
         for patient in self.patients:
             have = torch.from_numpy(patient.there)
@@ -304,8 +321,10 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
                 features.append(x)
             there = torch.cat((there, have.expand(VIEWS, -1)))
         held_out = simulated // HELD_OUT * (simulated >= 5 * HELD_OUT)
-        views, learnt = len(features) - simulated, simulated - held_out
-        chance = np.repeat([(1 - share) / learnt, share / max(views, 1)], [learnt, views])
+        counts = np.array([simulated - held_out, complete - simulated, len(features) - complete])
+        shares = np.array([0, self.settings.phantoms_share, self.settings.patients_share]) * (counts > 0)
+        shares[0] = 1 - shares.sum()
+        chance = np.repeat(shares / np.maximum(counts, 1), counts)
         every = torch.cat(features)
         self.fit_heads(every[held_out:], there[held_out:], chance)
         if held_out:

@@ -182,6 +182,8 @@ def trained_on(found: Source, settings: Settings, config: ModelConfig, images: n
         words = "contrasts simulated from label maps"
     elif found is not None:
         words = f"{len(images)} studies of a data set"
+    if isinstance(settings, TokenizerSettings) and settings.phantoms_share and found is not None:
+        words += " and phantoms"
     if isinstance(settings, TokenizerSettings) and settings.patients:
         count = len(find_studies(settings.patients, task=config.task))
         words += f" and {count} patients"
