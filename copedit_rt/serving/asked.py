@@ -13,14 +13,14 @@ from copedit_rt.archive import safe_name
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import MODALITIES, is_nifti, modality
-from copedit_rt.task import STACK
+from copedit_rt.task import STACK, Task
 
 MOST_FILES, MOST_FIELDS, MOST_MEMBERS = 64, 32, 10_000
 MOST_SAMPLES = 100
 FILE = "file"  # the field of files that are known by their names
 _TRUE = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _DETAIL = {"guided": True, "none": False}
-_TASKS = {"brain": "brain", "cardiac": "cardiac"}
+_TASKS = {str(task): str(task) for task in Task}
 
 
 class Refused(CopeditError):

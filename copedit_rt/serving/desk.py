@@ -145,7 +145,7 @@ class Desk:
         for_task = {name: config for name, config in self.configs.items() if config.task == files.task}
         if not for_task:
             raise CopeditError(f"{files.name} is a {files.task} study, for which no model is served here")
-        knows = (n for n, c in for_task.items() if files.task == "cardiac" or set(files.files) <= set(c.elements))
+        knows = (n for n, c in for_task.items() if c.task.joint or set(files.files) <= set(c.elements))
         name = next(knows, next(iter(for_task)))
         return self._mine.place[name], self.configs[name]
 
@@ -183,10 +183,10 @@ class _Remarks(Listener):
 def _noise(config: ModelConfig) -> Study:
     """A study of noise, with the least that a model needs."""
     height, width, depth = config.image
-    shape = (height, width, depth * (len(config.elements) if config.task == "cardiac" else 1))
+    shape = (height, width, depth * (len(config.elements) if config.task.joint else 1))
     size = [(extent or 100.0) / n for extent, n in zip(config.preprocessing.field_of_view, shape, strict=True)]
     data = np.random.default_rng(0).uniform(1, 100, shape)
-    if config.task == "brain":
+    if not config.task.joint:
         return Study.of({config.elements[0]: Volume.from_array(data, np.diag([*size, 1.0]))}, "noise")
     data[..., 0] = 0
     return Study.of({STACK: Volume.from_array(data, np.diag([*size, 1.0]))}, "noise")

@@ -64,9 +64,9 @@ def test_patients_teach_the_prior_what_simulation_does_not_know_and_lacking_elem
     images = np.stack([x, x, 1 - x], 1)[:, :, None]
     y = rng.random((12, 12, 12), np.float32).clip(0.05, 1)
     other = Patient("p", np.stack([y, np.zeros_like(y), 0.3 + 0 * y]), np.array([True, False, True]))
-    plain = fit_prior(images, steps=400)
+    plain = fit_prior(images, steps=200)
     mixed = fit_prior(images, patients=[other, Patient("one", other.images, np.array([True, False, False]))],
-                      share=0.5, steps=400)  # fmt: skip
+                      share=0.5, steps=200)  # fmt: skip
     study = np.stack([y, y, y])[:, None]
 
     def third(prior) -> float:
