@@ -46,6 +46,20 @@ def test_both_stages_learn_and_give_a_model_that_loads(tmp_path, config):
     assert trained.known == TrainedOn.load(tokenizer).known
 
 
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.0, "contrasts simulated from label maps and 2 patients"),
+        (0.1, "contrasts simulated from label maps, phantoms and 2 patients"),
+    ],
+)
+def test_a_model_says_all_that_it_was_trained_on(monkeypatch, share, words):
+    monkeypatch.setattr(trainer, "find_studies", lambda *_, **__: ["a", "b"])
+    given = settings("tokenizer", "patients=FOLDER", f"phantoms_share={share}")
+    images = np.random.default_rng(0).random((1, len(TINY.elements), 1, *TINY.image))
+    assert trainer.trained_on(prepared.Labels(Path("maps")), given, TINY, images).words == words
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "denoiser muon"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     stage, _, optimizer = stage.partition(" ")

@@ -177,16 +177,16 @@ def carry_out(
 def trained_on(found: Source, settings: Settings, config: ModelConfig, images: np.ndarray) -> TrainedOn:
     """What a model says that it was trained on: the source, of stage II what its tokenizer says, and the quantiles of
     the first `KNOWN` training images."""
-    words = "simulated phantoms"
+    origin = "simulated phantoms"
     if isinstance(found, Labels):
-        words = "contrasts simulated from label maps"
+        origin = "contrasts simulated from label maps"
     elif found is not None:
-        words = f"{len(images)} studies of a data set"
-    if isinstance(settings, TokenizerSettings) and settings.phantoms_share and found is not None:
-        words += " and phantoms"
-    if isinstance(settings, TokenizerSettings) and settings.patients:
-        count = len(find_studies(settings.patients, task=config.task))
-        words += f" and {count} patients"
+        origin = f"{len(images)} studies of a data set"
+    parts = [origin]
+    if isinstance(settings, TokenizerSettings):
+        parts += ["phantoms"] if settings.phantoms_share and found is not None else []
+        parts += [f"{len(find_studies(settings.patients, task=config.task))} patients"] if settings.patients else []
+    words = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
     if isinstance(settings, DenoiserSettings | MethodSettings) and settings.tokenizer:
         first = TrainedOn.load(checkpoint.locate(settings.tokenizer))
         if first and first.words != words:
