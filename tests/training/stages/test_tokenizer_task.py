@@ -20,7 +20,7 @@ from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.step import gradients, learning_rate
 from copedit_training.stages.tokenizer_task import TokenizerTask
-from tests.training.stages.tiny import HEART, TINY, log_of, same_weights, smooth, train, weights
+from tests.training.stages.tiny import HEART, TINY, log_of, same_weights, settings, smooth, train, weights
 
 
 def test_the_last_steps_train_the_prompts_alone(tmp_path):
@@ -192,3 +192,10 @@ def test_phantoms_among_other_images_join_the_read_out_and_shares_are_checked(tm
         train("tokenizer", tmp_path / "no", "readout_steps=2", "phantoms_share=0.8", "patients_share=0.2")
     with pytest.raises(CopeditError, match="phantoms_share: phantoms join the read-out and the prior of brains"):
         train("tokenizer", tmp_path / "no", "readout_steps=0", "phantoms_share=0.1")
+
+
+@pytest.mark.parametrize(("prior", "steps"), [(True, 0), (False, 5)])
+def test_a_prior_takes_steps_and_steps_take_a_prior(prior, steps):
+    config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=prior))
+    with pytest.raises(CopeditError, match=rf"prior_steps = {steps}: .* has {'a' if prior else 'no'} prior"):
+        TokenizerTask(config, settings("tokenizer", f"prior_steps={steps}"))

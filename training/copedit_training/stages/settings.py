@@ -19,7 +19,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "subjects", "pretext_every", "checkpoint_every"), (1, _MOST)),
     **dict.fromkeys(("batch_size", "accumulate", "draws", "prompt_batch", "keep", "validate_subjects"), (1, 65_536)),
     **dict.fromkeys(("warmup", "prompt_steps", "quantise_from", "readout_steps", "whole_steps"), (0, _MOST)),
-    "validate_every": (0, _MOST),
+    **dict.fromkeys(("prior_steps", "validate_every"), (0, _MOST)),
     "adversarial_from": (-1, _MOST),
     "seed": (0, 2**63 - 1),
     **dict.fromkeys(("crop", "prompt_crop"), (0, 4096)),
@@ -39,6 +39,7 @@ _QUICK: dict[Stage, dict[str, Any]] = {
         "quantise_from": 1,
         "adversarial_from": 2,
         "readout_steps": 20,
+        "prior_steps": 20,
         "pretext_every": 2,
     },
     "denoiser": {"whole_steps": 1, "ema": 0.5, "compile": False},
@@ -132,6 +133,7 @@ class TokenizerSettings(Settings):
     the prompt encoders and heads alone, `prompt_batch` subjects at a time, on latents that no longer move; of crops of
     `prompt_crop` voxels in the plane, 0 for whole images, which the read-out sees in any case.
     readout_steps: after them, steps of the linear layers and heads alone on pooled features.
+    prior_steps: of fitting the prior of a brain model that has one, 0 for others.
     patients: folder of real brain studies, complete or not, that are mixed into the read-out and into the fit of the
     prior with `patients_share` of the draws (`patients.varied`); empty for none. phantoms_share: of the draws of both,
     `PHANTOMS` phantoms among images that are simulated from label maps or of a data set.
@@ -153,6 +155,7 @@ class TokenizerSettings(Settings):
     prompt_crop: int = 0
     prompt_lr: float = 0.0
     readout_steps: int = 0
+    prior_steps: int = 0
     patients: str = ""
     patients_share: float = 0.15
     phantoms_share: float = 0.0

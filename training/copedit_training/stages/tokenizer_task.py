@@ -72,8 +72,15 @@ class Shared:
     first: int
 
 
-def _check_shares(config: ModelConfig, settings: TokenizerSettings) -> None:
-    """Raises CopeditError for phantoms that nothing would be learnt from, and for shares that leave none."""
+def _check_prior(config: ModelConfig, settings: TokenizerSettings) -> None:
+    """Raises CopeditError for a prior without steps, steps without a prior, phantoms that nothing would be learnt from,
+    and shares that leave none."""
+    fitted = config.denoiser.prior and not config.task.joint  # that of hearts is solved, not descended to
+    if fitted != (settings.prior_steps > 0):
+        has, remedy = ("a", "set more than 0") if fitted else ("no", "leave it at 0")
+        raise CopeditError(
+            f"prior_steps = {settings.prior_steps}: {config.name} has {has} prior that is fitted in steps; {remedy}"
+        )
     if not settings.phantoms_share:
         return
     if config.task.joint or not (settings.readout_steps or config.denoiser.prior):
@@ -100,7 +107,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.centres: Centres | None = None
         if images is not None:
             self.images = images
-        _check_shares(config, settings)
+        _check_prior(config, settings)
         self.patients = read_patients(Path(settings.patients), config) if settings.patients else []
         crop = settings.crop
         for size in (crop, settings.prompt_crop):
@@ -299,7 +306,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
                 fit_slice_prior(self.images, self.centres, self.settings.seed).save(folder)
                 return
             with torch.enable_grad():
-                fit_prior(self.images, self.settings.seed, self.patients, shares[0], phantoms, shares[1]).save(folder)
+                mixed = self.patients, shares[0], phantoms, shares[1]
+                fit_prior(self.images, self.settings.seed, *mixed, self.settings.prior_steps).save(folder)
 
     def read_out(self, phantoms: Sequence[np.ndarray] = ()) -> None:
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects, of
