@@ -55,6 +55,10 @@ def _check_ranges(config: Any, where: str) -> None:
                 raise CopeditError(f"{where}.{name}: {value} is out of range; it must be from {low:g} to {high:g}")
 
 
+def _of_each(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * levels
+
+
 def _numbers(value: Any) -> list[float]:
     """The numbers in a value."""
     if isinstance(value, tuple):
@@ -90,6 +94,7 @@ class TokenizerConfig:
     """CoPeVAE (Section 3.2, Tables 13 and 14).
 
     channels, strides: one entry a level; a stride of 2 is a convolution of kernel 4, a stride of 1 of kernel 3.
+    residual_units, residual_channels: of every level, or one entry each.
     prompt_channels: the two convolutions of a prompt encoder, prompt_stride: of the first one (1 in the paper; its cost
     falls with the third power). quantise: latents to be decoded become their nearest
     codes first, as in the paper; off, they are decoded as they are.
@@ -97,8 +102,8 @@ class TokenizerConfig:
 
     channels: tuple[int, ...] = (256, 384, 512)
     strides: tuple[Triple, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
-    residual_units: int = 3
-    residual_channels: int = 256
+    residual_units: int | tuple[int, ...] = 3
+    residual_channels: int | tuple[int, ...] = 256
     latent_channels: int = 8
     codes: int = 8192
     prompt_channels: tuple[int, int] = (128, 256)
@@ -115,6 +120,22 @@ class TokenizerConfig:
             raise CopeditError(
                 f"tokenizer: {len(self.channels)} channels but {len(self.strides)} strides; give one each"
             )
+        for name in ("residual_units", "residual_channels"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.channels):
+                raise CopeditError(
+                    f"tokenizer.{name}: {len(value)} for {len(self.channels)} levels; give one number, or one a level"
+                )
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Residual units of each level."""
+        return _of_each(self.residual_units, len(self.channels))
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Channels within the residual units of each level."""
+        return _of_each(self.residual_channels, len(self.channels))
 
     @property
     def compression(self) -> Triple:
@@ -283,7 +304,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if value in (args or list(Task)):
             return value
     elif origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None)]
+        fitting = [a for a in kinds if (typing.get_origin(a) is tuple) == isinstance(value, list | tuple)]
+        return _value((fitting or kinds)[0], value, where)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:  # True is an int, too

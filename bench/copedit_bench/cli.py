@@ -218,3 +218,25 @@ def bench_cost(
     with counting("measuring") as progress:
         report = body.run([*body.DEMO, *(measure or ())], device, progress=progress)
     present(report, body.markdown(report), body.write_report(report, output), as_json, unplotted())
+
+
+@benchmarks.command("tokenizers")
+def bench_tokenizers(
+    output: Output,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of narrow ones, to see that it works.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a tokenizer's operations buy: designs for brain-brats trained alike, small, on simulated brains.
+
+    Decibels against TFLOP a study. About 15 minutes on one core. Writes tokenizers.json, tokenizers.md and, with
+    matplotlib, tokenizers.png.
+    """
+    from copedit_bench.models import tokenizers as body
+    from copedit_training.evaluation.report import unplotted
+
+    check_writable(output)
+    with counting("trained") as progress:
+        report = body.run(
+            body.QUICK if quick else body.Plan(), progress, lambda so_far: body.write_report(so_far, output)
+        )
+    present(report, body.markdown(report), body.write_report(report, output), as_json, unplotted())

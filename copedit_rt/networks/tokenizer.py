@@ -265,9 +265,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList()
         width = 1
-        for channels, stride in zip(c.channels, c.strides, strict=True):
+        for channels, stride, count, hidden in zip(c.channels, c.strides, c.units, c.hidden, strict=True):
             kernel, padding = _kernel(stride)
-            units = [ResidualUnit(channels, c.residual_channels) for _ in range(c.residual_units)]
+            units = [ResidualUnit(channels, hidden) for _ in range(count)]
             self.levels.append(nn.Sequential(Conv3d(width, channels, kernel, stride, padding), nn.ReLU(), *units))
             width = channels
         self.out = Conv3d(width, c.latent_channels, 3, padding=1)
@@ -292,7 +292,7 @@ class Decoder(nn.Module):
         widths = (1, *c.channels)
         for i in reversed(range(len(c.channels))):
             kernel, padding = _kernel(c.strides[i])
-            units = [ResidualUnit(c.channels[i], c.residual_channels) for _ in range(c.residual_units)]
+            units = [ResidualUnit(c.channels[i], c.hidden[i]) for _ in range(c.units[i])]
             up = ConvTranspose3d(c.channels[i], widths[i], kernel, c.strides[i], padding)
             self.levels.append(nn.Sequential(*units, up, nn.ReLU() if i else nn.Identity()))
 
