@@ -337,6 +337,8 @@ _DEMO_TOKENIZER = TokenizerConfig(
     quantise=False,
 )
 
+# brain-lean: brain-brats with a tokenizer whose first level is an entry alone, 16 channels for the eight wavelets of
+# 2 x 2 x 2 voxels with both signs: 4.9 TFLOP a study of one step in place of 33.5 (docs/performance.md).
 # brain-brats and brain-ixi: the paper's B models. cardiac: its C models at width 384 with 6 heads, which is what its
 # own 33.0 M parameters and 104 GFLOP fit (Table 15 prints 576 and 12). The field of view of brain-ixi is 192 x 192 x 80
 # voxels at IXI's 0.9375 x 0.9375 x 1.25 mm. demo-*: small enough for two CPU cores.
@@ -354,6 +356,13 @@ PRESETS: dict[str, ModelConfig] = {
             ("t1", "t2", "pd"),
             (192, 192, 64),
             preprocessing=Preprocessing(field_of_view=(180.0, 180.0, 100.0)),
+        ),
+        ModelConfig(
+            "brain-lean",
+            Task.BRAIN,
+            _BRATS,
+            (192, 192, 64),
+            TokenizerConfig(channels=(16, 256, 512), residual_units=(0, 3, 3)),
         ),
         ModelConfig(
             "cardiac",

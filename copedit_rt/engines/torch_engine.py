@@ -138,4 +138,4 @@ def _copy(net: Net, convert: set[nn.Parameter], device: torch.device, dtype: tor
 
 
 def _here(x: Tensor) -> np.ndarray:
-    return x.float().cpu().numpy()
+    return x.float().cpu().contiguous().numpy()

@@ -76,13 +76,13 @@ class Conv3d(nn.Conv3d):
     lean = False
 
     def forward(self, input: Tensor) -> Tensor:
+        padding = cast(Triple, self.padding)
         if _quick(self.lean, input, self.weight):
             if input.is_cuda and self._phased(input):
                 return phases.from_one(input, self.weight, self.bias, cast(Triple, self.stride))
-            if not input.is_cuda and input.numel():  # of one sample with few channels F.conv3d would not ask oneDNN
-                settings = self.padding, self.stride, self.dilation, self.groups
-                return torch.mkldnn_convolution(input, self.weight, self.bias, *settings)
-        sizes = zip(input.shape[2:], self.kernel_size, self.stride, cast(Triple, self.padding), strict=True)
+            if not input.is_cuda and input.numel():
+                return phases.on_cpu(input, self.weight, self.bias, cast(Triple, self.stride), padding)
+        sizes = zip(input.shape[2:], self.kernel_size, self.stride, padding, strict=True)
         extents = [(n + 2 * p - k) // s + 1 for n, k, s, p in sizes]
         dtype = unsafe_type(input, extents)
         return super().forward(input) if dtype is None else self._exact(input, extents).to(dtype)

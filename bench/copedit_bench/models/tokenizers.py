@@ -8,6 +8,7 @@ Operations are counted at full width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,10 +77,16 @@ def design(name: str, scale: int = 1) -> ModelConfig:
 
 def tflop(config: ModelConfig) -> dict[str, float]:
     """TFLOP of encoding and decoding one element, and of a study of one step with one element missing."""
-    counted, step = count_tokenizer(config)["flops"], count_denoiser(config)["flops"]["total"]
+    counted, step = count_tokenizer(config)["flops"], _step()
     observed = len(config.elements) - 1
     study = observed * (counted["encode"] + counted["prompts"]) + counted["decode"] + step
     return {"encode": counted["encode"] / 1e12, "decode": counted["decode"] / 1e12, "study": study / 1e12}
+
+
+@functools.cache
+def _step() -> int:
+    """Operations of a step of the denoiser, which the designs have in common."""
+    return count_denoiser(PRESETS[PAPER])["flops"]["total"]
 
 
 def subjects(first: int, count: int) -> Tensor:

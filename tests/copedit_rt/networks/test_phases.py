@@ -49,6 +49,20 @@ def test_to_one_channel_is_the_transposed_convolution(stride, kernel, batch):
     torch.testing.assert_close(phases.to_one(last, weight, bias, stride), exact, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("extents", [(6, 8, 4), (6, 4, 8)])
+@pytest.mark.parametrize(("stride", "kernel"), STRIDES)
+def test_the_shorter_of_width_and_depth_lies_first_in_memory(extents, stride, kernel):
+    """And a second convolution copies nothing."""
+    x, weight, bias = (t.float() for t in (random(1, 3, *extents), random(8, 3, *kernel), random(8)))
+    found = phases.on_cpu(x, weight, bias, stride, (1, 1, 1))
+    exact = F.conv3d(x.double(), weight.double(), bias.double(), stride, padding=1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    turned = found.shape[4] < found.shape[3]
+    assert turned == (found.stride(2) < found.stride(4))
+    again = phases.on_cpu(found, random(8, 8, 3, 3, 3).float(), bias, (1, 1, 1), (1, 1, 1))
+    assert again.stride() == found.stride() and again.stride(1) == 1
+
+
 def pair(make):
     """A layer, and the same one made lean."""
     torch.manual_seed(0)
