@@ -58,9 +58,9 @@ def to_one(x: Tensor, weight: Tensor, bias: Tensor, stride: Triple) -> Tensor:
     y = on_cpu(x, *every, (1, 1, 1), (1, 1, 1)) if ours else F.conv3d(x, *every, padding=1)
     out = y.new_empty(len(x), 1, *(n * s for n, s in zip(x.shape[2:], stride, strict=True)))
     for channel, shift in enumerate(itertools.product(*map(range, stride))):
-        at = tuple(slice(a, None, s) for a, s in zip(shift, stride, strict=True))
-        source = tuple(slice(a, a + n) for a, n in zip(shift, x.shape[2:], strict=True))
-        out[(slice(None), 0, *at)] = y[(slice(None), channel, *source)]
+        h, w, d = (slice(a, None, s) for a, s in zip(shift, stride, strict=True))
+        p, q, r = (slice(a, a + n) for a, n in zip(shift, x.shape[2:], strict=True))
+        out[:, 0, h, w, d] = y[:, channel, p, q, r]
     return out
 
 

@@ -184,8 +184,8 @@ def monai_layers(c: TokenizerConfig) -> tuple[Any, Any]:
 
     if len(set(c.units)) > 1:
         raise CopeditError(f"monai: its VQVAE has as many residual units in every level, not {c.units}")
-    down = [(s, tuple(4 if n == 2 else 3 for n in s), 1, 1) for s in c.strides]
-    up = [(*level, 0) for level in reversed(down)]
+    down: list[Any] = [(s, tuple(4 if n == 2 else 3 for n in s), 1, 1) for s in c.strides]
+    up: list[Any] = [(*level, 0) for level in reversed(down)]
     sizes: dict[str, Any] = {
         "spatial_dims": 3,
         "channels": c.channels,

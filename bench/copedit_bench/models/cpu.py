@@ -133,7 +133,8 @@ def threads(count: int) -> Iterator[None]:
     before, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(count)
     os.environ["OMP_NUM_THREADS"] = str(count)
-    torch.compiler.reset()  # what is compiled is compiled for a number of threads
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what is compiled is compiled for a number of threads
     try:
         yield
     finally:
@@ -253,8 +254,8 @@ def larger(config: ModelConfig, axis: str, value: int) -> tuple[ModelConfig, int
         names = (*config.elements, *(f"more{i}" for i in range(8)))[:value]
         config = dataclasses.replace(config, elements=names)
     if axis == "volume":
-        *plane, depth = config.image
-        config = dataclasses.replace(config, image=(*plane, depth * value))
+        height, width, depth = config.image
+        config = dataclasses.replace(config, image=(height, width, depth * value))
     return config, batch, steps
 
 

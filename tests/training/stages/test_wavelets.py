@@ -76,7 +76,7 @@ def test_an_entry_starts_as_wavelets_and_puts_them_together_again():
         waves = down(images)
         torch.testing.assert_close(up(waves), images, rtol=0, atol=1e-6)
     assert (waves[:, :2].sum(1) > 0).all()  # means are positive: one of the two signs
-    with pytest.raises(CopeditError, match="an entry of stride .* needs two channels for each of 8 patterns"):
+    with pytest.raises(CopeditError, match=r"an entry of stride .* needs two channels for each of 8 patterns"):
         started(**deep | {"channels": (15, 6)})
 
 
