@@ -55,6 +55,10 @@ def _check_ranges(config: Any, where: str) -> None:
                 raise CopeditError(f"{where}.{name}: {value} is out of range; it must be from {low:g} to {high:g}")
 
 
+def _of_each(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * levels
+
+
 def _numbers(value: Any) -> list[float]:
     """The numbers in a value."""
     if isinstance(value, tuple):
@@ -90,6 +94,7 @@ class TokenizerConfig:
     """CoPeVAE (Section 3.2, Tables 13 and 14).
 
     channels, strides: one entry a level; a stride of 2 is a convolution of kernel 4, a stride of 1 of kernel 3.
+    residual_units, residual_channels: of every level, or one entry each.
     prompt_channels: the two convolutions of a prompt encoder, prompt_stride: of the first one (1 in the paper; its cost
     falls with the third power). quantise: latents to be decoded become their nearest
     codes first, as in the paper; off, they are decoded as they are.
@@ -97,8 +102,8 @@ class TokenizerConfig:
 
     channels: tuple[int, ...] = (256, 384, 512)
     strides: tuple[Triple, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
-    residual_units: int = 3
-    residual_channels: int = 256
+    residual_units: int | tuple[int, ...] = 3
+    residual_channels: int | tuple[int, ...] = 256
     latent_channels: int = 8
     codes: int = 8192
     prompt_channels: tuple[int, int] = (128, 256)
@@ -115,6 +120,22 @@ class TokenizerConfig:
             raise CopeditError(
                 f"tokenizer: {len(self.channels)} channels but {len(self.strides)} strides; give one each"
             )
+        for name in ("residual_units", "residual_channels"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.channels):
+                raise CopeditError(
+                    f"tokenizer.{name}: {len(value)} for {len(self.channels)} levels; give one number, or one a level"
+                )
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Residual units of each level."""
+        return _of_each(self.residual_units, len(self.channels))
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Channels within the residual units of each level."""
+        return _of_each(self.residual_channels, len(self.channels))
 
     @property
     def compression(self) -> Triple:
@@ -283,7 +304,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if value in (args or list(Task)):
             return value
     elif origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None)]
+        fitting = [a for a in kinds if (typing.get_origin(a) is tuple) == isinstance(value, list | tuple)]
+        return _value((fitting or kinds)[0], value, where)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:  # True is an int, too
@@ -312,6 +337,8 @@ _DEMO_TOKENIZER = TokenizerConfig(
     quantise=False,
 )
 
+# brain-lean: brain-brats with a tokenizer whose first level is an entry alone, 16 channels for the eight wavelets of
+# 2 x 2 x 2 voxels with both signs: 4.9 TFLOP a study of one step in place of 33.5 (docs/performance.md).
 # brain-brats and brain-ixi: the paper's B models. cardiac: its C models at width 384 with 6 heads, which is what its
 # own 33.0 M parameters and 104 GFLOP fit (Table 15 prints 576 and 12). The field of view of brain-ixi is 192 x 192 x 80
 # voxels at IXI's 0.9375 x 0.9375 x 1.25 mm. demo-*: small enough for two CPU cores.
@@ -329,6 +356,13 @@ PRESETS: dict[str, ModelConfig] = {
             ("t1", "t2", "pd"),
             (192, 192, 64),
             preprocessing=Preprocessing(field_of_view=(180.0, 180.0, 100.0)),
+        ),
+        ModelConfig(
+            "brain-lean",
+            Task.BRAIN,
+            _BRATS,
+            (192, 192, 64),
+            TokenizerConfig(channels=(16, 256, 512), residual_units=(0, 3, 3)),
         ),
         ModelConfig(
             "cardiac",

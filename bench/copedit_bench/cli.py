@@ -84,16 +84,25 @@ def bench_cpu(
     output: Output,
     large: Annotated[
         bool, typer.Option("--large/--no-large", help="Also a step of the paper's brain model: minutes and 6 GB.")
-    ] = True,
+    ] = False,
+    compiled: Compiled = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The heart alone, on one thread, a few samples: to see that it works.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """The built-in models on this processor: plain PyTorch, ours, ONNX Runtime, OpenVINO.
+    """The built-in models on this processor, on one and two threads, ours beside plain PyTorch, torch.compile, MONAI's
+    layers, ONNX Runtime and OpenVINO; and how time and memory grow with steps, batch, modalities and volume.
 
-    Answers are checked before anything is timed. Writes cpu.json and cpu.md.
+    Answers are checked before anything is timed. About six minutes on two quiet cores. Writes cpu.json and cpu.md.
     """
+    from dataclasses import replace
+
     from copedit_bench.models import cpu as body
 
-    _bench(output, "cpu", as_json, lambda **hooks: body.run(large=large, **hooks))
+    parts = body.QUICK if quick else replace(body.Parts(), compiled=compiled)
+    parts = replace(parts, large=large)
+    _bench(output, "cpu", as_json, lambda **hooks: body.run(parts, **hooks), body.markdown)
 
 
 @benchmarks.command("sampler")
@@ -145,20 +154,27 @@ def bench_train_step(
     _bench(output, "train-step", as_json, lambda **hooks: body.run(**options, **hooks))
 
 
-def _bench(output: Path, name: str, as_json: bool, run: Callable[..., dict[str, Any]]) -> None:
-    """Measure, keep what there is after every piece of work, and say it."""
+def _bench(
+    output: Path,
+    name: str,
+    as_json: bool,
+    run: Callable[..., dict[str, Any]],
+    page: Callable[[dict[str, Any]], str] | None = None,
+) -> None:
+    """Measure, keep what there is after every piece of work, and say it. page: the report in Markdown."""
     from copedit_bench.models import side_by_side
     from copedit_training.evaluation.report import write
 
     check_writable(output)
+    text_of = page or side_by_side.markdown
     with progress() as bar:
         task = bar.add_task("measuring", total=None)
         report = run(
             progress=lambda text: bar.update(task, description=text),
-            save=lambda so_far: write(so_far, side_by_side.markdown(so_far), output, name),
+            save=lambda so_far: write(so_far, text_of(so_far), output, name),
         )
     text = "\n".join([*side_by_side.tables(report), "", *side_by_side.remarks(report), *report["notes"]])
-    present(report, text, write(report, side_by_side.markdown(report), output, name), as_json)
+    present(report, text, write(report, text_of(report), output, name), as_json)
     side_by_side.verify(report)
 
 
@@ -217,4 +233,26 @@ def bench_cost(
     check_writable(output)
     with counting("measuring") as progress:
         report = body.run([*body.DEMO, *(measure or ())], device, progress=progress)
+    present(report, body.markdown(report), body.write_report(report, output), as_json, unplotted())
+
+
+@benchmarks.command("tokenizers")
+def bench_tokenizers(
+    output: Output,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of narrow ones, to see that it works.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a tokenizer's operations buy: designs for brain-brats trained alike, small, on simulated brains.
+
+    Decibels against TFLOP a study. About 15 minutes on one core. Writes tokenizers.json, tokenizers.md and, with
+    matplotlib, tokenizers.png.
+    """
+    from copedit_bench.models import tokenizers as body
+    from copedit_training.evaluation.report import unplotted
+
+    check_writable(output)
+    with counting("trained") as progress:
+        report = body.run(
+            body.QUICK if quick else body.Plan(), progress, lambda so_far: body.write_report(so_far, output)
+        )
     present(report, body.markdown(report), body.write_report(report, output), as_json, unplotted())

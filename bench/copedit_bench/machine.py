@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 import copedit_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "flash-attn", "xformers", "numpy")
-SOURCES = ("kernels", "copedit_rt", ":(glob)bench/*.py")  # whose changes matter to a measurement
+PACKAGES = ("torch", "triton", "flash-attn", "xformers", "numpy", "monai", "onnxruntime", "openvino")
+# Of a processor, by the names of Linux; what libraries of products and convolutions ask for.
+FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+SOURCES = ("kernels", "copedit_rt", ":(glob)bench/**/*.py")  # whose changes matter to a measurement
 QUERIES = {
     "driver": "driver_version",
     "power_limit_w": "power.limit",
@@ -43,6 +46,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "sources": sources(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+    if device.type == "cpu":
+        found |= processor()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -56,6 +61,26 @@ def describe(device: torch.device) -> dict[str, Any]:
             **clocks(device),
         }
     return found
+
+
+def processor() -> dict[str, Any]:
+    """Cores that this process may use, memory, what the processor knows of FLAGS, and what torch uses of it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    known = set((_cpuinfo("flags") or "").split())
+    return {
+        "cores": cores,
+        "memory_bytes": _memory(),
+        "flags": [flag for flag in FLAGS if flag in known],
+        "bfloat16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "torch_uses": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def clocks(device: torch.device) -> dict[str, Any]:
@@ -77,13 +102,16 @@ def sources() -> str:
 
 
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(name: str) -> str | None:
+    """Of the first processor; None where Linux does not say it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
 
 
 def _version(name: str) -> str | None:

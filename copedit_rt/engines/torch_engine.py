@@ -16,9 +16,9 @@ from copedit_rt.engines.cpu_blocks import pack
 from copedit_rt.engines.engine import Encoded
 from copedit_rt.networks import sampler
 from copedit_rt.networks.denoiser import MDiT3D, UNet
-from copedit_rt.networks.precision import exact_float32
+from copedit_rt.networks.precision import exact_float32, tried_convolutions
 from copedit_rt.networks.sampler import Plan
-from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder, fold_norms
+from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder, fold_norms, lean
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -59,6 +59,7 @@ class TorchEngine:
         self.plan = lru_cache(maxsize=4)(self._plan)  # a cohort has few missing patterns
 
     @exact_float32()
+    @tried_convolutions()
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> Encoded:
         return Encoded.join([self._encode(self._there(one)) for one in images[:, None]])
@@ -101,6 +102,7 @@ class TorchEngine:
         return Plan(self.denoiser, self.config, steps, torch.tensor(observed), solver)
 
     @exact_float32()
+    @tried_convolutions()
     @torch.no_grad()
     def decode(self, z: np.ndarray) -> np.ndarray:
         return np.concatenate([_here(self._decode(self._there(one))) for one in z[:, None]])
@@ -114,11 +116,12 @@ class TorchEngine:
 
 def lean_tokenizer(tokenizer: CoPeVAE, device: torch.device, dtype: torch.dtype | None = None) -> CoPeVAE:
     """A copy for inference: the autoencoder in another type (None: its own), norms folded into convolutions, whose
-    weights are laid out with channels last."""
+    weights are laid out with channels last, and which are computed in the way that is fastest for their size."""
     parts = (*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters())
     made = _copy(tokenizer, set(parts), device, dtype)
     for encoder in made.prompt_encoders:
         fold_norms(cast(PromptEncoder, encoder))
+    lean(made)
     return made
 
 
@@ -135,4 +138,4 @@ def _copy(net: Net, convert: set[nn.Parameter], device: torch.device, dtype: tor
 
 
 def _here(x: Tensor) -> np.ndarray:
-    return x.float().cpu().numpy()
+    return x.float().cpu().contiguous().numpy()

@@ -1,4 +1,4 @@
-"""What float32 means on a GPU."""
+"""What float32 means on a GPU, and how cuDNN chooses its convolutions."""
 
 from __future__ import annotations
 
@@ -9,36 +9,56 @@ from typing import Any
 
 import torch
 
-# cuBLAS's products, cuDNN's convolutions: PyTorch lets the latter run in TF32, with 10 bits of a mantissa for 23.
 _CUDNN: Any = torch.backends.cudnn
-_SETTINGS: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv)
-_LOCK = threading.Lock()
-_inside = 0  # calls that are inside, whatever their thread
-_before: list[str] = []
+
+
+class _Held:
+    """Settings of the process, (owner, name, value) each: the first call that enters makes them, the last that leaves
+    restores what was there, so that calls of several threads do not undo each other's."""
+
+    def __init__(self, *settings: tuple[Any, str, Any]):
+        self.settings = settings
+        self.lock = threading.Lock()
+        self.inside = 0  # calls that are inside, whatever their thread
+        self.before: list[Any] = []
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        with self.lock:
+            if not self.inside:
+                self.before = [getattr(owner, name) for owner, name, _ in self.settings]
+                self._set([value for *_, value in self.settings])
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self._set(self.before)
+
+    def _set(self, values: list[Any]) -> None:
+        for (owner, name, _), value in zip(self.settings, values, strict=True):
+            setattr(owner, name, value)
+
+
+# cuBLAS's products, cuDNN's convolutions: PyTorch lets the latter run in TF32, with 10 bits of a mantissa for 23.
+_EXACT = _Held((torch.backends.cuda.matmul, "fp32_precision", "ieee"), (_CUDNN.conv, "fp32_precision", "ieee"))
+_TRIED = _Held((_CUDNN, "benchmark", True))
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Inside, float32 is float32 on every device: no TF32. Also a decorator.
-
-    The settings are the process's: the first call that enters makes them, the last that leaves restores what was
-    there, so that calls of several threads do not undo each other's.
-    """
-    global _inside
-    with _LOCK:
-        if not _inside:
-            _before[:] = [setting.fp32_precision for setting in _SETTINGS]
-            _set(["ieee"] * len(_SETTINGS))
-        _inside += 1
-    try:
+    """Inside, float32 is float32 on every device: no TF32. Also a decorator."""
+    with _EXACT.hold():
         yield
-    finally:
-        with _LOCK:
-            _inside -= 1
-            if not _inside:
-                _set(_before)
 
 
-def _set(values: list[str]) -> None:
-    for setting, value in zip(_SETTINGS, values, strict=True):
-        setting.fp32_precision = value
+@contextmanager
+def tried_convolutions() -> Iterator[None]:
+    """Inside, cuDNN tries its convolutions for every new size and keeps the fastest, where it would guess one.
+
+    For sizes that come again; equal calls of two processes may then differ by rounding. Also a decorator.
+    """
+    with _TRIED.hold():
+        yield

@@ -17,6 +17,7 @@ from copedit_kernels import conv3, convolution, nearest_code
 from copedit_kernels.dispatch import use_triton
 from copedit_rt.config import TokenizerConfig, Triple
 from copedit_rt.errors import CopeditError
+from copedit_rt.networks import phases
 
 
 def _kernel(stride: Triple) -> tuple[Triple, Triple]:
@@ -57,14 +58,39 @@ def _wide(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()
 
 
+def _quick(lean: bool, x: Tensor, *others: Tensor) -> bool:
+    """Whether a lean layer may compute x in its own way: in inference, of one type, neither exported nor compiled; on
+    a CPU in float32."""
+    if not lean or torch.is_grad_enabled() or torch.compiler.is_compiling() or any(t.dtype != x.dtype for t in others):
+        return False
+    on_float32 = x.dtype == torch.float32 and on_cpu(x) and torch.backends.mkldnn.is_available()
+    return (x.is_cuda or on_float32) and not torch.is_autocast_enabled(x.device.type)
+
+
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d without dilation or groups, padded with zeros, that is right on every processor: see `unsafe_type`."""
+    """nn.Conv3d without dilation or groups, padded with zeros, that is right on every processor: see `unsafe_type`.
+
+    lean: in inference, computed in the way that is fastest for its size; `lean` sets it.
+    """
+
+    lean = False
 
     def forward(self, input: Tensor) -> Tensor:
-        sizes = zip(input.shape[2:], self.kernel_size, self.stride, cast(Triple, self.padding), strict=True)
+        padding = cast(Triple, self.padding)
+        if _quick(self.lean, input, self.weight):
+            if input.is_cuda and self._phased(input):
+                return phases.from_one(input, self.weight, self.bias, cast(Triple, self.stride))
+            if not input.is_cuda and input.numel():
+                return phases.on_cpu(input, self.weight, self.bias, cast(Triple, self.stride), padding)
+        sizes = zip(input.shape[2:], self.kernel_size, self.stride, padding, strict=True)
         extents = [(n + 2 * p - k) // s + 1 for n, k, s, p in sizes]
         dtype = unsafe_type(input, extents)
         return super().forward(input) if dtype is None else self._exact(input, extents).to(dtype)
+
+    def _phased(self, x: Tensor) -> bool:
+        sizes = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        whole = all(n % s == k % s == 0 for n, k, s in sizes)
+        return self.in_channels == 1 < max(self.stride) and whole and self.padding == (1, 1, 1)
 
     def _exact(self, x: Tensor, extents: Sequence[int]) -> Tensor:
         """In float32; along an axis of one result only the taps that meet the input, so that of three often one."""
@@ -79,9 +105,16 @@ class Conv3d(nn.Conv3d):
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
-    """nn.ConvTranspose3d without dilation or groups that is right on every processor: see `unsafe_type`."""
+    """nn.ConvTranspose3d without dilation or groups that is right on every processor: see `unsafe_type`.
+
+    lean: as of `Conv3d`.
+    """
+
+    lean = False
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is None and self._phased and _quick(self.lean, input, self.weight):
+            return phases.to_one(input, self.weight, cast(Tensor, self.bias), cast(Triple, self.stride))
         dtype = unsafe_type(input, input.shape[2:])
         if dtype is None or output_size is not None:
             return super().forward(input, output_size)
@@ -89,9 +122,19 @@ class ConvTranspose3d(nn.ConvTranspose3d):
             weight, bias, padding = self.weight.float(), _wide(self.bias), cast(Triple, self.padding)
             return F.conv_transpose3d(input.float(), weight, bias, self.stride, padding, self.output_padding).to(dtype)
 
+    @property
+    def _phased(self) -> bool:
+        kernels = _kernel(cast(Triple, self.stride)) == (self.kernel_size, self.padding)
+        return self.out_channels == 1 and kernels and self.bias is not None and self.output_padding == (0, 0, 0)
+
 
 class ResidualUnit(nn.Module):
-    """x + conv(relu(conv(x))), then ReLU; 3x3x3, no normalisation."""
+    """x + conv(relu(conv(x))), then ReLU; 3x3x3, no normalisation.
+
+    lean: in inference, sums and ReLU are done in place; `lean` sets it.
+    """
+
+    lean = False
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -101,6 +144,8 @@ class ResidualUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if convolution.FUSED and self._fits(x):
             return self._fused(x)
+        if _quick(self.lean, x, self.conv1.weight):
+            return self.conv2(self.conv1(x).relu_()).add_(x).relu_()
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
     def _fits(self, x: Tensor) -> bool:
@@ -113,6 +158,15 @@ class ResidualUnit(nn.Module):
         (first, bias1), (second, bias2) = ((c.weight.movedim(1, -1), c.bias) for c in (self.conv1, self.conv2))
         last = x.movedim(1, -1)
         return conv3(conv3(last, first, bias1, None, True), second, bias2, last, True).movedim(-1, 1)
+
+
+def lean(net: nn.Module) -> None:
+    """For inference: the layers above compute in the way that is fastest for their size, see docs/performance.md."""
+    for module in net.modules():
+        if isinstance(module, Conv3d | ConvTranspose3d | ResidualUnit):
+            module.lean = True
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
 
 
 def _size(layer: nn.Module, n: int, axis: int = 0) -> int:
@@ -179,7 +233,9 @@ def feature_bytes(layers: Sequence[nn.Module], x: Tensor, height: int) -> int:
             else:
                 channels = getattr(layer, "out_channels", channels)
                 plane = [_size(layer, n, axis) for axis, n in enumerate(plane, 1)]
-                between = max(before, channels * _size(layer, b - a) * math.prod(plane))
+                after = channels * _size(layer, b - a) * math.prod(plane)
+                # To one channel: once more, before its phases are put together.
+                between = max(before, 2 * after if channels == 1 else after)
             most = max(most, before + between)
     return most * x.shape[0] * x.element_size()
 
@@ -209,9 +265,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList()
         width = 1
-        for channels, stride in zip(c.channels, c.strides, strict=True):
+        for channels, stride, count, hidden in zip(c.channels, c.strides, c.units, c.hidden, strict=True):
             kernel, padding = _kernel(stride)
-            units = [ResidualUnit(channels, c.residual_channels) for _ in range(c.residual_units)]
+            units = [ResidualUnit(channels, hidden) for _ in range(count)]
             self.levels.append(nn.Sequential(Conv3d(width, channels, kernel, stride, padding), nn.ReLU(), *units))
             width = channels
         self.out = Conv3d(width, c.latent_channels, 3, padding=1)
@@ -236,7 +292,7 @@ class Decoder(nn.Module):
         widths = (1, *c.channels)
         for i in reversed(range(len(c.channels))):
             kernel, padding = _kernel(c.strides[i])
-            units = [ResidualUnit(c.channels[i], c.residual_channels) for _ in range(c.residual_units)]
+            units = [ResidualUnit(c.channels[i], c.hidden[i]) for _ in range(c.units[i])]
             up = ConvTranspose3d(c.channels[i], widths[i], kernel, c.strides[i], padding)
             self.levels.append(nn.Sequential(*units, up, nn.ReLU() if i else nn.Identity()))
 

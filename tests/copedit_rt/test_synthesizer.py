@@ -358,7 +358,7 @@ def test_latents_are_decoded_as_they_are_where_the_model_says_so(brain_model):
     plain.load_state_dict(networks(BRAIN)[0].state_dict())
     z = torch.randn(1, 4, 8, 4, 4, 2)
     with torch.no_grad():
-        assert torch.equal(plain.images(z, False), vae.decode(vae.denormalise(z), False))
+        torch.testing.assert_close(plain.images(z, False), vae.decode(vae.denormalise(z), False))  # lean, and not
         codes = vae.quantise(vae.denormalise(z))[0]
         assert torch.equal(vae.images(z, False), vae.decode(codes, False))
         assert not torch.allclose(plain.images(z, False), vae.images(z, False), atol=1e-3)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from copedit_bench.models import plain
 from copedit_bench.models.side_by_side import SEED, Answer, perturb
-from copedit_rt.config import ModelConfig
+from copedit_rt.config import ModelConfig, TokenizerConfig
 from copedit_rt.engines.engine import Encoded, Engine
+from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE
 
@@ -78,8 +79,15 @@ class PlainEngine:
     """As users write it: `plain`. Every element is encoded once; prompts and heads stay in float32, as in ours."""
 
     def __init__(
-        self, config: ModelConfig, networks: Networks, device: torch.device, dtype: torch.dtype, compiled: bool = False
+        self,
+        config: ModelConfig,
+        networks: Networks,
+        device: torch.device,
+        dtype: torch.dtype,
+        compiled: bool = False,
+        mode: str = "max-autotune",
     ):
+        """mode: of torch.compile."""
         self.config, self.dtype, self.compiled, self._device = config, dtype, compiled, device
         self.name, self.device = "compile" if compiled else "eager", str(device)
         self.precision = str(dtype).removeprefix("torch.")
@@ -95,7 +103,7 @@ class PlainEngine:
         for p in large:  # not the tables of positions and frequencies
             p.data = p.to(dtype)
         if compiled:
-            options: dict[str, Any] = {"mode": "max-autotune", "dynamic": False}
+            options: dict[str, Any] = {"mode": mode, "dynamic": False}
             self.net = torch.compile(self.net, **options)
             self.vae.encoder.compile(**options)
             self.vae.decoder.compile(**options)
@@ -149,6 +157,46 @@ class PlainEngine:
     def _begin(self) -> None:
         if self.compiled:  # results of the call before may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
+
+
+class MonaiEngine(PlainEngine):
+    """`PlainEngine` with encoder and decoder of MONAI's layers, on the same weights, as that library has them:
+    contiguous, every layer by itself. It encodes and decodes; the rest is PlainEngine's.
+
+    Raises ImportError without MONAI, CopeditError for levels that differ in their residual units: it has no such.
+    """
+
+    def __init__(self, config: ModelConfig, networks: Networks, device: torch.device, dtype: torch.dtype):
+        super().__init__(config, networks, device, dtype)
+        encoder, decoder = monai_layers(config.tokenizer)
+        for made, given in ((encoder, self.vae.encoder), (decoder, self.vae.decoder)):
+            names, weights = made.state_dict(), given.state_dict().values()  # in the order of the layers, both
+            made.load_state_dict(dict(zip(names, weights, strict=True)))
+            made.to(device, dtype).eval().requires_grad_(False)
+        encoder.out, decoder.inp = encoder.blocks[-1].conv, decoder.blocks[0].conv  # whose type `CoPeVAE` asks for
+        self.vae.encoder, self.vae.decoder = encoder, decoder
+        self.name = "monai"
+
+
+def monai_layers(c: TokenizerConfig) -> tuple[Any, Any]:
+    """Encoder and decoder of MONAI's VQVAE with a tokenizer's sizes, weights at random."""
+    from monai.networks.nets.vqvae import Decoder, Encoder
+
+    if len(set(c.units)) > 1:
+        raise CopeditError(f"monai: its VQVAE has as many residual units in every level, not {c.units}")
+    down: list[Any] = [(s, tuple(4 if n == 2 else 3 for n in s), 1, 1) for s in c.strides]
+    up: list[Any] = [(*level, 0) for level in reversed(down)]
+    sizes: dict[str, Any] = {
+        "spatial_dims": 3,
+        "channels": c.channels,
+        "num_res_layers": c.units[0],
+        "num_res_channels": c.hidden,
+        "dropout": 0.0,
+        "act": "RELU",
+    }
+    latent = c.latent_channels
+    encoder = Encoder(in_channels=1, out_channels=latent, downsample_parameters=down, **sizes)
+    return encoder, Decoder(in_channels=latent, out_channels=1, upsample_parameters=up, output_act=None, **sizes)
 
 
 def _here(x: Tensor) -> np.ndarray:

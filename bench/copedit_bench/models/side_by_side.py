@@ -223,6 +223,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{about['date']}, commit {about['commit'] or 'unknown'}{' with changes' * about['changed']}. Python "
         f"{about['python']}, {versions}. {settings['threads']} threads; load of the machine "
         f"{settings['load_before']} before, {settings['load_after']} after; {report['seconds']:.0f} s in all.",
+        *_processor(about),
         "",
         "Median and half the distance between the deciles; the fastest of its row is bold. In brackets processor time, "
         "where it differs by more than a tenth. Contestants take turns; each was right before it was timed.",
@@ -233,6 +234,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += [f"Matrix product of this run: {', '.join(products)}.", "", *tables(report), "", *remarks(report)]
     lines += [""] * bool(report["notes"]) + [f"- {note}" for note in report["notes"]]
     return "\n".join(lines) + "\n"
+
+
+def _processor(about: Mapping[str, Any]) -> list[str]:
+    if "flags" not in about:
+        return []
+    memory = f"{about['memory_bytes'] / 2**30:.0f} GiB" if about["memory_bytes"] else "memory unknown"
+    flags = ", ".join(about["flags"]) or "none that matters"
+    return ["", f"{about['cores']} cores, {memory}; flags: {flags}. torch uses {about['torch_uses']}."]
 
 
 def tables(report: Mapping[str, Any]) -> list[str]:

@@ -145,11 +145,13 @@ def _step_sizes(config: ModelConfig, batch: int) -> dict[str, int]:
 
 
 def _conv_sizes(config: ModelConfig, batch: int) -> dict[str, int]:
-    """The residual units of the first level, where most of the tokenizer's operations are; a study's elements come one
-    by one, whatever the batch."""
+    """The residual units of the first level that has any, where most of the tokenizer's operations are; a study's
+    elements come one by one, whatever the batch."""
     c = config.tokenizer
-    plane = (n // s for n, s in zip(config.image, c.strides[0], strict=True))
-    return dict(zip("PQR", plane, strict=True)) | {"C": c.channels[0], "U": c.residual_channels}
+    level = next((i for i, count in enumerate(c.units) if count), 0)
+    strides = (math.prod(along) for along in zip(*c.strides[: level + 1], strict=True))
+    plane = (n // s for n, s in zip(config.image, strides, strict=True))
+    return dict(zip("PQR", plane, strict=True)) | {"C": c.channels[level], "U": c.hidden[level]}
 
 
 # What goes in

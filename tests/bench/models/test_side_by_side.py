@@ -1,6 +1,8 @@
 """The benchmarks of whole models on tiny ones: wrong answers are caught, reports complete, plain is the same model."""
 
+import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,10 +10,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from copedit_bench import timing
+from copedit_bench import machine, timing
 from copedit_bench.models import contestants, cpu, sampler, side_by_side, train_step
 from copedit_bench.models.side_by_side import TINY, Contestant, SideBySide, distance
-from copedit_rt import cli
+from copedit_rt import checkpoint, cli
 from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
 
@@ -191,3 +193,81 @@ def test_perturbed_networks_are_not_zero():
     nn.init.zeros_(net.weight)
     side_by_side.perturb(net)
     assert net.weight.abs().min() > 0
+
+
+@pytest.fixture(scope="module")
+def hearts():
+    """A tiny model of hearts, whose slabs are decoded together."""
+    config = dataclasses.replace(TINY, task="cardiac", elements=("slab0", "slab1", "slab2", "slab3"))
+    return config, contestants.random_networks(config)
+
+
+@pytest.mark.parametrize("which", ["brain", "heart"])
+def test_monais_layers_are_the_same_tokenizer(networks, hearts, which):
+    pytest.importorskip("monai")
+    config, made = (TINY, networks) if which == "brain" else hearts
+    inputs = contestants.Inputs(config, made[0], 1)
+    exact = contestants.PlainEngine(config, made, CPU, torch.float64)
+    monai = contestants.MonaiEngine(config, made, CPU, torch.float32)
+    assert "monai" in type(monai.vae.encoder).__module__ and "monai" in type(monai.vae.decoder).__module__
+    for call in (contestants.encode, contestants.decode):
+        assert distance(call(monai, inputs), call(exact, inputs)) < 1e-5
+    uneven = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, residual_units=(0, 1)))
+    with pytest.raises(CopeditError, match="monai: its VQVAE has as many residual units"):
+        contestants.MonaiEngine(uneven, contestants.random_networks(uneven), CPU, torch.float32)
+
+
+def test_threads_are_those_of_torch_and_of_what_is_begun_there(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), cpu.threads(before + 1):
+        assert torch.get_num_threads() == before + 1 and os.environ["OMP_NUM_THREADS"] == str(before + 1)
+        raise KeyError
+    assert torch.get_num_threads() == before and "OMP_NUM_THREADS" not in os.environ
+
+
+def test_growth_along_every_axis(monkeypatch):
+    """More of anything takes longer and no less memory; each axis moves one thing."""
+    monkeypatch.setattr(cpu, "PRESETS", {"tiny": TINY})
+    monkeypatch.setattr(cpu, "REPEATS", 1)
+    for axis in cpu.GROWTH:
+        moved = [cpu.larger(TINY, axis, value) for value in (2, 4)]
+        images, elements, batches, steps = zip(
+            *((c.image[2], len(c.elements), batch, step) for c, batch, step in moved), strict=True
+        )
+        found = {"volume": images, "modalities": elements, "batch": batches, "steps": steps}
+        wanted = (32, 64) if axis == "volume" else (2, 4)
+        assert found.pop(axis) == wanted and all(one == other for one, other in found.values())
+    rows = cpu.grown("tiny", "batch", (1, 16), torch.get_num_threads())
+    assert [row["batch"] for row in rows] == [1, 16]
+    assert rows[1]["processor_s"] > rows[0]["processor_s"] > 0 and rows[1]["peak_bytes"] >= rows[0]["peak_bytes"] >= 0
+
+
+def test_the_page_of_a_cpu_says_the_processor_and_how_things_grow():
+    one = SideBySide("CPU", CPU, {torch.float32}, "of nothing")
+    row = {"wall_s": 0.5, "processor_s": 1.0, "peak_bytes": 3 * 2**20}
+    one.extra["growth"] = {"steps": [{"steps": 1, **row}, {"steps": 4, **row, "wall_s": 1.0}]}
+    report = json.loads(json.dumps(one.report()))
+    about = report["machine"]
+    assert about["cores"] >= 1 and set(about["flags"]) <= set(machine.FLAGS) and about["torch_uses"]
+    text = cpu.markdown(report)
+    assert f"{about['cores']} cores" in text and about["torch_uses"] in text
+    assert "| 1 | 500 ms | 1 s | 1.00 | 3 |" in text and "| 4 | 1 s | 1 s | 2.00 | 3 |" in text
+
+
+def test_the_whole_of_the_benchmark_on_a_cpu(tmp_path, monkeypatch):
+    """Without processes of their own and without the exporter, which its own tests run."""
+    monkeypatch.setattr(cpu, "_export", lambda name, folder: "the exporter is not here")
+    folder, vae, net = tmp_path / "tiny", *contestants.random_networks(TINY)
+    checkpoint.save(folder, TINY, vae, net)
+    monkeypatch.setattr(checkpoint, "locate", lambda name: folder)
+    row = {"steps": 1, "wall_s": 1, "processor_s": 1, "peak_bytes": 0}
+    monkeypatch.setattr(cpu, "apart", lambda call, *given: [row])
+    done = CliRunner().invoke(cli.app, ["bench", "cpu", "-o", str(tmp_path), "--quick"])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    ours = [(row["stage"], row["threads"]) for row in report["timings"] if row["contestant"] == "ours"]
+    assert ours == [(stage, 1) for stage in ("encode", "sample", "decode", "all")]
+    assert {check["contestant"] for check in report["checks"] if check["status"] == "unavailable"} >= {"onnxruntime"}
+    assert report["yardsticks_of_threads"].keys() == {"1"} and report["growth"].keys() == {"steps"}
+    assert "## Growth" in (tmp_path / "cpu.md").read_text()

@@ -9,7 +9,7 @@ from small import BRAIN, perturb
 
 from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.networks import denoiser, sampler, tokenizer
-from copedit_rt.networks.precision import exact_float32
+from copedit_rt.networks.precision import exact_float32, tried_convolutions
 
 SETTINGS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 
@@ -84,3 +84,27 @@ def test_two_threads_do_not_undo_each_others(loose):
     with pytest.raises(KeyError), exact_float32():
         raise KeyError
     assert precisions() == ["tf32", "tf32"]
+
+
+def test_convolutions_are_tried_in_encoder_and_decoder_alone(monkeypatch):
+    """And in no other thread's way: what the process had set is back."""
+    seen: dict[str, bool] = {}
+    vae, net = tokenizer.CoPeVAE(BRAIN.tokenizer, len(BRAIN.elements)), denoiser.build_denoiser(BRAIN)
+    perturb(vae, net)
+    engine = TorchEngine(BRAIN, vae, net, torch.device("cpu"))
+    for owner, name in ((tokenizer.Encoder, "forward"), (denoiser.MDiT3D, "predict"), (tokenizer.Decoder, "forward")):
+        plain = getattr(owner, name)
+
+        def watched(*args, plain=plain, name=f"{owner.__name__}.{name}", **kwargs):
+            seen[name] = torch.backends.cudnn.benchmark
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+    encoded = engine.encode(np.random.default_rng(0).random((1, 2, 1, *BRAIN.image), np.float32))
+    z = np.zeros((1, 4, *encoded.latents.shape[2:]), np.float32)
+    engine.decode(engine.sample(z, encoded.prompts, np.array([[True, True, False, False]]), 1, "ddim"))
+    assert seen == {"Encoder.forward": True, "MDiT3D.predict": False, "Decoder.forward": True}
+    assert not torch.backends.cudnn.benchmark
+    with tried_convolutions(), tried_convolutions():
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark

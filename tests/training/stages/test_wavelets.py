@@ -66,6 +66,20 @@ def test_channels_not_in_use_can_learn():
     assert tokenizer.encoder.out.weight.grad[:, 8:].abs().sum() > 0
 
 
+def test_an_entry_starts_as_wavelets_and_puts_them_together_again():
+    """Only the levels below lie between what it takes apart and what it returns."""
+    deep = {"channels": (16, 6), "strides": ((2, 2, 2), (2, 2, 1)), "residual_units": (0, 1)}
+    tokenizer = started(**deep)
+    down, up = tokenizer.encoder.levels[0], tokenizer.decoder.levels[-1]
+    images = torch.rand(2, 1, 8, 12, 6)
+    with torch.no_grad():
+        waves = down(images)
+        torch.testing.assert_close(up(waves), images, rtol=0, atol=1e-6)
+    assert (waves[:, :2].sum(1) > 0).all()  # means are positive: one of the two signs
+    with pytest.raises(CopeditError, match=r"an entry of stride .* needs two channels for each of 8 patterns"):
+        started(**deep | {"channels": (15, 6)})
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"channels": (12, 12), "strides": ((2, 2, 1), (1, 1, 1))}, {"channels": (7,)}, {"latent_channels": 5}],

@@ -30,6 +30,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.images.find import find_studies
 from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.precision import tried_convolutions
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.terminal import finite
 from copedit_rt.trained import TrainedOn
@@ -302,6 +303,7 @@ def _loop(
     wanted = ((step, part) for step in range(start, settings.steps) for part in parts)
     with (
         shown(console, stage, "step", start) as advance,
+        tried_convolutions(),
         _Signals() as signals,
         closing(ahead(task.draw, wanted)) as batches,  # type: ignore[type-var]
         _Log(output, start, settings.steps, console) if writes else nullcontext() as log,

@@ -1,4 +1,5 @@
-"""A start for small autoencoders: the Haar wavelets (Haar 1910) of the voxels that one latent stands for.
+"""A start for autoencoders: the Haar wavelets (Haar 1910) of the voxels that one latent stands for, or of those that an
+entry without residual units halves.
 
 Random layers of one level need long to come near them; training goes on from there.
 """
@@ -32,10 +33,15 @@ def start_as_wavelets(tokenizer: CoPeVAE) -> None:
     As ReLU follows, every wavelet takes two channels, one for each sign. The other channels start at random and are not
     read, but learn to be.
 
-    Raises CopeditError for a tokenizer of more levels, or one with too few or too many channels for it.
+    Of a tokenizer of more levels whose first is an entry, one without residual units, that level alone is set.
+
+    Raises CopeditError for other tokenizers of more levels, or one with too few or too many channels for it.
     """
     c = tokenizer.config
     latent, (width, *deeper) = c.latent_channels, c.channels
+    if deeper and not c.units[0]:
+        _start_entry(tokenizer)
+        return
     if deeper or 2 * latent > width or latent > int(np.prod(c.strides[0])):
         raise CopeditError(
             "wavelets: needs one level, at most as many latent channels as voxels in a block, and two channels for each"
@@ -49,8 +55,29 @@ def start_as_wavelets(tokenizer: CoPeVAE) -> None:
         weight[: 2 * latent] = 0
     for weight in (tokenizer.encoder.out.weight, last.weight):
         weight.zero_()
-    signed = (sign[None, :, None, None, None] * waves[:, None]).flatten(0, 1)  # [2 latent, *strides]
+    signed = _signed(waves)
     where: tuple[Any, ...] = (slice(2 * latent), 0, *taps)
     first.weight[where] = last.weight[where] = signed
     tokenizer.decoder.inp.weight[: 2 * latent, :, 1, 1, 1] = both
     tokenizer.encoder.out.weight[:, : 2 * latent, 1, 1, 1] = both.T
+
+
+def _signed(waves: Tensor) -> Tensor:
+    """Every pattern with both signs [2 patterns, *strides]."""
+    return torch.stack([waves, -waves], 1).flatten(0, 1)
+
+
+def _start_entry(tokenizer: CoPeVAE) -> None:
+    """All patterns of the first level's blocks, in its first channels; the decoder's last level puts them together."""
+    c = tokenizer.config
+    count = int(np.prod(c.strides[0]))
+    if 2 * count > c.channels[0]:
+        raise CopeditError(
+            f"wavelets: an entry of stride {c.strides[0]} needs two channels for each of {count} patterns, and "
+            f"tokenizer.channels begins with {c.channels[0]}"
+        )
+    taps = tuple(slice(1, 1 + s) for s in c.strides[0])
+    where: tuple[Any, ...] = (slice(2 * count), 0, *taps)
+    for layer in (tokenizer.encoder.levels[0][0], tokenizer.decoder.levels[-1][-2]):  # type: ignore[index]
+        layer.weight[: 2 * count] = 0
+        layer.weight[where] = _signed(patterns(c.strides[0], count))
