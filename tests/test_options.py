@@ -52,7 +52,7 @@ ALWAYS = {
     "sweep": "output steps model data subjects patterns seed device as_json",
     "ablate": "kind output preset data subjects full runs as_json",
     "analyse": "kind output model data subjects device as_json",
-    "segment": "output model data override full device as_json",
+    "segment": "output model data beside override full device as_json",
     "network": "kind weights output",
     "train tokenizer": "preset output quick estimate",
     "train denoiser": "preset output quick estimate",

@@ -31,7 +31,7 @@ from copedit_rt.terminal import (
 
 if TYPE_CHECKING:
     from copedit_rt.synthesizer import Synthesizer
-    from copedit_training.evaluation.beside import Beside
+    from copedit_training.evaluation.beside import Beside as Row
 
 app = commands()
 train = commands("Train a model, stage by stage.")
@@ -83,6 +83,10 @@ Patterns = Annotated[int | None, typer.Option(min=1, help="At most N missing pat
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampler.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Full = Annotated[bool, flag("--full", help="The whole budget, days, not the reduced one.")]
+Beside = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RUN[@KEY=N]", help="A run of a method or denoiser, on the same studies; repeatable."),
+]
 
 
 @app.command()
@@ -108,10 +112,7 @@ def evaluate(
     ] = None,
     fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
     lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN[@KEY=N]", help="A run of a method or denoiser, on the same studies; repeatable."),
-    ] = None,
+    beside: Beside = None,
     seeds: Annotated[
         int, typer.Option(min=1, max=1000, help="So many seeds from --seed on; to resolve differences, two or more.")
     ] = 1,
@@ -167,7 +168,7 @@ def sweep(
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
-def _beside(runs: list[str], model: Synthesizer, name: str, device: str) -> tuple[dict[str, Beside], dict[str, Any]]:
+def _beside(runs: list[str], model: Synthesizer, name: str, device: str) -> tuple[dict[str, Row], dict[str, Any]]:
     if not runs:
         return {}, {}
     from copedit_training.experiments import beside
@@ -250,6 +251,7 @@ def segment(
     data: Annotated[
         str, typer.Option(metavar="phantom|DIR", help="What to train and to test on, with segmentations of tumours.")
     ] = "phantom",
+    beside: Beside = None,
     override: Set = None,
     full: Full = False,
     device: Device = "auto",
@@ -261,7 +263,7 @@ def segment(
     budget = body.budget_of(full, override or ())
     check_writable(output)
     with counting("synthesising") as progress:
-        report = body.compare(model, output, data, device, budget, progress)
+        report = body.compare(model, output, data, device, budget, progress, beside or ())
     present(report, body.markdown(report), body.write_report(report, output), as_json)
 
 

@@ -152,14 +152,16 @@ def thirds(image: np.ndarray) -> np.ndarray:
     return np.where(inside, 1 + np.digitize(image, np.quantile(image[inside], (1 / 3, 2 / 3))), 0)
 
 
-def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts: np.ndarray, key: str) -> np.ndarray:
+def fill(
+    model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts: np.ndarray, key: str, seed: int = 0
+) -> np.ndarray:
     """What is missing of a subject, on the model's grid in 0..1: [missing, H, W, D], by the sampler's defaults.
 
-    latents [k, C, h, w, d] (normalised) and prompts [3, P] of what is observed [m] (bool). key: with the element it
-    determines the noise.
+    latents [k, C, h, w, d] (normalised) and prompts [3, P] of what is observed [m] (bool). key, seed: with the element
+    they determine the noise.
     """
     sampler = model.config.diffusion
-    start = model.start(latents, observed, key)
+    start = model.start(latents, observed, key, seed)
     (z,) = model.sample(start[None], prompts[None], observed[None], sampler.steps, sampler.solver)
     made = model.decode(z, observed)
     return made[~observed, 0].clip(0, 1)
