@@ -45,7 +45,7 @@ ALWAYS = {
     "bench cpu": "output large as_json",
     "bench sampler": "output batch steps dtype compiled device as_json",
     "bench train-step": "output stage batch compiled device as_json",
-    "bench cost": "output measure device as_json",
+    "bench cost": "output measure methods device as_json",
     "demo": "output subjects seed device as_json",
     "evaluate": "output model data subjects steps patterns seed seeds solver beside fid_network fvd_network "
     "lpips_network device as_json",

@@ -189,8 +189,8 @@ def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
 
 def test_methods_go_into_a_segmentation(runs, tmp_path, monkeypatch):
     pytest.importorskip("monai", reason="the U-Net needs the extra `train`")
-    rng = np.random.default_rng(0)
-    source = [(smooth(BRAIN, 1, first=i)[0, :, 0].astype(np.float32), rng.random((3, 32, 32, 8)) < 0.3) for i in range(3)]
+    regions = np.random.default_rng(0).random((3, 32, 32, 8)) < 0.3
+    source = [(smooth(BRAIN, 1, first=i)[0, :, 0].astype(np.float32), regions) for i in range(3)]
     monkeypatch.setattr(segmentation, "phantom_cases", lambda config, first, count: source[:count])
     budget = segmentation.Budget(train=3, test=1, steps=1, batch=1, crop=16, seeds=1)
     model, specs = str(runs / "denoiser" / "model"), [str(runs / x) for x in ("mmgan-0", "mmgan-1", "denoiser")]
@@ -208,7 +208,8 @@ def test_methods_go_into_a_segmentation(runs, tmp_path, monkeypatch):
     images = torch.from_numpy(source[0][0].astype(np.float16).astype(np.float32))[None, :, None]
     wanted = load_method(runs / "mmgan-0").synthesise(images, torch.tensor([there]).bool(), noise_of)
     (path,) = tmp_path.glob(f"test-*-1-{segmentation._short(run.digest)}.npy")
-    assert np.array_equal(np.load(path)[0, 0], wanted[0, 0, 0].numpy().astype(np.float16)) and run.digest != other.digest
+    assert np.array_equal(np.load(path)[0, 0], wanted[0, 0, 0].numpy().astype(np.float16))
+    assert run.digest != other.digest
     text = segmentation.markdown(report)
     assert text.count("| synthesised by MMGAN |") == 4 and "| MMGAN | image |" in text
     monkeypatch.setattr(segmentation, "train", None)  # all is there
