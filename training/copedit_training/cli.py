@@ -1,5 +1,5 @@
-"""`copedit demo`, `train`, `evaluate`, `sweep`, `ablate`, `analyse` and `segment`. Nothing heavy is imported before a
-command runs."""
+"""`copedit demo`, `train`, `evaluate`, `figure`, `sweep`, `ablate`, `analyse` and `segment`. Nothing heavy is imported
+before a command runs."""
 
 from __future__ import annotations
 
@@ -138,6 +138,38 @@ def evaluate(
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
+
+
+@app.command("figure")
+def side_by_side(
+    output: Output,
+    model: Model = "demo-brain",
+    data: HeldOut = "phantom",
+    subjects: Annotated[int, typer.Option(min=1, max=100, help="At most so many.")] = 1,
+    first_seed: FirstSeed = None,
+    split: Split = None,
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T1+FLAIR", help="What is taken away; repeatable. By default one pattern per count."),
+    ] = None,
+    beside: Beside = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A figure of what was observed, the truth, the model and other methods, with how far each is off."""
+    from copedit_training.evaluation.report import unplotted
+    from copedit_training.evaluation.subjects import held_out
+    from copedit_training.experiments import pictures as body
+
+    check_writable(output)
+    synthesizer = _load(model, device)
+    patterns = body.wanted_patterns(synthesizer.config, missing or ())
+    whom = held_out(synthesizer.config, data, subjects, first_seed, split)
+    others, _ = _beside(beside or [], synthesizer, model, device)
+    with counting("synthesising") as progress:
+        report, rows = body.compare(synthesizer, whom, others, patterns, subjects, seed, progress)
+    present(report, body.markdown(report), body.write_report(report, rows, output), as_json, unplotted())
 
 
 @app.command()
