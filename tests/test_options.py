@@ -51,7 +51,7 @@ ALWAYS = {
     "lpips_network device as_json",
     "figure": "output model data subjects beside seed device as_json",
     "sweep": "output steps model data subjects patterns seed device as_json",
-    "ablate": "kind output preset data subjects full runs as_json",
+    "ablate": "kind output preset data subjects full runs fid_network fvd_network as_json",
     "analyse": "kind output model data subjects device as_json",
     "segment": "output model data beside override full device as_json",
     "network": "kind weights output",

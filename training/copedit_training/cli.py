@@ -83,6 +83,10 @@ Patterns = Annotated[int | None, typer.Option(min=1, help="At most N missing pat
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampler.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Full = Annotated[bool, flag("--full", help="The whole budget, days, not the reduced one.")]
+FidNetwork = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: a TorchScript file.")
+]
+FvdNetwork = Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")]
 Beside = Annotated[
     list[str] | None,
     typer.Option(metavar="RUN[@KEY=N]", help="A run of a method or denoiser, on the same studies; repeatable."),
@@ -107,10 +111,8 @@ def evaluate(
             min=1, max=10_000, help="Average so many samples; 2 or more also give the calibration of their spread."
         ),
     ] = 1,
-    fid_network: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: a TorchScript file.")
-    ] = None,
-    fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
+    fid_network: FidNetwork = None,
+    fvd_network: FvdNetwork = None,
     lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
     beside: Beside = None,
     seeds: Annotated[
@@ -230,10 +232,14 @@ def ablate(
     override: Set = None,
     full: Full = False,
     runs: Annotated[int | None, typer.Option(min=1, help="Seeds a variant; by default 2, or 3 with --full.")] = None,
+    fid_network: FidNetwork = None,
+    fvd_network: FvdNetwork = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Train and compare variants of a preset's denoiser or tokenizer. Repeat the command to go on with what is left."""
+    from copedit_rt.device import choose_device
+    from copedit_training.evaluation.features import Networks
     from copedit_training.experiments import ablation, pretext
 
     if kind != "pretext" and kind not in ablation.VARIANTS:
@@ -243,7 +249,8 @@ def ablate(
     if device != "auto" and any(item.startswith("device=") for item in override or ()):
         raise CopeditError(f"--device {device} beside --set device=...: give one of them")
     settings = [*(override or ()), *([] if device == "auto" else [f"device={device}"])]
-    shared: Any = {"data": data, "full": full, "runs": runs, "test_subjects": subjects}
+    networks = Networks(fid_network, fvd_network, device=choose_device(device)) if fid_network or fvd_network else None
+    shared: Any = {"data": data, "full": full, "runs": runs, "test_subjects": subjects, "networks": networks}
     if kind == "pretext":
         report = pretext.ablate(pretext.Experiment(output, preset, settings, **shared))
         present(report, pretext.markdown(report), pretext.write_report(report, output), as_json)

@@ -248,9 +248,9 @@ def _distances(report: Report) -> list[str]:
     body = []
     for key, methods in report["frechet"].items():
         for method, row in methods.items():
-            planes = [f"{name} {_number(value)}" for name, value in row.get("planes", {}).items()]
-            cells = [_number(row.get("fid")), ", ".join(planes), str(row.get("slices", "–"))]
-            body.append([key, method, *cells, _number(row.get("fvd")), str(row.get("volumes", "–"))])
+            planes = [f"{name} {number(value)}" for name, value in row.get("planes", {}).items()]
+            cells = [number(row.get("fid")), ", ".join(planes), str(row.get("slices", "–"))]
+            body.append([key, method, *cells, number(row.get("fvd")), str(row.get("volumes", "–"))])
     header = ["missing", "method", "FID", "by plane", "slices", "FVD", "volumes"]
     return [
         *lines,
@@ -261,7 +261,8 @@ def _distances(report: Report) -> list[str]:
     ]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
     return "–" if value is None else f"{value:.4g}"
 
 
