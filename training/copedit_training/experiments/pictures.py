@@ -95,9 +95,9 @@ def _observed(config: ModelConfig, truth: Study, missing: Sequence[str], pair: P
     if pair.slices is None:
         there = [e for e in config.elements if e not in missing]
         return [_slice(pair, normalise(truth.volumes[e].data), z) for e in there]
-    there = sorted(set(range(pair.truth.shape[2])) - set(pair.slices), key=lambda k: (abs(k - z), k))
-    near = [next((k for k in there if (k > z) == above), None) for above in (False, True)]
-    return [_slice(pair, pair.truth, k) for k in near if k is not None]
+    seen = [k for k in range(pair.truth.shape[2]) if k not in pair.slices]
+    near = [*[k for k in seen if k < z][-1:], *[k for k in seen if k > z][:1]]
+    return [_slice(pair, pair.truth, k) for k in near]
 
 
 def compare(

@@ -85,7 +85,7 @@ class Seen(Probe):
     @torch.no_grad()
     def __init__(self, config: ModelConfig, vae: CoPeVAE, images: np.ndarray):
         self.config, self.vae, self.images = config, vae.eval(), images.astype(np.float32)
-        self.device = next(vae.parameters()).device
+        self.device, self.people = next(vae.parameters()).device, torch.arange(len(images))
         self.raw = torch.cat([vae.encode(torch.from_numpy(x)[None].to(self.device)).float() for x in self.images])
         self.each = vae.prompts_of_each(self.raw)
         self.patterns = observed_patterns(config)
@@ -203,11 +203,11 @@ def score(seen: Seen, subject: int, networks: Networks | None = None) -> dict[st
     vae, images = seen.vae, seen.images[subject, :, 0]
     made = vae.images(vae.normalise(seen.raw[subject : subject + 1]), joint=seen.config.task.joint)[0, :, 0].float()
     shown = None if seen.config.task.joint else np.any(images > 0, axis=0)
-    made = made.clamp(0, 1).cpu().numpy()
-    found = [measure(a, b, mask=shown) for a, b in zip(made, images, strict=True)]
+    final = made.clamp(0, 1).cpu().numpy()
+    found = [measure(a, b, mask=shown) for a, b in zip(final, images, strict=True)]
     if networks:
         networks.next_subject()
-        for element, a, b in zip(seen.config.elements, made, images, strict=True):
+        for element, a, b in zip(seen.config.elements, final, images, strict=True):
             look(networks, "all", element, a, b, seen.config.task.joint)
     inside = "" if shown is None else "_inside"
     own = torch.full((len(seen.patterns),), subject)
