@@ -46,14 +46,15 @@ ALWAYS = {
     "bench tokenizers": "output quick as_json",
     "bench sampler": "output batch steps dtype compiled device as_json",
     "bench train-step": "output stage batch compiled device as_json",
-    "bench cost": "output measure device as_json",
+    "bench cost": "output measure methods device as_json",
     "demo": "output subjects seed device as_json",
     "evaluate": "output model data subjects steps patterns seed seeds solver beside fid_network fvd_network "
     "lpips_network device as_json",
+    "figure": "output model data subjects beside seed device as_json",
     "sweep": "output steps model data subjects patterns seed device as_json",
-    "ablate": "kind output preset data subjects full runs as_json",
+    "ablate": "kind output preset data subjects full runs fid_network fvd_network as_json",
     "analyse": "kind output model data subjects device as_json",
-    "segment": "output model data override full device as_json",
+    "segment": "output model data beside override full device as_json",
     "network": "kind weights output",
     "train tokenizer": "preset output quick estimate",
     "train denoiser": "preset output quick estimate",
@@ -94,13 +95,14 @@ LEFT_OUT: list[tuple[str, str, list[str], str]] = [
     ("bench train-step", "preset", ["-o", "OUT", "--device", "cpu", "--preset", "cardiac"], "on a CPU a tiny model"),
     *(
         (command, option, [*kind, "-o", "OUT", *given], words)
-        for command, kind in (("evaluate", []), ("sweep", ["--steps", "1"]), ("analyse", ["gradcam"]))
+        for command, kind in (("evaluate", []), ("figure", []), ("sweep", ["--steps", "1"]), ("analyse", ["gradcam"]))
         for option, given, words in (
             ("first_seed", ["--first-seed", "1000001", "--data", "IN"], "--first-seed is of simulated subjects"),
             ("split", ["--split", "all"], "--split all is of a data set"),
         )
     ),
     ("evaluate", "samples", ["--samples", "2", "--beside", "IN", "-o", "OUT"], "--samples 2: methods give one each"),
+    ("figure", "missing", ["--missing", "t1+pd", "-o", "OUT"], "--missing t1+pd: demo-brain fills in t1, t1ce"),
     *(
         ("train method", option, ["mmgan", "--preset", "demo-brain", "-o", "OUT", *given], words)
         for option, given, words in (

@@ -19,6 +19,7 @@ from copedit_rt.terminal import (
     check_writable,
     commands,
     counting,
+    flag,
     present,
     progress,
 )
@@ -220,6 +221,9 @@ def bench_cost(
         list[str] | None,
         typer.Option(metavar="PRESET", help="Also measure this preset's models, besides the small ones; repeatable."),
     ] = None,
+    methods: Annotated[
+        bool, flag("--methods", help="Also the other methods of the paper's tables, at the presets that are measured.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -232,7 +236,7 @@ def bench_cost(
 
     check_writable(output)
     with counting("measuring") as progress:
-        report = body.run([*body.DEMO, *(measure or ())], device, progress=progress)
+        report = body.run([*body.DEMO, *(measure or ())], device, progress=progress, with_methods=methods)
     present(report, body.markdown(report), body.write_report(report, output), as_json, unplotted())
 
 

@@ -1,5 +1,5 @@
-"""`copedit demo`, `train`, `evaluate`, `sweep`, `ablate`, `analyse` and `segment`. Nothing heavy is imported before a
-command runs."""
+"""`copedit demo`, `train`, `evaluate`, `figure`, `sweep`, `ablate`, `analyse` and `segment`. Nothing heavy is imported
+before a command runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from copedit_rt.terminal import (
 
 if TYPE_CHECKING:
     from copedit_rt.synthesizer import Synthesizer
-    from copedit_training.evaluation.beside import Beside
+    from copedit_training.evaluation.beside import Beside as Row
 
 app = commands()
 train = commands("Train a model, stage by stage.")
@@ -83,6 +83,14 @@ Patterns = Annotated[int | None, typer.Option(min=1, help="At most N missing pat
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampler.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Full = Annotated[bool, flag("--full", help="The whole budget, days, not the reduced one.")]
+FidNetwork = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: a TorchScript file.")
+]
+FvdNetwork = Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")]
+Beside = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RUN[@KEY=N]", help="A run of a method or denoiser, on the same studies; repeatable."),
+]
 
 
 @app.command()
@@ -103,15 +111,10 @@ def evaluate(
             min=1, max=10_000, help="Average so many samples; 2 or more also give the calibration of their spread."
         ),
     ] = 1,
-    fid_network: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Features of slices, for FID: a TorchScript file.")
-    ] = None,
-    fvd_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Features of volumes, for FVD.")] = None,
+    fid_network: FidNetwork = None,
+    fvd_network: FvdNetwork = None,
     lpips_network: Annotated[Path | None, typer.Option(metavar="FILE", help="Distances of slices, for LPIPS.")] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN[@KEY=N]", help="A run of a method or denoiser, on the same studies; repeatable."),
-    ] = None,
+    beside: Beside = None,
     seeds: Annotated[
         int, typer.Option(min=1, max=1000, help="So many seeds from --seed on; to resolve differences, two or more.")
     ] = 1,
@@ -137,6 +140,38 @@ def evaluate(
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
+
+
+@app.command("figure")
+def side_by_side(
+    output: Output,
+    model: Model = "demo-brain",
+    data: HeldOut = "phantom",
+    subjects: Annotated[int, typer.Option(min=1, max=100, help="At most so many.")] = 1,
+    first_seed: FirstSeed = None,
+    split: Split = None,
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T1+FLAIR", help="What is taken away; repeatable. By default one pattern per count."),
+    ] = None,
+    beside: Beside = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A figure of what was observed, the truth, the model and other methods, with how far each is off."""
+    from copedit_training.evaluation.report import unplotted
+    from copedit_training.evaluation.subjects import held_out
+    from copedit_training.experiments import pictures as body
+
+    check_writable(output)
+    synthesizer = _load(model, device)
+    patterns = body.wanted_patterns(synthesizer.config, missing or ())
+    whom = held_out(synthesizer.config, data, subjects, first_seed, split)
+    others, _ = _beside(beside or [], synthesizer, model, device)
+    with counting("synthesising") as progress:
+        report, rows = body.compare(synthesizer, whom, others, patterns, subjects, seed, progress)
+    present(report, body.markdown(report), body.write_report(report, rows, output), as_json, unplotted())
 
 
 @app.command()
@@ -167,7 +202,7 @@ def sweep(
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
-def _beside(runs: list[str], model: Synthesizer, name: str, device: str) -> tuple[dict[str, Beside], dict[str, Any]]:
+def _beside(runs: list[str], model: Synthesizer, name: str, device: str) -> tuple[dict[str, Row], dict[str, Any]]:
     if not runs:
         return {}, {}
     from copedit_training.experiments import beside
@@ -197,10 +232,14 @@ def ablate(
     override: Set = None,
     full: Full = False,
     runs: Annotated[int | None, typer.Option(min=1, help="Seeds a variant; by default 2, or 3 with --full.")] = None,
+    fid_network: FidNetwork = None,
+    fvd_network: FvdNetwork = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Train and compare variants of a preset's denoiser or tokenizer. Repeat the command to go on with what is left."""
+    from copedit_rt.device import choose_device
+    from copedit_training.evaluation.features import Networks
     from copedit_training.experiments import ablation, pretext
 
     if kind != "pretext" and kind not in ablation.VARIANTS:
@@ -210,7 +249,8 @@ def ablate(
     if device != "auto" and any(item.startswith("device=") for item in override or ()):
         raise CopeditError(f"--device {device} beside --set device=...: give one of them")
     settings = [*(override or ()), *([] if device == "auto" else [f"device={device}"])]
-    shared: Any = {"data": data, "full": full, "runs": runs, "test_subjects": subjects}
+    networks = Networks(fid_network, fvd_network, device=choose_device(device)) if fid_network or fvd_network else None
+    shared: Any = {"data": data, "full": full, "runs": runs, "test_subjects": subjects, "networks": networks}
     if kind == "pretext":
         report = pretext.ablate(pretext.Experiment(output, preset, settings, **shared))
         present(report, pretext.markdown(report), pretext.write_report(report, output), as_json)
@@ -250,6 +290,7 @@ def segment(
     data: Annotated[
         str, typer.Option(metavar="phantom|DIR", help="What to train and to test on, with segmentations of tumours.")
     ] = "phantom",
+    beside: Beside = None,
     override: Set = None,
     full: Full = False,
     device: Device = "auto",
@@ -261,7 +302,7 @@ def segment(
     budget = body.budget_of(full, override or ())
     check_writable(output)
     with counting("synthesising") as progress:
-        report = body.compare(model, output, data, device, budget, progress)
+        report = body.compare(model, output, data, device, budget, progress, beside or ())
     present(report, body.markdown(report), body.write_report(report, output), as_json)
 
 

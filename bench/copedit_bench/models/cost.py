@@ -2,7 +2,8 @@
 
 Counting needs no weights and no memory: every preset and every backbone, on tensors that have shapes only. Measuring
 runs on this machine, each model in a process of its own, so that what one leaves in memory does not hide another's.
-Time does not depend on what weights are: they are random.
+Time does not depend on what weights are: they are random. The operations of other methods are counted where they are
+measured, over a whole study: what they compute depends on what is missing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -20,6 +22,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,6 +41,9 @@ from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation import compare
 from copedit_training.evaluation.report import table, write
 from copedit_training.evaluation.subjects import Phantoms
+from copedit_training.experiments.beside import filled
+from copedit_training.methods import METHODS, method
+from copedit_training.methods import base as methods
 from copedit_training.stages.prior import fit_prior
 from copedit_training.stages.settings import Stage, load_settings
 
@@ -239,9 +245,31 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
     }
 
 
-def training_step(config: ModelConfig, settings: Any, repeats: int = REPEATS) -> dict[str, Any]:
+def build_method(config: ModelConfig, settings: Any, name: str) -> methods.Method[Any]:
+    """A method with random weights, and a tokenizer with such where it needs one."""
+    kind = method(name)
+    needed = kind.needs_tokenizer(settings)
+    return kind(config, settings, CoPeVAE(config.tokenizer, len(config.elements)) if needed else None)
+
+
+def method_inference(config: ModelConfig, settings: Any, name: str, repeats: int = REPEATS) -> dict[str, Any]:
+    """Of a method what `inference` says of a study, at its own number of steps, and the operations of one, counted of
+    the reference's operators, as those of Triton are not seen."""
+    _, truth, _ = next(iter(Phantoms(config, 1)))
+    study = compare.incomplete(config, truth, [config.elements[1]])
+    memory = Memory(choose_device(settings.device))
+    fill = filled(build_method(config, settings, name))
+    seconds = repeated(lambda: _timed(lambda: fill(study, 0)), repeats)
+    found: dict[str, Any] = {"study": seconds, "peak_bytes": memory.peak()}
+    with mock.patch.dict(os.environ, COPEDIT_KERNELS="reference"):
+        return found | {"flops": flops(lambda: fill(study, 0))}
+
+
+def training_step(
+    config: ModelConfig, settings: Any, repeats: int = REPEATS, name: str | None = None
+) -> dict[str, Any]:
     """Seconds of an optimizer step (median; a tokenizer's steps with and without pretext tasks by their share), of an
-    epoch of the settings' subjects, and the peak of memory."""
+    epoch of the settings' subjects, and the peak of memory. name: of a method; None: of a stage."""
     from copedit_training.stages.denoiser_task import DenoiserTask
     from copedit_training.stages.settings import TokenizerSettings
     from copedit_training.stages.step import gradients, optimizers_of
@@ -253,7 +281,9 @@ def training_step(config: ModelConfig, settings: Any, repeats: int = REPEATS) ->
     images = np.random.default_rng(0).random(shape, dtype=np.float32).astype(np.float16)
     memory = Memory(choose_device(settings.device))
     task: Task[Any, Any]
-    if isinstance(settings, TokenizerSettings):
+    if name:
+        task = build_method(config, settings, name).on(images)
+    elif isinstance(settings, TokenizerSettings):
         task = TokenizerTask(config, settings, images)
     else:
         tokenizer = CoPeVAE(config.tokenizer, len(config.elements))
@@ -282,10 +312,40 @@ def training_step(config: ModelConfig, settings: Any, repeats: int = REPEATS) ->
     return {"step": mean, "epoch": epoch, "subjects": settings.subjects, "batch": drawn, "peak_bytes": memory.peak()}
 
 
+def method_rows(presets: Iterable[str]) -> list[dict[str, Any]]:
+    """One row per preset that has methods, and method: its space, weights and the steps of its sampler, if any."""
+    rows = []
+    for preset, name in ((p, n) for p in presets for n in METHODS):
+        kind, config, settings = method(name), ModelConfig.preset(preset), method_settings(preset, name)
+        with torch.device("meta"):
+            critic = kind.critic(config, settings)
+        rows.append(
+            {
+                "preset": preset,
+                "method": name,
+                "space": kind.space,
+                "parameters": methods.parameters(kind, config, settings),
+                "critic": parameters(critic) if critic else None,
+                "steps": settings.sampler_steps if kind.noised else None,
+            }
+        )
+    return rows
+
+
+def method_settings(preset: str, name: Any, device: str = "cpu") -> Any:
+    """A method's settings in a preset. Raises CopeditError for a preset that has none."""
+    return load_settings(name, preset, [f"device={device}"], kind=method(name).kind)
+
+
 def run(
-    measured: Sequence[str] = DEMO, device: str = "auto", repeats: int = REPEATS, progress: Progress | None = None
+    measured: Sequence[str] = DEMO,
+    device: str = "auto",
+    repeats: int = REPEATS,
+    progress: Progress | None = None,
+    with_methods: bool = False,
 ) -> dict[str, Any]:
-    """Count every preset, measure those named; JSON-able. CopeditError for an unknown preset and without MONAI."""
+    """Count every preset, measure those named; JSON-able. with_methods: also the other methods of the presets that are
+    measured. CopeditError for an unknown preset, one without methods, and without MONAI."""
     for name in measured:
         ModelConfig.preset(name)
     if find_spec("monai") is None:
@@ -298,7 +358,7 @@ def run(
         "threads": torch.get_num_threads(),
         "repeats": repeats,
     }
-    jobs: list[tuple[str, str, Callable[[], Any]]] = []
+    jobs: list[tuple[str, str, partial[Any]]] = []
     for name in measured:
         for backbone in BACKBONES:
             config = with_backbone(ModelConfig.preset(name), backbone)
@@ -308,17 +368,23 @@ def run(
                 stage, name, [f"device={device}", *(["compile=false"] if stage == "denoiser" else [])]
             )
             jobs.append((name, stage, partial(apart, training_step, ModelConfig.preset(name), settings, repeats)))
+    beside = method_rows(measured) if with_methods else []
+    for name, what in ((row["preset"], row["method"]) for row in beside):
+        arguments = ModelConfig.preset(name), method_settings(name, what, device)
+        jobs.append((name, what, partial(apart, method_inference, *arguments, what, repeats)))
+        jobs.append((name, what, partial(apart, training_step, *arguments, repeats, what)))
     rows = []
     for done, (name, what, job) in enumerate(jobs):
         if progress:
             progress(done, len(jobs) + 1)
-        kind = "inference" if what in BACKBONES else "training"
-        row: dict[str, Any] = {"preset": name, "kind": kind, "backbone" if kind == "inference" else "stage": what}
+        kind = "inference" if what in BACKBONES or job.args[0] is method_inference else "training"
+        key = "method" if what in METHODS else "backbone" if kind == "inference" else "stage"
+        row: dict[str, Any] = {"preset": name, "kind": kind, key: what}
         try:
             rows.append(row | job())
         except (RuntimeError, MemoryError, OSError) as error:  # too large for this machine: the others still count
             rows.append(row | {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]})
-    report |= {"measured": rows, "counted": count(PRESETS)}
+    report |= {"measured": rows, "counted": count(PRESETS), "methods": beside}
     if progress:
         progress(len(jobs) + 1, len(jobs) + 1)
     return report
@@ -421,7 +487,7 @@ def _measured(report: dict[str, Any]) -> list[str]:
             f"{row['peak_bytes'] / 2**30:.2f}",
         ]
         for row in done
-        if row["kind"] == "inference"
+        if "backbone" in row
     ]
     header = ["preset", "backbone", "encode (s)", "step (s)", "decode (s)", "study (s)", "steps", "memory (GiB)"]
     lines += table(header, body, 2)
@@ -436,15 +502,41 @@ def _measured(report: dict[str, Any]) -> list[str]:
             f"{row['peak_bytes'] / 2**30:.2f}",
         ]
         for row in done
-        if row["kind"] == "training"
+        if "stage" in row
     ]
     header = ["preset", "stage", "step (s)", "subjects a step", "epoch (s)", "subjects", "memory (GiB)"]
     lines += ["", "Training, without torch.compile; an epoch draws as many subjects as there are.", ""]
     lines += table(header, body, 2)
+    if report["methods"]:
+        lines += ["", "## Methods", "", *_methods(report)]
     failed = [row for row in report["measured"] if "failed" in row]
     lines += [""] * bool(failed)
-    lines += [f"- {row['preset']}, {row.get('backbone') or row['stage']}: {row['failed']}" for row in failed]
+    keys = ("backbone", "stage", "method")
+    lines += [f"- {row['preset']}, {next(row[k] for k in keys if k in row)}: {row['failed']}" for row in failed]
     return lines
+
+
+def _methods(report: dict[str, Any]) -> list[str]:
+    """The other methods: counted, and measured on a study with one element missing and in training."""
+    done = (row for row in report["measured"] if "method" in row and "failed" not in row)
+    found = {(row["preset"], row["method"], row["kind"]): row for row in done}
+    gibibyte, body = 2**30, []
+    for row in report["methods"]:
+        study, step = (found.get((row["preset"], row["method"], kind)) for kind in ("inference", "training"))
+        cells = [f"{study['flops']['total'] / 1e9:,.1f}", f"{study['study']:.3f}"] if study else ["–", "–"]
+        cells.append(f"{study['peak_bytes'] / gibibyte:.2f}" if study else "–")
+        cells += [f"{step['step']:.3f}", str(step["batch"])] if step else ["–", "–"]
+        cells.append(f"{step['peak_bytes'] / gibibyte:.2f}" if step else "–")
+        counts = [_mega(row["parameters"]), _mega(row["critic"]) if row["critic"] else "–", str(row["steps"] or "–")]
+        body.append([row["preset"], method(row["method"]).title, row["space"], *counts, *cells])
+    header = ["preset", "method", "space", "parameters", "critic", "steps", "study (GFLOP)", "study (s)"]
+    header += ["memory (GiB)", "training step (s)", "subjects a step", "memory (GiB)"]
+    return [
+        "Parameters without the tokenizer's; a study's operations and seconds with it. The model's are in the tables "
+        "above.",
+        "",
+        *table(header, body, 3),
+    ]
 
 
 def plot(report: dict[str, Any]) -> Figure:

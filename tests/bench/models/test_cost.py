@@ -1,5 +1,6 @@
 """Counted cost against formulas written here, measured cost on tiny models."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from copedit_rt import config as configs
 from copedit_rt.cli import app
 from copedit_rt.config import ModelConfig
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
+from tests.training.methods import small
 
 pytest.importorskip("monai", reason="the UNet among the backbones needs the extra `train`")
 
@@ -165,6 +167,35 @@ def test_measured_and_written(monkeypatch, tmp_path):
     assert refused.exit_code == 1 and "big" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+def test_methods_are_counted_and_measured(monkeypatch):
+    """Of two methods: weights as they are built, and operations as by hand of one convolution more."""
+    names = {name: cost.METHODS[name] for name in ("mmgan", "ldm")}
+    told = {name: small.settings(name, small.BRAIN, "device=cpu") for name in names}
+    monkeypatch.setattr(cost, "METHODS", names)
+    monkeypatch.setattr(cost, "method_settings", lambda preset, name, device="cpu": told[name])
+    monkeypatch.setitem(configs.PRESETS, "tiny", small.BRAIN)
+    rows = cost.method_rows(["tiny"])
+    made = {name: cost.build_method(small.BRAIN, told[name], name) for name in names}
+    for row in rows:
+        assert row["parameters"] == sum(p.numel() for p in made[row["method"]].net.parameters())
+    assert [(r["critic"] is None, r["steps"]) for r in rows] == [(False, None), (True, 3)]
+    found = {name: cost.method_inference(small.BRAIN, told[name], name, 1) for name in names}
+    images, observed = torch.zeros(1, 3, 1, *small.BRAIN.image), torch.tensor([[True, False, True]])
+    alone = cost.flops(lambda: made["mmgan"].synthesise(images, observed, small.noise))
+    assert found["mmgan"]["flops"] == alone and alone["total"] > 0
+    # More steps of LDM are that many more passes of its network, and nothing else.
+    more = dataclasses.replace(told["ldm"], sampler_steps=5)
+    z = torch.zeros(1, 3, small.BRAIN.tokenizer.latent_channels, *small.BRAIN.latent)
+    step = cost.flops(lambda: made["ldm"].used(z, torch.zeros(1, dtype=torch.long), observed))
+    gain = cost.method_inference(small.BRAIN, more, "ldm", 1)["flops"]["total"] - found["ldm"]["flops"]["total"]
+    assert gain == 2 * step["total"] > 0
+    trained = cost.training_step(small.BRAIN, told["mmgan"], 1, "mmgan")
+    measured = [{"preset": "tiny", "method": n, "kind": "inference"} | found[n] for n in names]
+    measured += [{"preset": "tiny", "method": "mmgan", "kind": "training"} | trained]
+    text = "\n".join(cost._methods({"methods": rows, "measured": measured}))
+    assert "| tiny | MMGAN | image |" in text and "| – | – | – |" in text.splitlines()[-1]
+
+
 def test_what_does_not_fit_is_said(monkeypatch):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
@@ -173,7 +204,13 @@ def test_what_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr(cost, "PRESETS", {"tiny": TINY})
     monkeypatch.setattr(cost, "load_settings", lambda stage, *_: SETTINGS[stage])
     monkeypatch.setattr(cost, "apart", out_of_memory)
-    report = cost.run(["tiny"], "cpu")
+    monkeypatch.setattr(cost, "METHODS", {"mmgan": cost.METHODS["mmgan"]})
+    monkeypatch.setattr(cost, "method_settings", lambda preset, name, device: small.settings(name, small.BRAIN))
+    row = {"preset": "tiny", "method": "mmgan", "space": "image", "parameters": 1, "critic": None, "steps": None}
+    monkeypatch.setattr(cost, "method_rows", lambda presets: [row])
+    report = cost.run(["tiny"], "cpu", with_methods=True)
+    kinds = [row["kind"] for row in report["measured"] if row.get("method") == "mmgan"]
+    assert kinds == ["inference", "training"] and "- tiny, mmgan: CUDA out of memory" in cost.markdown(report)
     assert {row["failed"] for row in report["measured"]} == {"CUDA out of memory. Tried to allocate 9 GiB"}
     assert "- tiny, unet: CUDA out of memory" in cost.markdown(report)
     assert np.isfinite([row["denoiser"]["parameters"] for row in report["counted"]]).all()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from copedit_rt import checkpoint
 from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
+from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
 from copedit_training.experiments import ablation
 from copedit_training.experiments.ablation import VARIANTS, Experiment, Variant
@@ -42,6 +43,22 @@ def experiment(model_folder, tmp_path):
         return Experiment(where, "demo-brain", (*FAST, *SIZE, f"tokenizer={folder}", *overrides), **options)
 
     return build
+
+
+class Moments(torch.nn.Module):
+    """Mean and deviation of each image."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(1)
+        return torch.stack((flat.mean(1), flat.std(1)), 1)
+
+
+def networks_in(folder):
+    """Files of networks for FID and FVD."""
+    files = {name: folder / f"{name}.pt" for name in ("fid", "fvd")}
+    for path in files.values():
+        torch.jit.script(Moments()).save(str(path))
+    return files
 
 
 def batch(task):
@@ -131,6 +148,28 @@ def test_an_ablation_is_reported_resumed_and_kept(experiment, tmp_path, monkeypa
     assert ablation.ablate("injection", experiment()) == report
     with pytest.raises(AssertionError, match="trained again"):
         ablation.ablate("prompts", experiment())  # only the reference is there
+
+
+def test_networks_give_an_ablation_fid_and_fvd(experiment, tmp_path, monkeypatch):
+    plain = ablation.ablate("identity", experiment(runs=1))
+    with_networks = experiment(runs=1, networks=Networks(**networks_in(tmp_path)))
+    seen, look = [], ablation.look
+    monkeypatch.setattr(ablation, "look", lambda *given: (seen.append(given), look(*given)))
+    report = ablation.ablate("identity", with_networks)
+    assert report["table"] == plain["table"], "scored again, not trained again"
+    # By hand: the features are means and deviations of what was shown, in closed form of the same module.
+    want, n = Networks(**networks_in(tmp_path)), 3 * (1 + 2 + 3)
+    for _, key, element, image, truth, joint in seen[:n]:
+        want.next_subject()
+        look(want, key, element, image, truth, joint)
+    found, own = report["variants"]["full"]["frechet"], want.summary()
+    assert {c: row["fid"] for c, row in found.items()} == pytest.approx({c: own[c]["model"]["fid"] for c in "123"})
+    assert all(row["fvd"] > 0 for row in found.values()) and len(seen) == 2 * n
+    text = ablation.markdown(report)
+    assert "2 missing: FID | 2 missing: FVD" in text and "FID: network fid.pt." in text
+    monkeypatch.setattr(ablation, "fit", None)  # what is kept is of these networks
+    assert ablation.ablate("identity", experiment(runs=1, networks=with_networks.networks)) == report
+    assert "networks" not in ablation.ablate("identity", experiment(runs=1))
 
 
 def test_a_network_that_starts_from_a_fill_corrects_it(experiment, monkeypatch):

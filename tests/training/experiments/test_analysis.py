@@ -12,10 +12,14 @@ from copedit_rt import checkpoint
 from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.nifti import Volume
+from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.data import layouts, phantom, prepared
 from copedit_training.experiments import analysis
+from tests.training.data.test_layouts import PUBLISHED, fill
 
-pytest.importorskip("matplotlib", reason="figures need the extra `train`")
+plt = pytest.importorskip("matplotlib.pyplot", reason="figures need the extra `train`")
+plt.switch_backend("Agg")
 pytest.importorskip("sklearn", reason="t-SNE needs the extra `train`")
 
 
@@ -200,6 +204,35 @@ def test_each_analysis_writes_its_figure_and_numbers(kind, model_folder, tmp_pat
 def test_an_unknown_analysis_is_refused(tmp_path):
     refused = CliRunner().invoke(app, ["analyse", "pca", "-o", str(tmp_path / "o")])
     assert refused.exit_code == 1 and "gradcam, tsne" in refused.stderr
+
+
+QUICK = ("BIDS", "ACDC")  # two persons, one of them twice; one person. The others only have other names.
+
+
+@pytest.mark.parametrize("layout", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in PUBLISHED])
+def test_every_analysis_of_every_layout(layout, tmp_path):
+    """Of studies of one person none is another's neighbour or donor, and errors are over persons."""
+    config, files, complete, _ = PUBLISHED[layout]
+    root, people = fill(tmp_path / "in", files), set(complete.values())
+    torch.manual_seed(0)
+    vae, net = CoPeVAE(config.tokenizer, len(config.elements)), build_denoiser(config)
+    checkpoint.save(tmp_path / "model", config, vae, net)
+    probe = analysis.Probe(str(tmp_path / "model"), 9, "cpu", data=str(root), split="all")
+    assert set(probe.names) == people and len(probe.images) == len(complete) and probe.persons == len(people)
+    for i, j in np.ndindex(len(probe.names), len(probe.names)):
+        assert (probe.people[i] == probe.people[j]) == (probe.names[i] == probe.names[j])
+    for kind, analyse in analysis.ANALYSES.items():
+        if kind == "tsne" and len(people) == 1:
+            with pytest.raises(CopeditError, match="give studies of several"):
+                analyse(probe)
+            continue
+        report, figure = analyse(probe)
+        report |= {"analysis": kind, "model": config.name} | probe.whom.about()
+        assert "nan" not in (text := analysis.markdown(report)) and str(root) in text
+        assert figure.axes and report.get("subjects", len(people)) == len(people)
+        if kind == "corruption" and len(people) == 1:
+            assert {row["standard_error"] for row in report["psnr"].values()} == {0}
+        plt.close(figure)
 
 
 def test_the_subjects_of_a_data_set(model_folder, tmp_path):

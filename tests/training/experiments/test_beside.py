@@ -16,7 +16,8 @@ from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation import evaluate as ev
 from copedit_training.evaluation.beside import Beside, Differences, paired
 from copedit_training.evaluation.subjects import Phantoms
-from copedit_training.experiments import beside
+from copedit_training.experiments import beside, segmentation
+from copedit_training.methods.base import load_method
 from copedit_training.stages import trainer
 from tests.training.methods.small import BRAIN, CONFIGS, HEART, model, smooth, task, train
 from tests.training.stages.tiny import SMALL
@@ -184,6 +185,35 @@ def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
     refused("its tokenizer is not that of elsewhere", tmp_path / "other-tokenizer", of="elsewhere")
     others, budget = beside.load([str(runs / "mmgan-0")], synthesizer, "elsewhere", "cpu")
     assert list(others) == ["MMGAN"] and set(budget) == {"space", "parameters"}
+
+
+def test_methods_go_into_a_segmentation(runs, tmp_path, monkeypatch):
+    pytest.importorskip("monai", reason="the U-Net needs the extra `train`")
+    regions = np.random.default_rng(0).random((3, 32, 32, 8)) < 0.3
+    source = [(smooth(BRAIN, 1, first=i)[0, :, 0].astype(np.float32), regions) for i in range(3)]
+    monkeypatch.setattr(segmentation, "phantom_cases", lambda config, first, count: source[:count])
+    budget = segmentation.Budget(train=3, test=1, steps=1, batch=1, crop=16, seeds=1)
+    model, specs = str(runs / "denoiser" / "model"), [str(runs / x) for x in ("mmgan-0", "mmgan-1", "denoiser")]
+    report = segmentation.compare(model, tmp_path, device="cpu", budget=budget, beside=specs)
+    dice, ours = report["dice"], "CoPeDiT, trained beside"
+    assert list(dice) == ["missing", "synthesised", "MMGAN", ours, "complete"] and report["budget"]["seeds"] == 2
+    same = dice[ours]["average"]
+    assert same["to_model"]["per_seed"] == [0, 0] and same["mean"] == dice["synthesised"]["average"]["mean"]
+    assert dice["MMGAN"]["average"]["to_model"]["mean"] == pytest.approx(
+        dice["MMGAN"]["average"]["mean"] - dice["synthesised"]["average"]["mean"]
+    )
+    assert report["beside"]["MMGAN"]["runs"] == 2 and report["beside"]["model"]["steps"] == 2
+    # What is kept of a run is what it makes of each modality by the others.
+    (run, other), there = beside.rows(specs[:2], Synthesizer.load(model, "cpu"), model, "cpu")[0]["MMGAN"], [0, 1, 1]
+    images = torch.from_numpy(source[0][0].astype(np.float16).astype(np.float32))[None, :, None]
+    wanted = load_method(runs / "mmgan-0").synthesise(images, torch.tensor([there]).bool(), noise_of)
+    (path,) = tmp_path.glob(f"test-*-1-{segmentation._short(run.digest)}.npy")
+    assert np.array_equal(np.load(path)[0, 0], wanted[0, 0, 0].numpy().astype(np.float16))
+    assert run.digest != other.digest
+    text = segmentation.markdown(report)
+    assert text.count("| synthesised by MMGAN |") == 4 and "| MMGAN | image |" in text
+    monkeypatch.setattr(segmentation, "train", None)  # all is there
+    assert segmentation.compare(model, tmp_path, device="cpu", budget=budget, beside=specs) == report
 
 
 def test_the_same_noise_as_the_model_begins_with():

@@ -11,9 +11,10 @@ from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.evaluation.features import Networks
 from copedit_training.experiments import ablation, pretext
 from copedit_training.experiments.pretext import VARIANTS, Experiment, Seen, parameters, score
-from tests.training.experiments.test_ablation import smooth
+from tests.training.experiments.test_ablation import networks_in, smooth
 
 FAST = (
     "steps=3 quantise_from=1 readout_steps=3 pretext_every=2 batch_size=2 crop=8 subjects=4 warmup=1 "
@@ -90,6 +91,19 @@ def test_a_whole_ablation_and_its_tables(experiment, tmp_path):
     assert again == report
     with pytest.raises(CopeditError, match="was started with other settings"):
         experiment("lr=1e-3")
+
+
+def test_networks_see_the_reconstructions(experiment, tmp_path):
+    pytest.importorskip("sklearn", reason="needs the extra `train`")
+    made = experiment("steps=2", networks=Networks(**networks_in(tmp_path)))
+    report = pretext.ablate(made)
+    seen = Seen(made.config, checkpoint.load_tokenizer(tmp_path / "run" / "none-seed0" / "model")[1], made.held_out)
+    networks = made.networks.again()
+    for i in range(3):
+        score(seen, i, networks)
+    assert report["table"]["none"]["frechet"]["fid"] == pytest.approx(networks.summary()["all"]["model"]["fid"])
+    assert networks.summary()["all"]["model"]["volumes"] == 3 * len(made.config.elements)
+    assert "| SSIM | FID | FVD | difference (dB) |" in pretext.markdown(report)
 
 
 def test_scores_are_of_what_the_tokenizer_decodes_and_its_heads_say(experiment):

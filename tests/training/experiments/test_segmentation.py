@@ -108,7 +108,7 @@ def test_labels_of_brats_come_onto_the_models_grid(model_folder, tmp_path):
     assert np.array_equal(regions[0], wanted > 0) and np.array_equal(regions[2], wanted == 4)
     with pytest.raises(CopeditError, match="has its segmentation"):
         (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz").unlink()
-        seg.load_cases(str(model_folder("demo-brain")), tmp_path / "o", str(tmp_path), TINY, "cpu")
+        seg.load_cases(config, tmp_path / "o", str(tmp_path), TINY)
 
 
 def test_what_the_network_is_given():

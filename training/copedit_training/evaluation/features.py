@@ -12,6 +12,7 @@ repeated in three channels; any resizing and scaling is its own matter:
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from copedit_rt.checkpoint import digest
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import is_file
 from copedit_training.evaluation.compare import Pair
@@ -121,6 +123,17 @@ class Networks:
         }
         self._seen: dict[tuple[str, str, str], Gaussian] = {}  # (key, method or "truth", plane or "volume")
         self._truths: dict[Any, dict[str, np.ndarray]] = {}  # features of this subject's own images
+
+    def again(self) -> Networks:
+        """The same networks, which have seen nothing."""
+        other = copy.copy(self)
+        other._seen, other._truths = {}, {}
+        return other
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each file."""
+        return {name: digest(path) for name, path in self.files.items() if path}
 
     def next_subject(self) -> None:
         """The truths that come are others'."""

@@ -192,19 +192,27 @@ def _scores(keys: Report, heading: str) -> list[str]:
 COST = ("parameters", "steps", "volumes", "slices", "seconds", "processor_seconds")
 
 
-def _beside(report: Report) -> list[str]:
-    """What each method has cost, and how it differs from the model."""
+def costs(beside: Mapping[str, Report]) -> list[str]:
+    """What the training of each method has cost, and, where that was measured, a study."""
+    timed = any("seconds_per_study" in row for row in beside.values())
     body = []
-    for name, row in report["beside"].items():
+    for name, row in beside.items():
         counts = [_thousands(row.get(key)) for key in COST]
-        body.append([name, row.get("space", "–"), *counts, f"{row['seconds_per_study']:.2f}"])
+        body.append([name, row.get("space", "–"), *counts, *([f"{row['seconds_per_study']:.2f}"] if timed else [])])
     header = ["", "space", "parameters", "steps", "volumes seen", "slices seen"]
-    header += ["s of training", "of a processor", "s a study"]
-    lines = [
+    header += ["s of training", "of a processor", *["s a study"] * timed]
+    return [
         "Steps, volumes and seconds are of one run's training, of both parts where there are two; a dash: of a model "
         "that is no run. The tokenizer's training is in nobody's budget, which favours methods on latents.",
         "",
         *table(header, body, 2),
+    ]
+
+
+def _beside(report: Report) -> list[str]:
+    """What each method has cost, and how it differs from the model."""
+    lines = [
+        *costs(report["beside"]),
         "",
         "Differences to the model on the same subjects and seeds: mean ± standard error over subjects, and under each "
         "seed. Resolved: more than two standard errors from zero, and the seeds, two at least, agree.",
@@ -240,9 +248,9 @@ def _distances(report: Report) -> list[str]:
     body = []
     for key, methods in report["frechet"].items():
         for method, row in methods.items():
-            planes = [f"{name} {_number(value)}" for name, value in row.get("planes", {}).items()]
-            cells = [_number(row.get("fid")), ", ".join(planes), str(row.get("slices", "–"))]
-            body.append([key, method, *cells, _number(row.get("fvd")), str(row.get("volumes", "–"))])
+            planes = [f"{name} {number(value)}" for name, value in row.get("planes", {}).items()]
+            cells = [number(row.get("fid")), ", ".join(planes), str(row.get("slices", "–"))]
+            body.append([key, method, *cells, number(row.get("fvd")), str(row.get("volumes", "–"))])
     header = ["missing", "method", "FID", "by plane", "slices", "FVD", "volumes"]
     return [
         *lines,
@@ -253,7 +261,8 @@ def _distances(report: Report) -> list[str]:
     ]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
     return "–" if value is None else f"{value:.4g}"
 
 

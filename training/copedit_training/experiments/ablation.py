@@ -35,9 +35,11 @@ from copedit_rt.task import Task
 from copedit_training.data import layouts
 from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_images, phantom_images
 from copedit_training.evaluation.beside import paired
+from copedit_training.evaluation.compare import Pair
 from copedit_training.evaluation.evaluate import missing_patterns
+from copedit_training.evaluation.features import Networks, said
 from copedit_training.evaluation.metrics import measure
-from copedit_training.evaluation.report import difference, table, write
+from copedit_training.evaluation.report import difference, number, table, write
 from copedit_training.experiments.analysis import check_prior
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -143,9 +145,10 @@ class Experiment:
         runs: int | None = None,
         test_subjects: int = TEST_SUBJECTS,
         config: ModelConfig | None = None,
+        networks: Networks | None = None,
     ) -> None:
-        """config replaces the preset's model. Raises CopeditError for settings that do not exist, a tokenizer of
-        another model and a folder that holds other settings."""
+        """config replaces the preset's model. networks: for FID and FVD. Raises CopeditError for settings that do not
+        exist, a tokenizer of another model and a folder that holds other settings."""
         for item in overrides:
             if item.partition("=")[0] in IDLE:
                 raise CopeditError(f"--set {item}: an ablation trains the denoiser alone and measures it at the end")
@@ -165,7 +168,7 @@ class Experiment:
         self.config = replace(base, denoiser=replace(base.denoiser, **network))
         # The decoder stays the same for all: what differs is the denoiser.
         self.settings = load_settings("denoiser", preset, (*(() if full else REDUCED), *rest, "image_weight=0"))
-        self.folder, self.data, self.test_subjects = folder, data, test_subjects
+        self.folder, self.data, self.test_subjects, self.networks = folder, data, test_subjects, networks
         self.seeds = [self.settings.seed + i for i in range(runs or (FULL_RUNS if full else REDUCED_RUNS))]
         self.source = self.settings.tokenizer or preset
         trained, self.tokenizer, digest = checkpoint.load_tokenizer(checkpoint.locate(self.source))
@@ -222,9 +225,9 @@ class Experiment:
         """Train and score a variant under a seed; a finished one is read from its folder, a begun one goes on."""
         folder = self.folder / f"{variant.name}-seed{seed}"
         path = folder / "scores.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        task = self.task(variant, seed)
+        if stored := scored(path, self.networks):
+            return stored
+        task, networks = self.task(variant, seed), self.networks and self.networks.again()
         described = {"stage": "denoiser", "settings": dataclasses.asdict(task.settings), "model": task.config.to_dict()}
         claim(folder, described, resume=True)
         prior = self.prior() if task.config.denoiser.prior else None
@@ -239,13 +242,43 @@ class Experiment:
             "seconds_per_step": float(np.median([x["seconds"] for x in log])) if log else 0.0,
             "training_mse": float(np.mean([x["mse"] for x in log[-max(1, len(log) // 10) :]])) if log else 0.0,
             "subjects": [
-                score(task.average, self.tokenizer, task.config, task.settings, images, i, prior)
+                score(task.average, self.tokenizer, task.config, task.settings, images, i, prior, networks)
                 for i, images in enumerate(self.held_out)
             ],
-        }
+        } | frechet(networks)
         scores["seconds_of_scoring"] = time.perf_counter() - start
         write_atomically(path, (json.dumps(scores, indent=1) + "\n").encode())
         return scores
+
+
+def scored(path: Path, networks: Networks | None) -> dict[str, Any] | None:
+    """The scores of a finished run; None where there are none, or none by these networks."""
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if networks and stored.get("networks") != networks.digests:
+        return None
+    return stored or None
+
+
+def frechet(networks: Networks | None) -> dict[str, Any]:
+    """Of a run's scores, what networks say of all that they have seen: of each key FID and FVD."""
+    if not networks:
+        return {}
+    return {"networks": networks.digests, "frechet": {key: row["model"] for key, row in networks.summary().items()}}
+
+
+def look(networks: Networks, key: str, element: str, image: np.ndarray, truth: np.ndarray, joint: bool) -> None:
+    """Show networks an image [H, W, D] of a subject and its truth, on the model's grid; joint: a slab of a heart, of
+    which there are axial slices alone."""
+    slices = tuple(range(image.shape[2])) if joint else None
+    networks.add(key, Pair("model", element, image, truth.astype(np.float32), slices), first=True)
+
+
+def distances(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, float | None]:
+    """FID and FVD under a key, as far as there are networks: means over the seeds."""
+    rows = [run["frechet"].get(key, {}) for run in runs]
+    named = [name for name in ("fid", "fvd") if name in runs[0]["networks"]]
+    found = {name: [row[name] for row in rows if row.get(name) is not None] for name in named}
+    return {name: float(np.mean(values)) if len(values) == len(runs) else None for name, values in found.items()}
 
 
 class Described(Protocol):
@@ -359,6 +392,7 @@ def score(
     images: np.ndarray,
     subject: int,
     prior: Prior | None = None,
+    networks: Networks | None = None,
 ) -> dict[str, dict[str, float]]:
     """Missing count -> PSNR (dB), SSIM, and squared error of normalised latents ("mse"), means over what is missing.
 
@@ -367,7 +401,10 @@ def score(
     volume.
 
     images: [m, 1, H, W, D] in 0..1, on the model's grid. The sampler's defaults; noise depends on the subject alone.
+    networks: see whole images, under the missing count.
     """
+    if networks:
+        networks.next_subject()
     device = next(net.parameters()).device
     patterns, m = patterns_of(config, subject), len(config.elements)
     shown = np.any(images[:, 0] > 0, axis=0) if not config.task.joint else np.ones(images.shape[2:], dtype=bool)
@@ -402,11 +439,12 @@ def score(
             made = vae.images(latents[row : row + 1, chosen], joint=config.task.joint).float()[0]
             if fill is not None and z_fill is not None:  # what the fill shows beyond its latents stays, as in a study
                 made += fill[row, chosen] - vae.images(z_fill[row : row + 1, chosen], joint=False).float()[0]
-            made = made[np.isin(chosen, missing)]
-            each = [
-                measure(a[0], images[i, 0].astype(np.float32), mask=shown)
-                for a, i in zip(made.clamp(0, 1).cpu().numpy(), missing, strict=True)
-            ]
+            final = made[np.isin(chosen, missing), 0].clamp(0, 1).cpu().numpy()
+            each = []
+            for image, i in zip(final, missing, strict=True):
+                each.append(measure(image, images[i, 0].astype(np.float32), mask=shown))
+                if networks:
+                    look(networks, str(len(missing)), config.elements[i], image, images[i, 0], config.task.joint)
             found[str(len(missing))] = {
                 "psnr": float(np.mean([one["psnr_inside"] for one in each])),
                 "ssim": float(np.mean([one["ssim_inside"] for one in each])),
@@ -501,9 +539,22 @@ def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> 
         "table": summarise(runs, wanted[0].name),
         **experiment.described,
     }
+    if experiment.networks:
+        counts = [c for c in report["table"][wanted[0].name] if c != "all"]
+        report["networks"] = {name: str(path) for name, path in experiment.networks.files.items() if path}
+        for v in wanted:
+            report["variants"][v.name]["frechet"] = {c: distances(runs[v.name], c) for c in counts}
     if kind == "prompts":
         report["visible"] = visible(experiment.task(wanted[0], experiment.seeds[0]))
     return report
+
+
+def looked(report: Mapping[str, Any]) -> list[str]:
+    """Which networks FID and FVD are by; nothing without any."""
+    if not (files := report.get("networks")):
+        return []
+    names = " ".join(said({name: Path(path) for name, path in files.items()}))
+    return [f"{names} Of whole images, means over the seeds; they grow as samples get fewer.", ""]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -525,18 +576,19 @@ def markdown(report: Mapping[str, Any]) -> str:
         "deviation over subjects" + (", PSNR and SSIM inside the brain." if brain else "."),
         "",
     ]
-    body = []
+    body, far = [], [name.upper() for name in report.get("networks", {})]
     for name, rows in scores.items():
-        cells = [
-            f"{rows[c][metric]['mean']:.{digits}f} ± {rows[c][metric]['sd']:.{digits}f}"
-            for c in counts
-            for metric, digits in (("psnr", 2), ("ssim", 3))
-        ]
+        cells = []
+        for c in counts:
+            for metric, digits in (("psnr", 2), ("ssim", 3)):
+                cells.append(f"{rows[c][metric]['mean']:.{digits}f} ± {rows[c][metric]['sd']:.{digits}f}")
+            cells += [number(x) for x in variants[name].get("frechet", {}).get(c, {}).values()]
         body.append([variants[name]["label"], *cells, f"{rows['all']['mse']['mean']:.4f}"])
-    heads = [f"{c} missing: {what}" for c in counts for what in ("PSNR (dB)", "SSIM")]
+    heads = [f"{c} missing: {what}" for c in counts for what in ("PSNR (dB)", "SSIM", *far)]
     lines += [
         *table(["", *heads, "all: latent MSE"], body, 1),
         "",
+        *looked(report),
         f"Differences to {variants[reference]['label']!r} on the same subjects, all missing counts: mean ± standard "
         "error over subjects, and under each seed. Resolved: more than two standard errors from zero, seeds agree.",
         "",

@@ -67,9 +67,9 @@ THIRDS = {"background": (0,), "darkest third": (1,), "middle third": (2,), "brig
 class Probe:
     """A model and held-out subjects as it sees them.
 
-    names: whose they are. images: float32 [N, m, 1, H, W, D] in 0..1. raw: latents [N, m, C, h, w, d] in the
-    autoencoder's scale. each: prompts of every element alone [N, m, 3, P]. patterns: every missing pattern as observed
-    elements [S, m], bool.
+    names: whose they are. people: which studies are of the same person [N], from 0 on. images: float32 [N, m, 1, H, W,
+    D] in 0..1. raw: latents [N, m, C, h, w, d] in the autoencoder's scale. each: prompts of every element alone [N, m,
+    3, P]. patterns: every missing pattern as observed elements [S, m], bool.
     """
 
     @torch.no_grad()
@@ -97,12 +97,17 @@ class Probe:
         if not seen:
             raise CopeditError(f"{data}: none of the held-out studies can be used; `copedit evaluate` says why")
         self.names, self.images = [name for name, _ in seen], np.stack([images for _, images in seen])
+        self.people = torch.from_numpy(np.unique(self.names, return_inverse=True)[1])
         self.raw = torch.cat([self.vae.encode(torch.from_numpy(x)[None].to(self.device)) for x in self.images])
         self.each = torch.cat([self.vae.prompts_of_each(z[None]) for z in self.raw])
         m, every = len(self.config.elements), missing_patterns(self.config)
         self.patterns = torch.ones(sum(map(len, every.values())), m, dtype=torch.bool)
         for row, missing in zip(self.patterns, (p for ps in every.values() for p in ps), strict=True):
             row[[self.config.elements.index(e) for e in missing]] = False
+
+    @property
+    def persons(self) -> int:
+        return len(self.people.unique())
 
     def prompts(self, subject: Tensor, observed: Tensor) -> Tensor:
         """Prompts [S, 3, P] of subjects [S] with these elements [S, m] observed: the mean over what is there."""
@@ -152,14 +157,16 @@ def thirds(image: np.ndarray) -> np.ndarray:
     return np.where(inside, 1 + np.digitize(image, np.quantile(image[inside], (1 / 3, 2 / 3))), 0)
 
 
-def fill(model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts: np.ndarray, key: str) -> np.ndarray:
+def fill(
+    model: Synthesizer, latents: np.ndarray, observed: np.ndarray, prompts: np.ndarray, key: str, seed: int = 0
+) -> np.ndarray:
     """What is missing of a subject, on the model's grid in 0..1: [missing, H, W, D], by the sampler's defaults.
 
-    latents [k, C, h, w, d] (normalised) and prompts [3, P] of what is observed [m] (bool). key: with the element it
-    determines the noise.
+    latents [k, C, h, w, d] (normalised) and prompts [3, P] of what is observed [m] (bool). key, seed: with the element
+    they determine the noise.
     """
     sampler = model.config.diffusion
-    start = model.start(latents, observed, key)
+    start = model.start(latents, observed, key, seed)
     (z,) = model.sample(start[None], prompts[None], observed[None], sampler.steps, sampler.solver)
     made = model.decode(z, observed)
     return made[~observed, 0].clip(0, 1)
@@ -308,7 +315,7 @@ def neighbour_accuracy(points: np.ndarray, labels: np.ndarray, subject: np.ndarr
 
 @dataclass(frozen=True)
 class Grouped:
-    """Prompts [S, 3, P] of every subject [S] under every pattern, in deviations; and by "count" and "identity" of what
+    """Prompts [S, 3, P] of every person [S] under every pattern, in deviations; and by "count" and "identity" of what
     is missing, which of them belong there [S] (bool) and their classes [S]."""
 
     prompts: np.ndarray
@@ -317,13 +324,15 @@ class Grouped:
 
     @classmethod
     def of(cls, probe: Probe) -> Grouped:
+        if probe.persons < 2:
+            raise CopeditError("prompts of one subject have no neighbours among others'; give studies of several")
         n, s = len(probe.images), len(probe.patterns)
         subject, observed = torch.arange(n).repeat_interleave(s), probe.patterns.repeat(n, 1)
         counts = (~observed).sum(1).numpy()
         one = counts == 1
         return cls(
             probe.prompts(subject, observed).cpu().numpy().astype(np.float64),
-            subject.numpy(),
+            probe.people[subject].numpy(),
             {"count": (np.ones_like(one), counts), "identity": (one, (~observed).float().argmax(1).numpy())},
         )
 
@@ -354,7 +363,7 @@ def distribution(probe: Probe) -> tuple[dict[str, Any], Figure]:
     from sklearn.manifold import TSNE
 
     grouped = Grouped.of(probe)
-    report: dict[str, Any] = {"subjects": len(probe.images), "separation": separation(grouped), "embedding": {}}
+    report: dict[str, Any] = {"subjects": probe.persons, "separation": separation(grouped), "embedding": {}}
     for label, k in (("count", 0), ("identity", 1)):
         (rows, classes), points = grouped.groups[label], grouped.points(label, k)
         perplexity = min(30.0, (len(points) - 1) / 3)
@@ -461,7 +470,7 @@ def attention(probe: Probe) -> tuple[dict[str, Any], Figure]:
                     attention_maps(net, z, last, prompts, there.to(z.device), tokens.to(z.device))[:, 0].cpu().numpy()
                 )
             maps[missing, given] = np.stack(each)  # [N, blocks, m, m]
-    report: dict[str, Any] = {"subjects": n, "missing": {}}
+    report: dict[str, Any] = {"subjects": probe.persons, "missing": {}}
     for missing, element in enumerate(config.elements):
         report["missing"][element] = {}
         for given in ("true", "other"):
@@ -562,17 +571,17 @@ def corruption(probe: Probe, draws: int = 200) -> tuple[dict[str, Any], Figure]:
     subject, observed = probe.turns()
     rng = np.random.default_rng(0)
     prompts = probe.prompts(subject, observed)
-    wrong = prompts[donors(subject, observed, rng)]
+    wrong = prompts[donors(probe.people[subject], observed, rng)]
     clean = probe.quality(subject, observed, prompts)
     orders = [rng.permutation(len(clean)) for _ in range(draws)]
-    report: dict[str, Any] = {"subjects": len(probe.images), "samples": len(clean), "rates": list(RATES), "psnr": {}}
+    report: dict[str, Any] = {"subjects": probe.persons, "samples": len(clean), "rates": list(RATES), "psnr": {}}
     for kind, name in enumerate(KINDS):
         spoiled = probe.quality(subject, observed, replaced(prompts, kind, wrong))
         curves = []
         for order in orders:
             ranks = np.argsort(order)
             curves.append([float(np.where(ranks < round(r * len(clean)), spoiled, clean).mean()) for r in RATES])
-        loss, error = over_subjects(spoiled - clean, subject)
+        loss, error = over_subjects(spoiled - clean, probe.people[subject])
         report["psnr"][name] = {
             "mean": np.mean(curves, 0).tolist(),
             "sd_over_draws": np.std(curves, 0).tolist(),
@@ -626,12 +635,12 @@ def intervention(probe: Probe) -> tuple[dict[str, Any], Figure]:
         by = intervened(prompts, how, subject, np.random.default_rng(0))
         for kind, name in enumerate(KINDS):
             change = probe.quality(subject, observed, replaced(prompts, kind, by)) - clean
-            mean, error = over_subjects(change, subject)
+            mean, error = over_subjects(change, probe.people[subject])
             table.setdefault(name, {})[how] = {"difference": mean, "standard_error": error}
     report = {
-        "subjects": len(probe.images),
+        "subjects": probe.persons,
         "samples": len(clean),
-        "psnr": over_subjects(clean, subject)[0],
+        "psnr": over_subjects(clean, probe.people[subject])[0],
         "interventions": table,
     }
     return report, _draw_intervention(report)

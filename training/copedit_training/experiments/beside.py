@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,19 @@ from copedit_rt.images.study import Study
 from copedit_rt.schedule import noise
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation.beside import Beside, Fill, Volumes
+from copedit_training.experiments.analysis import fill as sampled
 from copedit_training.methods.base import Method, load_method
 
 FREE = ("seed", "device", "checkpoint_every", "keep", "validate_every", "validate_subjects", "tokenizer")
+# Images [m, 1, H, W, D] on the grid of a model, which of them are observed [m], the seed of the noise, and whose they
+# are: all of them, with what was missing filled in.
+OnGrid = Callable[[np.ndarray, np.ndarray, int, str], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished run. said: its `run.json`. label: its row. tokenizer: the SHA-256 of the one that it was trained with,
-    None for a method on images."""
+    None for a method on images. fill, on_grid: the run as what fills in studies, and images on its grid."""
 
     folder: Path
     said: Mapping[str, Any]
@@ -37,8 +41,15 @@ class Run:
     config: ModelConfig
     tokenizer: str | None
     fill: Fill
+    on_grid: OnGrid
     space: str
     parameters: int
+
+    @property
+    def digest(self) -> str:
+        """Of its weights, and of what was changed for sampling."""
+        files = (file for file in sorted((self.folder / "model").iterdir()) if file.is_file())
+        return hashlib.sha256(" ".join([self.label, *map(checkpoint.digest, files)]).encode()).hexdigest()
 
     @property
     def data(self) -> dict[str, Any]:
@@ -73,6 +84,14 @@ class Run:
 def load(
     specs: Sequence[str], model: Synthesizer, name: str, device: str = "auto"
 ) -> tuple[dict[str, Beside], dict[str, Any]]:
+    """`rows` as what fills in studies, with what each has cost."""
+    found, budget = rows(specs, model, name, device)
+    return {label: Beside([run.fill for run in runs], cost(runs)) for label, runs in found.items()}, budget
+
+
+def rows(
+    specs: Sequence[str], model: Synthesizer, name: str, device: str = "auto"
+) -> tuple[dict[str, list[Run]], dict[str, Any]]:
     """Runs by their rows, those of several seeds together, and the budget of the model.
 
     specs: run folders, or RUN@KEY=VALUE,... with settings of sampling. name: what the model was loaded from; where that
@@ -94,13 +113,12 @@ def load(
         runs_of_all = runs
         _check_tokenizer(runs, model, name)
     _check_equal(runs_of_all)
-    rows: dict[str, list[Run]] = {}
+    by_label: dict[str, list[Run]] = {}
     for run in runs:
-        rows.setdefault(run.label, []).append(run)
-    for label, some in rows.items():
+        by_label.setdefault(run.label, []).append(run)
+    for label, some in by_label.items():
         _check_seeds(label, some)
-    beside = {label: Beside([run.fill for run in some], _mean(some)) for label, some in rows.items()}
-    return beside, budget
+    return by_label, budget
 
 
 def _weights(model: Synthesizer) -> int:
@@ -148,7 +166,8 @@ def _method(folder: Path, said: Mapping[str, Any], made: Method[Any], changed: M
     notes += [f"{key}={value}" for key, value in changed.items()]
     label = f"{made.title}: {', '.join(notes)}" if notes else made.title
     count = sum(p.numel() for p in made.net.parameters())
-    return Run(folder, said, label, made.config, said.get("tokenizer"), filled(made), made.space, count)
+    fills = filled(made), method_on_grid(made)
+    return Run(folder, said, label, made.config, said.get("tokenizer"), *fills, made.space, count)
 
 
 def _denoiser(folder: Path, said: Mapping[str, Any], made: Synthesizer) -> Run:
@@ -164,18 +183,39 @@ def _denoiser(folder: Path, said: Mapping[str, Any], made: Synthesizer) -> Run:
         result = made.synthesize(study, seed=seed)
         return {name: volume.data for name, volume in result.study.volumes.items()}
 
-    return Run(folder, said, label, made.config, digest, fill, "latent", _weights(made))
+    return Run(folder, said, label, made.config, digest, fill, model_on_grid(made), "latent", _weights(made))
+
+
+def model_on_grid(model: Synthesizer) -> OnGrid:
+    """A model as what fills in images on its grid, by its own sampler."""
+
+    def fill(images: np.ndarray, observed: np.ndarray, seed: int, study: str) -> np.ndarray:
+        encoded, made = model.encode(images[observed]), images.copy()
+        made[~observed, 0] = sampled(model, encoded.latents[0], observed, encoded.prompts[0], study, seed)
+        return made
+
+    return fill
+
+
+def method_on_grid(made: Method[Any]) -> OnGrid:
+    """A method as what fills in images on its grid, with the noise of a `Synthesizer`."""
+
+    def fill(images: np.ndarray, observed: np.ndarray, seed: int, study: str) -> np.ndarray:
+        given, there = (torch.from_numpy(np.asarray(x))[None] for x in (images, observed))
+        out = made.synthesise(given, there, lambda element, shape: noise(seed, study, element, shape))
+        return out[0].cpu().numpy()
+
+    return fill
 
 
 def filled(made: Method[Any]) -> Fill:
     """A method as what fills in a study: the preprocessing, the noise and the way back of `Synthesizer`."""
+    on_grid = method_on_grid(made)
 
     def fill(study: Study, seed: int) -> Volumes:
-        prepared = prepare(study, made.config)
-        images, observed = (torch.from_numpy(np.asarray(x))[None] for x in (prepared.images, prepared.observed))
-        out = made.synthesise(images, observed, lambda element, shape: noise(seed, study.name, element, shape))
-        told = made.config.preprocessing
-        return prepared.restore(out[0].cpu().numpy(), told.detail, told.whole_range)
+        prepared, told = prepare(study, made.config), made.config.preprocessing
+        out = on_grid(prepared.images, prepared.observed, seed, study.name)
+        return prepared.restore(out, told.detail, told.whole_range)
 
     return fill
 
@@ -207,7 +247,7 @@ def _check_seeds(label: str, runs: Sequence[Run]) -> None:
         )
 
 
-def _mean(runs: Sequence[Run]) -> dict[str, Any]:
+def cost(runs: Sequence[Run]) -> dict[str, Any]:
     """The budget of a row: of its first run, with the means of the seconds."""
     budgets = [run.budget() for run in runs]
     means = {name: float(np.mean([b[name] for b in budgets])) for name in ("seconds", "processor_seconds")}

@@ -25,9 +25,21 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.evaluation.evaluate import missing_patterns
+from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
-from copedit_training.evaluation.report import save_figure, table, write
-from copedit_training.experiments.ablation import FULL_RUNS, REDUCED_RUNS, TEST_SUBJECTS, images_of, paired
+from copedit_training.evaluation.report import number, save_figure, table, write
+from copedit_training.experiments.ablation import (
+    FULL_RUNS,
+    REDUCED_RUNS,
+    TEST_SUBJECTS,
+    distances,
+    frechet,
+    images_of,
+    look,
+    looked,
+    paired,
+    scored,
+)
 from copedit_training.experiments.analysis import KINDS, Grouped, Probe, distribution, separation
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.settings import load_settings
@@ -73,7 +85,7 @@ class Seen(Probe):
     @torch.no_grad()
     def __init__(self, config: ModelConfig, vae: CoPeVAE, images: np.ndarray):
         self.config, self.vae, self.images = config, vae.eval(), images.astype(np.float32)
-        self.device = next(vae.parameters()).device
+        self.device, self.people = next(vae.parameters()).device, torch.arange(len(images))
         self.raw = torch.cat([vae.encode(torch.from_numpy(x)[None].to(self.device)).float() for x in self.images])
         self.each = vae.prompts_of_each(self.raw)
         self.patterns = observed_patterns(config)
@@ -99,16 +111,17 @@ class Experiment:
         runs: int | None = None,
         test_subjects: int = TEST_SUBJECTS,
         config: ModelConfig | None = None,
+        networks: Networks | None = None,
     ) -> None:
-        """config replaces the preset's model. Raises CopeditError for settings that do not exist or are what is
-        compared, and for a folder that holds other settings."""
+        """config replaces the preset's model. networks: for FID and FVD of reconstructions. Raises CopeditError for
+        settings that do not exist or are what is compared, and for a folder that holds other settings."""
         for item in overrides:
             if item.partition("=")[0] in IDLE:
                 raise CopeditError(f"--set {item}: an ablation of the pretext tasks sets it itself; leave it out")
         check_subjects(data, overrides)
         self.config = config or ModelConfig.preset(preset)
         self.settings = load_settings("tokenizer", preset, (*(() if full else REDUCED), *overrides))
-        self.folder, self.data, self.test_subjects = folder, data, test_subjects
+        self.folder, self.data, self.test_subjects, self.networks = folder, data, test_subjects, networks
         self.seeds = [self.settings.seed + i for i in range(runs or (FULL_RUNS if full else REDUCED_RUNS))]
         self.described = {
             "stage": "pretext",
@@ -131,9 +144,9 @@ class Experiment:
         """Train and score a variant under a seed; a finished one is read from its folder, a begun one goes on."""
         folder = self.folder / f"{variant.name}-seed{seed}"
         path = folder / "scores.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        task = self.task(variant, seed)
+        if stored := scored(path, self.networks):
+            return stored
+        task, networks = self.task(variant, seed), self.networks and self.networks.again()
         described = {
             "stage": "tokenizer",
             "settings": dataclasses.asdict(task.settings),
@@ -150,8 +163,8 @@ class Experiment:
             "separation": {
                 kind: {label: v["nearest_neighbours"] for label, v in x.items()} for kind, x in found.items()
             },
-            "subjects": [score(seen, i) for i in range(len(self.held_out))],
-        }
+            "subjects": [score(seen, i, networks) for i in range(len(self.held_out))],
+        } | frechet(networks)
         write_atomically(path, (json.dumps(scores, indent=1) + "\n").encode())
         return scores
 
@@ -184,13 +197,18 @@ def parameters(vae: CoPeVAE, variant: Variant) -> int:
 
 
 @torch.no_grad()
-def score(seen: Seen, subject: int) -> dict[str, float]:
-    """Of a held-out subject the reconstruction's PSNR (dB) and SSIM, of a brain inside it; and the shares of its
-    missing patterns of which the heads say right how many, and exactly which, are missing."""
+def score(seen: Seen, subject: int, networks: Networks | None = None) -> dict[str, float]:
+    """Of a held-out subject the reconstruction's PSNR (dB) and SSIM, of a brain inside it, while networks see it; and
+    the shares of its missing patterns of which the heads say right how many, and exactly which, are missing."""
     vae, images = seen.vae, seen.images[subject, :, 0]
     made = vae.images(vae.normalise(seen.raw[subject : subject + 1]), joint=seen.config.task.joint)[0, :, 0].float()
     shown = None if seen.config.task.joint else np.any(images > 0, axis=0)
-    found = [measure(a, b, mask=shown) for a, b in zip(made.clamp(0, 1).cpu().numpy(), images, strict=True)]
+    final = made.clamp(0, 1).cpu().numpy()
+    found = [measure(a, b, mask=shown) for a, b in zip(final, images, strict=True)]
+    if networks:
+        networks.next_subject()
+        for element, a, b in zip(seen.config.elements, final, images, strict=True):
+            look(networks, "all", element, a, b, seen.config.task.joint)
     inside = "" if shown is None else "_inside"
     own = torch.full((len(seen.patterns),), subject)
     count, which, _ = vae.assess(seen.prompts(own, seen.patterns))
@@ -233,9 +251,14 @@ def ablate(experiment: Experiment) -> dict[str, Any]:
             "count": float(np.mean([run["separation"]["count"]["count"] for run in own])),
             "identity": float(np.mean([run["separation"]["position"]["identity"] for run in own])),
         }
+        if experiment.networks:
+            cell["frechet"] = distances(own, "all")
         rows[v.name] = cell | {k: float(np.mean([run[k] for run in own])) for k in ("parameters", "seconds_per_step")}
     figure = experiment.figure(experiment.seeds[0]).name
-    return {"ablation": "pretext", "seeds": experiment.seeds, "figure": figure, "table": rows, **experiment.described}
+    report = {"ablation": "pretext", "seeds": experiment.seeds, "figure": figure, "table": rows, **experiment.described}
+    if experiment.networks:
+        report["networks"] = {name: str(path) for name, path in experiment.networks.files.items() if path}
+    return report
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -252,16 +275,17 @@ def markdown(report: Mapping[str, Any]) -> str:
         "the seeds agree.",
         "",
     ]
-    body = []
+    body, far = [], [name.upper() for name in report.get("networks", {})]
     for row in rows:
         cells = [f"{row[k]['mean']:.{n}f} ± {row[k]['sd']:.{n}f}" for k, n in (("psnr", 2), ("ssim", 3))]
+        cells += [number(x) for x in row.get("frechet", {}).values()]
         if difference := row["psnr"].get("difference"):
             cells += [
                 f"{difference['mean']:+.3f} ± {difference['standard_error']:.3f}",
                 "yes" if difference["resolved"] else "no",
             ]
-        body.append([row["label"], *cells, *[""] * (4 - len(cells))])
-    lines += [*table(["", "PSNR (dB)", "SSIM", "difference (dB)", "resolved"], body, 1), ""]
+        body.append([row["label"], *cells, *[""] * (4 + len(far) - len(cells))])
+    lines += [*table(["", "PSNR (dB)", "SSIM", *far, "difference (dB)", "resolved"], body, 1), "", *looked(report)]
     body = [
         [
             row["label"],

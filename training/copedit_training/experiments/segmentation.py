@@ -2,8 +2,9 @@
 
 MONAI's U-Net is trained to find whole tumour, core and enhancing tumour in four modalities of which one is missing:
 left blank ("missing"), synthesised from the other three, or after all there ("complete", the bound). Which one is
-missing changes from sample to sample, so one network stands for all four cases. The three networks have the same first
-weights and see the same crops of the same subjects in the same order.
+missing changes from sample to sample, so one network stands for all four cases. All networks have the same first
+weights and see the same crops of the same subjects in the same order. Other methods' images may take the place of the
+model's: from the same subjects, with the same noise.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from copedit_rt.images.study import Study
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, phantom
 from copedit_training.data.prepared import HELD_OUT, model_images, phantom_subject
-from copedit_training.evaluation.report import table, write
+from copedit_training.evaluation.report import costs, table, write
+from copedit_training.experiments import beside as methods
 from copedit_training.experiments.ablation import paired
-from copedit_training.experiments.analysis import check_prior, fill
+from copedit_training.experiments.analysis import check_prior
 
 Progress = Callable[[int, int], None]
 REGIONS = tuple(phantom.TUMOUR)
 BRATS = {"whole tumour": (1, 2, 3, 4), "tumour core": (1, 3, 4), "enhancing tumour": (3, 4)}  # 4 to 2021, 3 from 2023
-INPUTS = ("missing", "synthesised", "complete")
+SYNTHESISED = "synthesised"
+INPUTS = ("missing", SYNTHESISED, "complete")
 TRAINING = HELD_OUT + 250_000  # first seed of the subjects that the segmentation is trained on: new to every model
 SMALLEST = 64  # voxels of whole tumour that a simulated subject must have
 
@@ -81,11 +84,12 @@ def budget_of(full: bool, overrides: Sequence[str] = ()) -> Budget:
 @dataclass(frozen=True)
 class Cases:
     """images, synthesised: float16 [N, m, H, W, D] in 0..1, the second each made from all others; regions: bool
-    [N, 3, H, W, D]."""
+    [N, 3, H, W, D]. path: where they are kept."""
 
     images: np.ndarray
-    synthesised: np.ndarray
+    synthesised: np.ndarray | None
     regions: np.ndarray
+    path: Path | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------- cases
@@ -132,18 +136,43 @@ def folder_cases(
         count -= 1
 
 
-def load_cases(
-    model: str, folder: Path, data: str, budget: Budget, device: str, progress: Progress | None = None
-) -> tuple[ModelConfig, str, dict[str, Cases]]:
-    """The model's configuration, a digest of its weights and the data's place, and cases to train and to test on, which
-    are kept in the folder."""
+@dataclass(frozen=True)
+class Filler:
+    """What synthesises, under the name of its row. digest: of its weights."""
+
+    name: str
+    digest: str
+    on_grid: methods.OnGrid
+
+
+def fillers_of(
+    model: str, beside: Sequence[str], device: str
+) -> tuple[ModelConfig, dict[str, list[Filler]], dict[str, Any]]:
+    """The model's configuration; what synthesises, by row, the model first; and what the training of each has cost.
+
+    Raises CopeditError for a heart, a model with a prior, and as `beside.rows`.
+    """
     synthesizer = Synthesizer.load(model, device)
     config, weights = synthesizer.config, synthesizer.weights
     check_prior(config)
     if config.task.joint:
         raise CopeditError(f"model {config.name}: segmentation is of brain tumours; choose a brain model")
-    origin = data if data == "phantom" else str(Path(data).resolve())
-    digest = hashlib.sha256(f"{weights['tokenizer']} {weights['denoiser']} {origin}".encode()).hexdigest()[:16]
+    digest = f"{weights['tokenizer']} {weights['denoiser']}"
+    rows = {SYNTHESISED: [Filler(SYNTHESISED, digest, methods.model_on_grid(synthesizer))]}
+    if not beside:
+        return config, rows, {}
+    found, budget = methods.rows(beside, synthesizer, model, device)
+    for label, runs in found.items():
+        for run in runs:
+            check_prior(run.config)
+        rows[label] = [Filler(label, run.digest, run.on_grid) for run in runs]
+    return config, rows, {"model": budget} | {label: methods.cost(runs) for label, runs in found.items()}
+
+
+def load_cases(
+    config: ModelConfig, folder: Path, data: str, budget: Budget, progress: Progress | None = None
+) -> dict[str, Cases]:
+    """Cases to train and to test on, which are kept in the folder; nothing is synthesised yet."""
     sources: dict[str, Iterator[tuple[np.ndarray, np.ndarray]]]
     if data == "phantom":
         sources = {
@@ -160,11 +189,11 @@ def load_cases(
     wanted, cases = {"train": budget.train, "test": budget.test}, {}
     done, total = 0, budget.train + budget.test
     for side, source in sources.items():
-        path = folder / f"{side}-{config.name}-{digest}-{wanted[side]}.npz"
+        path = folder / f"{side}-{_short(config.name, _origin(data))}-{wanted[side]}.npz"
         if not path.exists():
             rows: list[tuple[np.ndarray, ...]] = []
-            for images, regions in source:
-                rows.append((images, synthesise(synthesizer, images, f"segmentation-{side}-{len(rows)}"), regions))
+            for row in source:
+                rows.append(row)
                 done += 1
                 if progress:
                     progress(done, total)
@@ -173,21 +202,38 @@ def load_cases(
                     f"{data}: no study to {side} on has its segmentation (*_seg.nii.gz, *-seg.nii.gz) beside it"
                 )
             content = io.BytesIO()
-            a, b, c = (np.stack(x) for x in zip(*rows, strict=True))
-            np.savez(content, images=a.astype(np.float16), synthesised=b.astype(np.float16), regions=c)
+            images, regions = (np.stack(x) for x in zip(*rows, strict=True))
+            np.savez(content, images=images.astype(np.float16), regions=regions)
             write_atomically(path, content.getvalue())
         with np.load(path, allow_pickle=False) as stored:
-            cases[side] = Cases(*(stored[name] for name in ("images", "synthesised", "regions")))
-    return config, digest, cases
+            cases[side] = Cases(stored["images"], None, stored["regions"], path)
+    return cases
 
 
-def synthesise(model: Synthesizer, images: np.ndarray, key: str) -> np.ndarray:
-    """Every modality of images [m, H, W, D] as the model makes it from all others."""
-    made = []
-    for row in ~np.eye(len(images), dtype=bool):
-        encoded = model.encode(images[row, None])
-        made.append(fill(model, encoded.latents[0], row, encoded.prompts[0], key))
-    return np.concatenate(made)
+def _origin(data: str) -> str:
+    return data if data == "phantom" else str(Path(data).resolve())
+
+
+def _short(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def synthesised(side: str, cases: Cases, filler: Filler, progress: Progress | None = None) -> Cases:
+    """Cases of a side with every modality as a method makes it from all others, which is kept beside them."""
+    assert cases.path is not None
+    path = cases.path.with_name(f"{cases.path.stem}-{_short(filler.digest)}.npy")
+    if not path.exists():
+        every, made = ~np.eye(cases.images.shape[1], dtype=bool), np.empty_like(cases.images)
+        for i, images in enumerate(cases.images.astype(np.float32)):
+            for missing, there in enumerate(every):
+                filled = filler.on_grid(images[:, None], there, 0, f"segmentation-{side}-{i}")
+                made[i, missing] = filled[missing, 0]
+            if progress:
+                progress(i + 1, len(made))
+        content = io.BytesIO()
+        np.save(content, made)
+        write_atomically(path, content.getvalue())
+    return replace(cases, synthesised=np.load(path, allow_pickle=False))
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -206,7 +252,8 @@ def network_input(cases: Cases, rows: np.ndarray, missing: np.ndarray, kind: str
     for image, row, element in zip(images, rows, missing, strict=True):
         if kind == "missing":
             image[element] = 0
-        elif kind == "synthesised":
+        elif kind == SYNTHESISED:
+            assert cases.synthesised is not None
             image[element] = cases.synthesised[row, element]
     return images
 
@@ -287,22 +334,32 @@ def compare(
     device: str = "auto",
     budget: Budget | None = None,
     progress: Progress | None = None,
+    beside: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Table 9, JSON-able. What is finished in the folder (subjects, networks' scores) is kept and not done again."""
+    """Table 9, JSON-able. What is finished in the folder (subjects, images, networks' scores) is kept and not done
+    again. beside: runs of methods and denoisers, as `beside.rows` takes them; those of several seeds take turns, one
+    for each seed."""
     budget, where = budget or Budget(), choose_device(device)
-    config, digest, cases = load_cases(model, folder, data, budget, device, progress)
-    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in INPUTS}
-    described = json.loads(json.dumps({"data": data, "model": digest} | {k: v for k, v in vars(budget).items()}))
+    config, fillers, spent = fillers_of(model, beside, device)
+    budget = replace(budget, seeds=max(budget.seeds, *(len(some) for some in fillers.values())))
+    cases = load_cases(config, folder, data, budget, progress)
+    scores: dict[str, list[np.ndarray]] = {row: [] for row in ("missing", *fillers, "complete")}
+    told = {key: value for key, value in vars(budget).items() if key != "seeds"}
     for seed in range(budget.seeds):
-        for kind in INPUTS:
-            path = folder / f"dice-{kind}-seed{seed}.json"
+        for row, values in scores.items():
+            filler = fillers[row][seed % len(fillers[row])] if row in fillers else None
+            described = {"data": data, "model": _short(filler.digest) if filler else config.name} | told
+            name = re.sub(r"\W+", "-", row)
+            path = folder / f"dice-{name}-seed{seed}.json"
             stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if stored.get("run") != described:
-                values = test(train(cases["train"], kind, budget, seed, where), cases["test"], kind, where)
-                listed = np.where(np.isnan(values), np.array(None), values).tolist()  # JSON has no NaN
+                own = {side: synthesised(side, x, filler, progress) if filler else x for side, x in cases.items()}
+                kind = SYNTHESISED if filler else row
+                found = test(train(own["train"], kind, budget, seed, where), own["test"], kind, where)
+                listed = np.where(np.isnan(found), np.array(None), found).tolist()  # JSON has no NaN
                 stored = {"run": described, "dice": listed}
                 write_atomically(path, (json.dumps(stored) + "\n").encode())
-            scores[kind].append(np.array(stored["dice"], dtype=np.float64))
+            values.append(np.array(stored["dice"], dtype=np.float64))
     return {
         "segmentation": True,
         "model": config.name,
@@ -311,29 +368,35 @@ def compare(
         "budget": vars(budget),
         "train": len(cases["train"].images),
         "test": len(cases["test"].images),
-        **summarise({kind: np.stack(x) for kind, x in scores.items()}, config.elements),
+        "beside": spent,
+        **summarise({row: np.stack(x) for row, x in scores.items()}, config.elements),
     }
 
 
 def summarise(scores: Mapping[str, np.ndarray], elements: Sequence[str]) -> dict[str, Any]:
     """Dice [seeds, N, m, 3] of each kind of input -> means, deviations over subjects, and paired differences to
-    "missing". Subjects without a region do not count for it."""
+    "missing", and of other methods to the model. Subjects without a region do not count for it."""
     table: dict[str, Any] = {}
     for kind, values in scores.items():
         cell: dict[str, Any] = {}
         for k, region in enumerate((*REGIONS, "average")):
-            each = np.nanmean(values, axis=3) if region == "average" else values[..., k]
+
+            def of(dice: np.ndarray, k: int = k, average: bool = region == "average") -> np.ndarray:
+                return np.nanmean(dice, axis=3) if average else dice[..., k]
+
+            each = of(values)
             there = ~np.isnan(each).any((0, 2))  # [N]
-            base = np.nanmean(scores["missing"], axis=3) if region == "average" else scores["missing"][..., k]
-            own, reference = each[:, there].mean(2), base[:, there].mean(2)
+            own = each[:, there].mean(2)
             cell[region] = {
                 "mean": float(own.mean()),
                 "sd": float(own.mean(0).std()),
                 "subjects": int(there.sum()),
                 "by_missing": {e: float(each[:, there, i].mean()) for i, e in enumerate(elements)},
             }
-            if kind != "missing":
-                cell[region]["difference"] = paired(own, reference)
+            others = {"difference": "missing"} if kind != "missing" else {}
+            others |= {"to_model": SYNTHESISED} if kind not in INPUTS else {}
+            for name, other in others.items():
+                cell[region][name] = paired(own, of(scores[other])[:, there].mean(2))
         table[kind] = cell
     return {"dice": table}
 
@@ -341,18 +404,21 @@ def summarise(scores: Mapping[str, np.ndarray], elements: Sequence[str]) -> dict
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as the paper's table, and by missing modality."""
     dice, budget, elements = report["dice"], report["budget"], report["elements"]
-    regions = (*REGIONS, "average")
-    names = {"missing": "left blank", "synthesised": "synthesised", "complete": "there (bound)"}
+    regions, others = (*REGIONS, "average"), [kind for kind in dice if kind not in INPUTS]
+    names = {"missing": "left blank", SYNTHESISED: "synthesised", "complete": "there (bound)"}
+    names |= {method: f"synthesised by {method}" for method in others}
 
     def difference(d: Mapping[str, Any]) -> str:
         error = "" if d["standard_error"] is None else f" ± {100 * d['standard_error']:.1f}"
         return f"{100 * d['mean']:+.1f}{error} ({', '.join(f'{100 * x:+.1f}' for x in d['per_seed'])})"
 
+    def differences(kinds: Sequence[str], to: str) -> list[str]:
+        return table(["", *regions], [[names[k], *(difference(dice[k][r][to]) for r in regions)] for k in kinds], 1)
+
     means = [
         [names[k], *(f"{100 * row[r]['mean']:.1f} ± {100 * row[r]['sd']:.1f}" for r in regions)]
         for k, row in dice.items()
     ]
-    gains = [[names[k], *(difference(dice[k][r]["difference"]) for r in regions)] for k in INPUTS[1:]]
     each = [[names[k], *(f"{100 * row['average']['by_missing'][e]:.1f}" for e in elements)] for k, row in dice.items()]
     lines = [
         f"# Segmentation with what {report['model']} synthesises",
@@ -365,12 +431,14 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "Differences to the blank one on the same subjects: mean ± standard error; under each seed.",
         "",
-        *table(["", *regions], gains, 1),
-        "",
-        "Average Dice (%) by what is missing:",
-        "",
-        *table(["", *(e.upper() for e in elements)], each, 1),
+        *differences([kind for kind in dice if kind != "missing"], "difference"),
     ]
+    if others:
+        lines += ["", "Differences to what the model synthesises:", "", *differences(others, "to_model")]
+    lines += ["", "Average Dice (%) by what is missing:", ""]
+    lines += table(["", *(e.upper() for e in elements)], each, 1)
+    if others:
+        lines += ["", *costs(report["beside"])]
     return "\n".join(lines) + "\n"
 
 
