@@ -27,7 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from copedit_bench import machine
 from copedit_rt.config import PRESETS, Backbone, ModelConfig
@@ -60,6 +60,9 @@ KINDS = {  # of operators in the counter's report
     "convolution": ("aten.convolution",),
     "attention": ("aten.bmm", "aten.baddbmm", "aten._scaled_dot_product"),
 }
+UNKNOWN: dict[Any, Any] = {  # to the counter: attention on a CPU, by its shapes
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 Progress = Callable[[int, int], None]
 
 
@@ -73,7 +76,7 @@ def parameters(*modules: nn.Module) -> int:
 def flops(run: Callable[[], Any]) -> dict[str, int]:
     """Floating-point operations of run(), two a multiply-add: linear, convolution, attention (the products of queries,
     keys and values), and total. Element-wise work is not counted."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter, torch.no_grad():
         run()
     every = {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
     found = {kind: sum(n for op, n in every.items() if op.startswith(names)) for kind, names in KINDS.items()}

@@ -167,6 +167,13 @@ def test_measured_and_written(monkeypatch, tmp_path):
     assert refused.exit_code == 1 and "big" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+def test_attention_is_counted_on_a_cpu_as_on_meta():
+    for device in ("cpu", "meta"):
+        q, k, v = (torch.zeros(2, 3, n, 8, device=device) for n in (5, 7, 7))
+        found = cost.flops(lambda q=q, k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+        assert found["attention"] == found["total"] == 2 * 2 * (2 * 3 * 5 * 7 * 8)
+
+
 def test_methods_are_counted_and_measured(monkeypatch):
     """Of two methods: weights as they are built, and operations as by hand of one convolution more."""
     names = {name: cost.METHODS[name] for name in ("mmgan", "ldm")}
