@@ -331,7 +331,7 @@ def test_what_prepares_images_ends_with_the_run_and_leaves_nothing(tmp_path, num
     monkeypatch.setattr(prepared, "model_images", slow_images)
     monkeypatch.setenv("WORKERS", str(tmp_path))
     process = forked("tokenizer", tmp_path / "a", "subjects=50", "steps=1")
-    until(lambda: list(tmp_path.glob("worker-*")) and list((tmp_path / "a").glob(".phantom*")), process)
+    until(lambda: list(tmp_path.glob("worker-*")) and (tmp_path / "a" / "phantom.npy.partial").exists(), process)
     os.kill(process.pid, number)
     process.join(30)
     assert process.exitcode == (143 if number == signal.SIGTERM else -signal.SIGKILL)

@@ -263,7 +263,8 @@ def load_settings(
     values: dict[str, Any] = every[preset][stage]
     if quick:
         most = _QUICK_BOTH | _QUICK.get(stage, {key: x for key, x in _QUICK_METHOD.items() if hasattr(kind, key)})
-        values |= {key: min(values.get(key, getattr(kind, key, value)), value) for key, value in most.items()}
+        without = {"prior_steps"} - values.keys()  # a model that has no prior takes none
+        values |= {k: min(values.get(k, getattr(kind, k, x)), x) for k, x in most.items() if k not in without}
     kinds: dict[Stage, type[Settings]] = {stage: kind} if kind else _KINDS
     own = dict(_parsed(stage, item, kinds) for item in overrides)
     settings = kinds[stage](**values | own)
