@@ -112,3 +112,18 @@ def test_what_a_stopped_preparation_left_is_used_only_if_it_can_be(tmp_path, row
     np.save(tmp_path / "p.npy.partial.npy", np.full((5, 4, 1, 16, 16, 8), 7, np.float16))
     (tmp_path / "p.npy.partial.npy").rename(tmp_path / "p.npy.partial")
     assert phantom_images(config, 5, tmp_path / "p.npy").max() == 1
+
+
+def test_rows_of_other_images_are_not_counted_as_those_of_a_new_start(tmp_path, monkeypatch):
+    """As a process leaves it that is killed before it notes anything."""
+    config = dataclasses.replace(ModelConfig.preset("demo-brain"), image=(16, 16, 8))
+    (tmp_path / "p.npy.rows").write_text("4")
+    noted = []
+    monkeypatch.setattr(prepared, "_note", lambda *_: noted.append((tmp_path / "p.npy.rows").exists()))
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        phantom_images(config, 5, tmp_path / "p.npy", stop)
+    assert noted == [False] and (tmp_path / "p.npy.partial").exists()

@@ -153,6 +153,7 @@ def _of_seeds(
             images = begun
         else:
             _check_room(cache, shape)
+            count.unlink(missing_ok=True)  # of other rows
             images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         try:
             for subject in make(range(done, subjects)):
