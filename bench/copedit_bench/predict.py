@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter, defaultdict
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from copedit_bench.models.sampler import operations
 from copedit_bench.operators.cases import OPERATORS, directions, floor
 from copedit_kernels import attention_token, convolution
+from copedit_kernels.dispatch import using
 from copedit_rt.config import PRESETS, ModelConfig
 from copedit_rt.files import write_atomically
 from copedit_rt.networks.denoiser import MDiT3D
@@ -139,7 +138,7 @@ def launches(config: ModelConfig) -> Counter[str]:
     """Kernels of one step of the network with the last element missing, by operator, counted on tensors that have
     shapes only."""
     width, m = config.denoiser.width, len(config.elements)
-    with mock.patch.dict(os.environ, COPEDIT_KERNELS="triton"), FakeTensorMode():
+    with using("triton"), FakeTensorMode():
         net = MDiT3D(config).eval().requires_grad_(False)
         z = torch.empty(1, m, config.tokenizer.latent_channels, *config.latent)
         parts = [torch.empty(1, n * width) for n in (*[6] * len(net.blocks), 2)]

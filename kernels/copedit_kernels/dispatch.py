@@ -8,7 +8,8 @@ that have shapes only, on any device: what it would allocate is known without ru
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ def implementation() -> str:
     if wanted == "triton" and not INSTALLED:
         raise ValueError("COPEDIT_KERNELS='triton', but triton cannot be imported: install it or use 'reference'")
     return wanted
+
+
+@contextmanager
+def using(wanted: str) -> Iterator[None]:
+    """Inside, COPEDIT_KERNELS is this, whatever it was."""
+    before = os.environ.get("COPEDIT_KERNELS")
+    os.environ["COPEDIT_KERNELS"] = wanted
+    try:
+        yield
+    finally:
+        del os.environ["COPEDIT_KERNELS"]
+        if before is not None:
+            os.environ["COPEDIT_KERNELS"] = before
 
 
 def use_triton(*tensors: Tensor) -> bool:

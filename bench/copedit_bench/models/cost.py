@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
-import os
 import resource
 import statistics
 import sys
@@ -22,7 +21,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
-from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from copedit_bench import machine
+from copedit_kernels.dispatch import using
 from copedit_rt.config import PRESETS, Backbone, ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
@@ -264,7 +263,7 @@ def method_inference(config: ModelConfig, settings: Any, name: str, repeats: int
     fill = filled(build_method(config, settings, name))
     seconds = repeated(lambda: _timed(lambda: fill(study, 0)), repeats)
     found: dict[str, Any] = {"study": seconds, "peak_bytes": memory.peak()}
-    with mock.patch.dict(os.environ, COPEDIT_KERNELS="reference"):
+    with using("reference"):
         return found | {"flops": flops(lambda: fill(study, 0))}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from copedit_kernels import launch
+from copedit_kernels.dispatch import using
 from copedit_rt.config import ModelConfig
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -42,7 +42,7 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
     images = np.zeros((1, len(config.elements), 1, *config.image), np.float16)
     if kernels == "auto":
         kernels = "triton" if launch.INSTALLED else "reference"
-    with _kernels(kernels), FakeTensorMode(allow_non_fake_inputs=True), _unmoved(), _Alive() as alive:
+    with using(kernels), FakeTensorMode(allow_non_fake_inputs=True), _unmoved(), _Alive() as alive:
         task, step = _task(config, settings, images)
         optimizers = optimizers_of(task)
         for _ in range(2):  # the first makes the optimizers' state
@@ -80,18 +80,6 @@ def render(found: dict[str, int], settings: Settings) -> str:
         f"not counted: the CUDA context, workspaces of cuDNN and cuBLAS, fragmentation"
         f"{', the perceptual term' if getattr(settings, 'perceptual', '') else ''}"
     )
-
-
-@contextlib.contextmanager
-def _kernels(wanted: str) -> Iterator[None]:
-    before = os.environ.get("COPEDIT_KERNELS")
-    os.environ["COPEDIT_KERNELS"] = wanted
-    try:
-        yield
-    finally:
-        del os.environ["COPEDIT_KERNELS"]
-        if before is not None:
-            os.environ["COPEDIT_KERNELS"] = before
 
 
 @contextlib.contextmanager
