@@ -214,5 +214,3 @@ def test_three_hundred_studies_take_no_more_than_the_first(tmp_path, model):
     print(f"{early:.1f} MiB up to study 75, {late:.1f} in the last 50; at most {handles.max()} file descriptors")
     assert late - early < 16
     assert handles[-50:].max() <= handles[:50].max()
-
-

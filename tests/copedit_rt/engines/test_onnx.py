@@ -282,9 +282,7 @@ def test_a_study_comes_out_as_on_torch(either, samples):
     assert lean.perceive(given) == found.perception
 
 
-def without_torch(
-    *arguments: str | Path, blocked: bool = False, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def without_torch(*arguments: str | Path, blocked: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, which says at the end whether it holds torch or triton.
 
     blocked: as if these, and what else the extra `cpu` does not bring, were not installed.

@@ -33,9 +33,7 @@ def exported_already(brain, monkeypatch):
     """Exports of the small brain take its files from another test: an export takes seconds."""
 
     def copy(model, output, precision="float32"):
-        shutil.copytree(
-            brain, output, ignore=shutil.ignore_patterns(tensorrt_engine.FOLDER), dirs_exist_ok=True
-        )
+        shutil.copytree(brain, output, ignore=shutil.ignore_patterns(tensorrt_engine.FOLDER), dirs_exist_ok=True)
 
     monkeypatch.setattr(server_export, "export_onnx", copy)
     return brain

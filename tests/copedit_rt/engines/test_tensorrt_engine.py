@@ -211,6 +211,8 @@ def test_a_study_comes_out_as_on_torch(which, request, tmp_path, tensorrt):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_batch_is_its_studies(fresh, tensorrt, batch):
     check_batch(TensorRTEngine(fresh, batch=batch), BRAIN)
+
+
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime", "tensorrt"])
 def test_latents_that_are_not_finite_never_become_an_image(ready, tensorrt, monkeypatch, engine):
     """The tokenizer quantises, as the paper's do: NaN would decode to some code, and look plausible."""

@@ -173,5 +173,3 @@ def test_the_client_tells_what_it_cannot_do(server, monkeypatch):
             client.synthesize(given)
     with pytest.raises(CopeditError, match="expected an address such as"):
         TritonClient("127.0.0.1:8000", BRAIN.name)
-
-

@@ -412,9 +412,7 @@ def test_files_on_different_grids_are_resampled_as_the_runtime_does(tmp_path):
     t1, t2 = (read_volume(tmp_path / f"IXI-{m}" / f"IXI002-HH-1211-{m}.nii.gz") for m in ("T1", "T2"))
     moved = nifti.resample_onto(t2, t1)
     low, high = np.percentile(moved, (0.5, 99.5))
-    frame = grids.Frame.of(
-        t1.data.shape, t1.affine, grids.Orientation.to_ras(t1.affine), (16, 16, 8), (16, 16, 16)
-    )
+    frame = grids.Frame.of(t1.data.shape, t1.affine, grids.Orientation.to_ras(t1.affine), (16, 16, 8), (16, 16, 16))
     expected = frame.to_model(np.clip((moved - low) / (high - low), 0, 1).astype(np.float32) * (moved > 0))
     np.testing.assert_allclose(images[1, 0], expected, atol=1e-3)
 

@@ -223,5 +223,3 @@ def test_the_same_noise_as_the_model_begins_with():
     _, truth, _ = next(iter(Phantoms(BRAIN, 1)))
     beside.filled(made)(ev.incomplete(BRAIN, truth, ("t2",)), 3)
     assert np.array_equal(seen["eps"], noise_of(3, truth.name, "t2", (8, 16, 16, 4)))
-
-

@@ -170,6 +170,42 @@ def test_latents_are_kept_for_as_long_as_the_tokenizer_is_the_same(tmp_path, mon
     )
 
 
+def test_latents_of_a_stopped_run_are_not_computed_again(tmp_path, monkeypatch):
+    first = denoiser_task(tmp_path / "whole")
+    vae, encode = first.tokenizer, type(first.tokenizer).encode
+    encoded, path = [], tmp_path / "latents.npy"
+
+    def stopped(self, x, *rest):
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        encoded.append(1)
+        return encode(self, x, *rest)
+
+    args = (first.config, first.settings, smooth(TINY, 4))
+    monkeypatch.setattr(type(vae), "encode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        DenoiserTask(*args, vae, path)
+    assert not path.exists()
+    monkeypatch.setattr(type(vae), "encode", lambda self, x, *a: encoded.append(1) or encode(self, x, *a))
+    again = DenoiserTask(*args, vae, path)
+    assert len(encoded) == 8 and torch.equal(again.latents, first.latents) and torch.equal(again.prompts, first.prompts)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["latents.npy", "prompts.safetensors", "whole"]
+
+    path.unlink()
+    encoded.clear()
+    monkeypatch.setattr(type(vae), "encode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        DenoiserTask(*args, vae, path)
+    monkeypatch.setattr(type(vae), "encode", lambda self, x, *a: encoded.append(1) or encode(self, x, *a))
+    with torch.no_grad():
+        vae.latent_mean += 1
+    other = DenoiserTask(*args, vae, path)
+    assert len(encoded) == 3 + 8, "what another tokenizer made is not mixed in"
+    assert torch.allclose(
+        other.latents.float(), again.latents.float() - 1 / vae.latent_std.view(1, 1, -1, 1, 1, 1), atol=0.01
+    )
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     vae = train("tokenizer", tmp_path / "a", "steps=1")
     other = dataclasses.replace(TINY, elements=("t1", "flair"))

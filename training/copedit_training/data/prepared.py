@@ -11,12 +11,13 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from copedit_rt.config import ModelConfig
@@ -36,6 +37,8 @@ HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
 VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
 SAFE_ROWS = 20  # subjects between two notes of how many are on the disk
 HEART_LENGTH = 96.0  # mm that a simulated short-axis stack covers, base to apex
+
+Files = Mapping[Path, tuple[tuple[int, ...], DTypeLike]]  # of numpy's: their shapes and dtypes
 
 
 def phantom_subject(config: ModelConfig, seed: int) -> Phantom:
@@ -136,60 +139,89 @@ def _of_seeds(
     make: Callable[[range], Iterable[np.ndarray]],
     progress: Callable[[int, int], None] | None,
 ) -> np.ndarray:
-    """Subjects made one after another by their seeds: float16 [subjects, m, 1, H, W, D], mapped from `cache`.
-
-    A process that is stopped leaves `NAME.partial` and, in `NAME.rows`, how many of its rows are whole; the next one
-    goes on from there, as an hour of simulation may be in it.
-    """
+    """Subjects made one after another by their seeds: float16 [subjects, m, 1, H, W, D], mapped from `cache`."""
     shape = (subjects, len(config.elements), 1, *config.image)
     if cache.exists():
         images = mapped(cache)
         if images.shape == shape and images.dtype == np.float16:
             return images
-    partial, count = (cache.with_name(f"{cache.name}.{end}") for end in ("partial", "rows"))
-    begun, done = _begun(partial, count, shape)
-    try:
-        if begun is not None:
-            images = begun
-        else:
-            _check_room(cache, shape)
-            count.unlink(missing_ok=True)  # of other rows
-            images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-        try:
-            for subject in make(range(done, subjects)):
-                images[done] = subject
-                done += 1
-                if done % SAFE_ROWS == 0:
-                    _note(images, count, done)
-                if progress:
-                    progress(done, subjects)
-        finally:
-            _note(images, count, done)
-        os.replace(partial, cache)
-        count.unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritable(cache, error) from error
+    grow({cache: (shape, np.float16)}, lambda rows: ((image,) for image in make(rows)), progress)
     return mapped(cache)
 
 
-def _begun(partial: Path, count: Path, shape: tuple[int, ...]) -> tuple[np.ndarray | None, int]:
-    """What a stopped process has left of images of this shape, and how many rows of it are whole; None and 0 where it
-    left nothing that can be used."""
+def grow(
+    files: Files,
+    make: Callable[[range], Iterable[Sequence[np.ndarray]]],
+    progress: Callable[[int, int], None] | None = None,
+    of: str = "",
+) -> None:
+    """Write files of numpy's, of these shapes and dtypes, row by row.
+
+    make: for a range of rows, one array for each file and row. of: one word for what the rows were made of.
+    A process that is stopped leaves each file as `NAME.partial` and, in `NAME.rows` of the first, how many rows are
+    whole; the next one goes on from there where `of` is the same, as an hour of computing may be in it.
+    Raises CopeditError for a disk that is full or cannot be written to.
+    """
+    first = next(iter(files))
+    count = first.with_name(f"{first.name}.rows")
+    partial = [path.with_name(f"{path.name}.partial") for path in files]
+    total = files[first][0][0]
     try:
-        done = int(count.read_text(encoding="ascii"))
-        images = np.lib.format.open_memmap(partial, mode="r+")
+        done = _begun(count, of)
+        open_files = _reopened(partial, list(files.values())) if 0 < done <= total else None
+        if open_files is None:
+            done = 0
+            count.unlink(missing_ok=True)  # of other rows
+            first.parent.mkdir(parents=True, exist_ok=True)
+            for path in partial:
+                path.unlink(missing_ok=True)
+            _check_room(first, sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in files.values()))
+            open_files = [
+                np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+                for path, (shape, dtype) in zip(partial, files.values(), strict=True)
+            ]
+        try:
+            for arrays in make(range(done, total)):
+                for file, array in zip(open_files, arrays, strict=True):
+                    file[done] = array
+                done += 1
+                if done % SAFE_ROWS == 0:
+                    _note(open_files, count, done, of)
+                if progress:
+                    progress(done, total)
+        finally:
+            _note(open_files, count, done, of)
+        for path, whole in zip(partial, files, strict=True):
+            os.replace(path, whole)
+        count.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(first, error) from error
+
+
+def _begun(count: Path, of: str) -> int:
+    """How many whole rows, made of the same, a stopped process has left."""
+    try:
+        done, _, source = count.read_text(encoding="ascii").partition(" ")
+        return int(done) if source.strip() == of else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def _reopened(partial: Sequence[Path], wanted: Sequence[tuple[tuple[int, ...], DTypeLike]]) -> list[np.ndarray] | None:
+    """The files that a stopped process has left; None where one is gone, damaged or of another kind."""
+    try:
+        files: list[np.ndarray] = [np.lib.format.open_memmap(path, mode="r+") for path in partial]
     except (OSError, ValueError, EOFError):
-        return None, 0
-    if images.shape != shape or images.dtype != np.float16 or not 0 <= done <= len(images):
-        return None, 0
-    return images, done
+        return None
+    return files if [(x.shape, x.dtype) for x in files] == [(s, np.dtype(d)) for s, d in wanted] else None
 
 
-def _note(images: np.ndarray, count: Path, done: int) -> None:
+def _note(files: Sequence[np.ndarray], count: Path, done: int, of: str) -> None:
     """So many rows are on the disk."""
-    assert isinstance(images, np.memmap)
-    images.flush()
-    write_atomically(count, f"{done}\n".encode("ascii"))
+    for file in files:
+        assert isinstance(file, np.memmap)
+        file.flush()
+    write_atomically(count, f"{done} {of}".strip().encode("ascii") + b"\n")
 
 
 def folder_images(
@@ -257,9 +289,7 @@ def folder_images(
     return mapped(cache)[: len(rows)]
 
 
-def held_out_images(
-    config: ModelConfig, data: DataSet | Labels | None, output: Path, subjects: int
-) -> np.ndarray:
+def held_out_images(config: ModelConfig, data: DataSet | Labels | None, output: Path, subjects: int) -> np.ndarray:
     """The first held-out studies that can be used, at most `subjects`: float16 [n, m, 1, H, W, D].
 
     data None: phantoms from `VALIDATION` on, and so for label maps; otherwise those of `split.json` in the run's
@@ -314,7 +344,8 @@ def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A float16 map to be filled, complete under its name or not there at all."""
     temporary = cache.with_name(f".{cache.name}.{secrets.token_hex(8)}.{os.getpid()}.tmp.npy")
     try:
-        _check_room(cache, shape)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(cache, 2 * math.prod(shape))
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
         yield images
         images.flush()
@@ -325,10 +356,10 @@ def new_cache(cache: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         temporary.unlink(missing_ok=True)
 
 
-def _check_room(cache: Path, shape: tuple[int, ...]) -> None:
-    """Raises CopeditError where a float16 map does not fit on the disk: writing to it would kill the process."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    size, free = 2 * math.prod(shape), shutil.disk_usage(cache.parent).free
+def _check_room(cache: Path, size: int) -> None:
+    """Raises CopeditError where a map of so many bytes does not fit on the disk: writing to it would kill the
+    process."""
+    free = shutil.disk_usage(cache.parent).free
     if size > free:
         raise CopeditError(
             f"{cache} takes {size / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free there; "

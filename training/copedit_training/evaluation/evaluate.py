@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+
 def fit_regression(
     config: ModelConfig, patterns: Sequence[Sequence[str]], subjects: int, cohort: Cohort | None = None
 ) -> LinearRegression | None:
@@ -248,9 +249,7 @@ def evaluate(
         "seconds_per_study": seconds / (done * seeds),
         "by_count": by_count.summary(),
         "by_pattern": by_pattern.summary(),
-        "beside": {
-            name: {**cost, "seconds_per_study": taken[name] / (done * seeds)} for name, cost in costs.items()
-        },
+        "beside": {name: {**cost, "seconds_per_study": taken[name] / (done * seeds)} for name, cost in costs.items()},
         "differences": differences.summary(list(others)) if others else {},
         "frechet": networks.summary() if networks else {},
         "networks": {name: str(path) if path else None for name, path in networks.files.items()} if networks else {},

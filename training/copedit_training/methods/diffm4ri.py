@@ -122,7 +122,5 @@ class DiffM4RI(LatentMethod[DiffM4RISettings]):
             return self.clean(lambda x, t: self.used(x, t, None, nothing), x, t)
 
         settings = self.settings
-        made = replaced(
-            predict, z, observed, self.config.diffusion, settings.sampler_steps, draw, settings.resample
-        )
+        made = replaced(predict, z, observed, self.config.diffusion, settings.sampler_steps, draw, settings.resample)
         return torch.where(of_elements(observed), z, made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.data.prepared import mapped, new_cache
+from copedit_training.data.prepared import Files, grow, mapped
 from copedit_training.stages.settings import Settings
 from copedit_training.stages.task import Batch, Task
 
@@ -52,49 +52,58 @@ class LatentTask(Task[S, B]):
     def _prompts(self, images: np.ndarray, cache: Path | None) -> Tensor:
         """The prompts [subjects, m, 3, P] of each element alone, read from beside `cache` where an earlier run left
         them; a mirrored brain is given those of the brain itself."""
-        key, beside = self._key(), cache and cache.with_name("prompts.safetensors")
-        kept = _kept(beside, key, len(images)) if beside else None
-        if kept is None:
-            each = (self._encoded(torch.from_numpy(x[None]).to(self.device).float())[1].cpu() for x in images)
-            kept = torch.cat(list(each))
-            if beside:
-                checkpoint.write_tensors(beside, {"prompts": kept, "tokenizer": key})
-        return kept
+        if cache is None:
+            return torch.from_numpy(np.stack([prompts for _, prompts in self._rows(images, range(len(images)), 1)]))
+        beside = cache.with_name("prompts.safetensors")
+        kept = _kept(beside, self._key(), len(images))
+        return self._computed(images, beside, {}, 1) if kept is None else kept
 
     def _key(self) -> Tensor:
         """The tokenizer's hash, [32] uint8."""
         digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.tokenizer.state_dict().values()))
         return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
-    @torch.no_grad()
     def _encode(self, images: np.ndarray, cache: Path | None) -> tuple[Tensor, Tensor]:
         """Normalised latents (float16) and prompts of each element alone, of all subjects and their mirror images.
 
         Both on the host; the latents are mapped from `cache`, as those of many subjects may not fit into memory.
         """
         if cache is None:
-            pairs = list(self._views(images))
-            return torch.cat([z.half().cpu() for z, _ in pairs]), torch.cat([prompts.cpu() for _, prompts in pairs])
-        key, beside = self._key(), cache.with_name("prompts.safetensors")  # written last: with it all is there
+            latents, prompts = zip(*self._rows(images, range(self.views * len(images)), self.views), strict=True)
+            return torch.from_numpy(np.stack(latents)).half(), torch.from_numpy(np.stack(prompts))
+        beside = cache.with_name("prompts.safetensors")  # written last: with it all is there
         rows, m = self.views * len(images), len(self.config.elements)
         shape = (rows, m, self.config.tokenizer.latent_channels, *self.config.latent)
-        kept = _kept(beside, key, rows) if cache.exists() else None
+        kept = _kept(beside, self._key(), rows) if cache.exists() else None
         if kept is None or mapped(cache).shape != shape:
             beside.unlink(missing_ok=True)
-            each = []
-            with new_cache(cache, shape) as latents:
-                for i, (z, prompts) in enumerate(self._views(images)):
-                    latents[i] = z[0].half().cpu().numpy()
-                    each.append(prompts.cpu())
-            kept = torch.cat(each)
-            checkpoint.write_tensors(beside, {"prompts": kept, "tokenizer": key})
+            kept = self._computed(images, beside, {cache: (shape, np.float16)}, self.views)
         return torch.from_numpy(mapped(cache)), kept
 
-    def _views(self, images: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        for subject in images:
-            x = torch.from_numpy(subject[None]).to(self.device).float()
-            for view in (x, x.flip(3))[: self.views]:
-                yield self._encoded(view)
+    def _computed(self, images: np.ndarray, beside: Path, latents: Files, views: int) -> Tensor:
+        """The prompts [rows, m, 3, P] of so many views of each subject, kept `beside`, and the file of the latents
+        where there is to be one. A process that is stopped leaves what it has for the next one."""
+        key, alone = self._key(), beside.with_suffix(".npy")
+        m, kinds = len(self.config.elements), len(self.tokenizer.heads)
+        prompts = (views * len(images), m, kinds, self.config.tokenizer.prompt_dim)
+
+        def make(rows: range) -> Iterator[Sequence[np.ndarray]]:
+            return (row if latents else row[1:] for row in self._rows(images, rows, views))
+
+        grow({**latents, alone: (prompts, np.float32)}, make, of=bytes(key.tolist()).hex())
+        made = torch.from_numpy(np.load(alone))
+        checkpoint.write_tensors(beside, {"prompts": made, "tokenizer": key})
+        alone.unlink()
+        return made
+
+    def _rows(self, images: np.ndarray, rows: range, views: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Latents and prompts of these rows: of each subject itself and, where it has two views, its mirror image."""
+        for row in rows:
+            subject, mirrored = divmod(row, views)
+            x = torch.from_numpy(images[subject : subject + 1]).to(self.device).float()
+            with torch.no_grad():
+                z, prompts = self._encoded(x.flip(3) if mirrored else x)
+            yield z[0].cpu().numpy(), prompts[0].cpu().numpy()
 
     @torch.no_grad()
     def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,9 +89,7 @@ def run(
         return _run(preset, output, data, settings, resume, config, settings.subjects if quick else None)
 
 
-def fit_prior_alone(
-    preset: str, output: Path, data: str, tokenizer: str, config: ModelConfig | None = None
-) -> Path:
+def fit_prior_alone(preset: str, output: Path, data: str, tokenizer: str, config: ModelConfig | None = None) -> Path:
     """A model of its prior alone, in `output/model`, which is returned: the tokenizer of a model that is there, the
     prior fitted to the training images, and a denoiser that corrects nothing, until stage II has trained one.
 
