@@ -281,9 +281,7 @@ def _refuse_beside_summary(ctx: typer.Context) -> None:
             raise CopeditError(f"--summary computes nothing; leave out --{name.replace('_', '-')}")
 
 
-def _labels(
-    participants: list[str] | None, sessions: list[str] | None, runs: list[str] | None
-) -> dict[str, list[str]]:
+def _labels(participants: list[str] | None, sessions: list[str] | None, runs: list[str] | None) -> dict[str, list[str]]:
     """What of a BIDS data set is asked for; several labels may stand in one option."""
     asked = {"sub": participants, "ses": sessions, "run": runs}
     return {key: ",".join(given).replace(",", " ").split() for key, given in asked.items() if given}
@@ -376,9 +374,7 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Holds the bearer token that requests must have; or set COPEDIT_TOKEN."),
     ] = None,
-    scratch: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For files of requests, while they last.")
-    ] = None,
+    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="For files of requests, while they last.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Answer requests over HTTP with warm models: POST /v1/synth, POST /v1/inspect.

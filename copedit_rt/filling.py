@@ -76,9 +76,7 @@ def fill(
     return result.study.images(model=result.record["model"], std=result.std or None)
 
 
-def _study(
-    images: dict[str, Image], name: str | None, missing_slices: Sequence[int] | None, resample: bool
-) -> Study:
+def _study(images: dict[str, Image], name: str | None, missing_slices: Sequence[int] | None, resample: bool) -> Study:
     """The images, read and checked."""
     if not images:
         raise CopeditError("no image was given; give what is there, as in fill(t1='t1.nii.gz', t2='t2.nii.gz')")

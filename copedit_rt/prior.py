@@ -20,7 +20,8 @@ from copedit_rt.files import write_atomically
 from copedit_rt.images.prepare import Prepared
 
 PRIOR = "prior.safetensors"
-WINDOWS = (3, 7)  # voxels; of the local means
+WINDOWS = (3, 7)  # voxels; of the local means and deviations
+LOCAL = 1 + 2 * len(WINDOWS)  # numbers of an image at a voxel
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of what an image shows; they tell one protocol from another
 ROWS = 1 << 16  # voxels at a time: activations stay in the cache
 
@@ -91,16 +92,24 @@ def shown(image: Array) -> Array:
 
 
 def views(images: Array) -> tuple[Array, Array]:
-    """What the fill looks at: of images [m, X, Y, Z] themselves and their local means [m, 1 + windows, X, Y, Z], and of
-    each the quantiles [m, quantiles]."""
-    local = np.stack([np.stack([image, *(box_mean(image, n) for n in WINDOWS)]) for image in images])
+    """What the fill looks at: of images [m, X, Y, Z] themselves, their local means and their local standard deviations
+    [m, LOCAL, X, Y, Z], and of each the quantiles [m, quantiles]."""
+    local = np.zeros((len(images), LOCAL, *images.shape[1:]), np.float32)
+    for image, numbers in zip(images, local, strict=True):
+        if not image.any():
+            continue
+        numbers[0] = image
+        for i, window in enumerate(WINDOWS, 1):
+            numbers[i] = box_mean(image, window)
+            spread = box_mean(image * image, window) - numbers[i] ** 2
+            numbers[i + len(WINDOWS)] = np.sqrt(np.maximum(spread, 0))
     return local, np.stack([shown(image) for image in images])
 
 
 def features(local: Array, quantiles: Array, observed: NDArray[np.bool_]) -> Array:
-    """One row a voxel [N, m (1 + windows + quantiles + 1)]; what is not observed is 0 in it.
+    """One row a voxel [N, m (LOCAL + quantiles + 1)]; what is not observed is 0 in it.
 
-    local [m, 1 + windows, N] and quantiles [m, quantiles] of all elements (those of missing ones are not read),
+    local [m, LOCAL, N] and quantiles [m, quantiles] of all elements (those of missing ones are not read),
     observed [m].
     """
     seen = observed.astype(np.float32)
@@ -125,7 +134,7 @@ class Prior:
     def load(cls, folder: Path, config: ModelConfig) -> Prior:
         """Of a model folder. Raises CopeditError for a file that is missing, damaged or of another model."""
         m = len(config.elements)
-        rows = m * (2 + len(WINDOWS) + len(QUANTILES))
+        rows = m * (LOCAL + len(QUANTILES) + 1)
         tensors = read(folder, {"mean": (rows,), "scale": (rows,)}, config)
         shapes: dict[str, tuple[int | None, ...]] = {}
         for w, b in ("wb", "vc"):

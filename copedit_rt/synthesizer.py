@@ -28,7 +28,6 @@ from copedit_rt.task import STACK
 from copedit_rt.trained import TrainedOn
 
 if TYPE_CHECKING:
-
     from copedit_rt.engines.tensorrt_engine import TensorRTEngine
     from copedit_rt.networks.denoiser import MDiT3D, UNet
     from copedit_rt.networks.tokenizer import CoPeVAE

@@ -117,9 +117,7 @@ def export_triton(
             version = part / name / "1"
             version.mkdir(parents=True)
             models[graph] = _inside(source / graph) | {"model": name}
-            text = _MODEL.format(
-                name=name, backend=backend, max_batch=max_batch, tensors=_tensors(source / graph)
-            )
+            text = _MODEL.format(name=name, backend=backend, max_batch=max_batch, tensors=_tensors(source / graph))
             write_atomically(part / name / "config.pbtxt", text.encode())
             if backend == "tensorrt":
                 os.replace(plans[graph], version / "model.plan")

@@ -49,9 +49,7 @@ TABLE = (
         enhanced="t1",
     ),
     Modality("t2", "T2", r"t2(?:wi?)?", ("t2", "t2w", "T2", "T2", "T2", "T2w"), "T2w"),
-    Modality(
-        "flair", "FLAIR", r"(?:t2)?flair|t2f", ("flair", "t2f", *["FLAIR"] * 4), "FLAIR", beside=("t2",)
-    ),
+    Modality("flair", "FLAIR", r"(?:t2)?flair|t2f", ("flair", "t2f", *["FLAIR"] * 4), "FLAIR", beside=("t2",)),
     Modality("pd", "proton density", r"pd(?:wi?)?", ("pd", "pdw", "PD", "PD", "PD", "PDw"), "PDw"),
 )
 MODALITIES = tuple(row.name for row in TABLE)

@@ -361,9 +361,7 @@ class UNet(nn.Module):
         with float32_on_cpu(z):  # MONAI's convolutions are not ours
             return self._predict(z, t, prompts, observed, prior)
 
-    def _predict(
-        self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, prior: Tensor | None
-    ) -> Tensor:
+    def _predict(self, z: Tensor, t: Tensor, prompts: Tensor | None, observed: Tensor, prior: Tensor | None) -> Tensor:
         context = None
         if self.mask is not None:
             context = self.mask((~observed).to(z.dtype))[:, None]

@@ -217,9 +217,7 @@ class Service:
                 async with asyncio.timeout(ticket.until - monotonic()):
                     body = _Body(request, self.limits.size)
                     limited = Request(request.scope, body.receive)
-                    async with limited.form(
-                        max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=_FORM
-                    ) as form:
+                    async with limited.form(max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=_FORM) as form:
                         if not body.whole:
                             raise Refused("the form ends before its last boundary; send it again")
                         fields: dict[str, str] = {}

@@ -13,13 +13,13 @@ from copedit_rt.engines import onnx_export
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.sampler import Plan, sample
-from copedit_rt.prior import PRIOR, QUANTILES, WINDOWS, Prior, box_mean, features, shown
+from copedit_rt.prior import LOCAL, PRIOR, QUANTILES, WINDOWS, Prior, features, shown, views
 from copedit_rt.schedule import begun as noised_fill
 from copedit_rt.synthesizer import Synthesizer
 
 MODEL = replace(BRAIN, name="tiny-prior", denoiser=replace(BRAIN.denoiser, prior=True))
 M = len(MODEL.elements)
-WIDTH = M * (2 + len(WINDOWS) + len(QUANTILES))
+WIDTH = M * (LOCAL + len(QUANTILES) + 1)
 OBSERVED = np.array([True, False, True, False])
 
 
@@ -45,12 +45,17 @@ def images(seed: int = 0) -> np.ndarray:
     return x
 
 
-@pytest.mark.parametrize("window", [3, 7])
-def test_local_means_are_those_of_a_naive_sum(window):
-    image, half = images()[0, 0], window // 2
-    padded = np.pad(image.astype(np.float64), half)
-    expected = [padded[i : i + window, j : j + window, k : k + window].sum() for i, j, k in np.ndindex(image.shape)]
-    np.testing.assert_allclose(box_mean(image, window).ravel(), np.array(expected) / window**3, atol=1e-6)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_local_means_and_deviations_are_those_of_naive_sums(window):
+    given, half, i = images()[:, 0], window // 2, WINDOWS.index(window)
+    padded = np.pad(given.astype(np.float64), [(0, 0)] + 3 * [(half, half)])
+    cubes = np.stack(
+        [padded[:, x : x + window, y : y + window, z : z + window] for x, y, z in np.ndindex(given[0].shape)]
+    )
+    local = views(given)[0].reshape(M, LOCAL, -1)
+    np.testing.assert_allclose(local[:, 1 + i].T, cubes.mean((2, 3, 4)), atol=1e-6)
+    np.testing.assert_allclose(local[:, 1 + len(WINDOWS) + i].T, cubes.std((2, 3, 4)), atol=1e-4)
+    assert np.array_equal(local[:, 0], given.reshape(M, -1)) and not views(np.zeros_like(given))[0].any()
 
 
 def test_quantiles_are_of_what_an_image_shows():
@@ -71,8 +76,8 @@ def test_what_is_missing_is_never_read():
 def test_the_fill_is_the_perceptron_of_each_voxel():
     given, prior = images(), perceptron()
     x, y, z = 6, 5, 4
-    local = [[image[0][x, y, z], box_mean(image[0], 3)[x, y, z], box_mean(image[0], 7)[x, y, z]] for image in given]
-    row = features(np.array(local, np.float32)[..., None], np.stack([shown(i[0]) for i in given]), OBSERVED)
+    local, quantiles = views(given[:, 0])
+    row = features(local[..., x, y, z, None], quantiles, OBSERVED)
     w = {name: value.astype(np.float64) for name, value in prior.weights.items()}
     hidden = np.maximum((row[0] - w["mean"]) * w["scale"] @ w["w0"] + w["b0"], 0)
     expected = np.clip(hidden @ w["w1"] + w["b1"], 0, 1)

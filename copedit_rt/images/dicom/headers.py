@@ -192,5 +192,3 @@ def _numbers(read: Any, keyword: str, count: int) -> tuple[float, ...] | None:
 def _number(read: Any, keyword: str) -> float | None:
     values = _numbers(read, keyword, 1)
     return values[0] if values else None
-
-

@@ -188,4 +188,3 @@ def by_times(header: Header) -> str | None:
 
 def _enhanced(element: str, header: Header) -> str:
     return "t1ce" if element == "t1" and header.contrast else element
-

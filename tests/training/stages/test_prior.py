@@ -3,8 +3,9 @@
 import numpy as np
 
 from copedit_rt.images.grids import fill_slices, nearest_matrices
+from copedit_rt.prior import LOCAL, features, views
 from copedit_training.data.prepared import draw_run
-from copedit_training.stages.prior import fit_prior, fit_slice_prior, stack_of
+from copedit_training.stages.prior import JITTER, _Pool, _Sample, fit_prior, fit_slice_prior, stack_of
 
 
 def hearts(count: int, slices: int = 10, seed: int = 0) -> np.ndarray:
@@ -60,6 +61,29 @@ def test_a_brain_s_prior_tells_values_and_which_voxels_are_bright():
     assert np.square(made - second[0, 0])[~dark].mean() < 0.01
     assert chance[dark].mean() > 3 * chance[~dark].mean() and chance[~dark].mean() < 0.1
     assert np.array_equal(prior.fill(image, observed)[0, 0], made)
+
+
+def test_voxels_are_drawn_as_a_fill_sees_them():
+    rng = np.random.default_rng(0)
+    studies, there = rng.random((2, 4, 6, 6, 6), np.float32), np.array([[True] * 4, [True, False, True, True]])
+    studies[~there] = 0
+    pool = _Pool([_Sample.of(x, t, share, rng) for x, t, share in zip(studies, there, (1, 3), strict=True)])
+    rows, values, asked = pool.draw(4000, rng)
+    seen = rows[:, -4:] > 0
+    own = values[:, 1] > 0  # only the first study shows something there
+    assert abs(own.mean() - 0.25) < 0.03 and not (asked & seen).any()
+    assert np.array_equal(asked | seen, np.where(own[:, None], *there))
+    for study, counts in ((own, (1, 2, 3)), (~own, (1, 2))):
+        found = np.bincount(asked[study].sum(1), minlength=4)
+        assert all(abs(found[n] / study.sum() - 1 / len(counts)) < 0.06 for n in counts) and not found[0]
+    for i in np.flatnonzero(own)[:20]:
+        local, quantiles = views(studies[0])
+        x, y, z = np.argwhere(np.isclose(studies[0, 0], values[i, 0], atol=1e-3))[0]
+        expected = features(local[:, :, x, y, z, None], quantiles, seen[i])[0]
+        near = rows[i, : 4 * LOCAL]
+        if np.allclose(values[i], studies[0][:, x, y, z], atol=1e-3):
+            np.testing.assert_allclose(near, expected[: 4 * LOCAL], atol=2e-3)
+            assert np.abs(rows[i] - expected).max() < 6 * JITTER
 
 
 def test_runs_leave_a_slice_and_are_of_every_length_and_place():

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from copedit_rt.prior import Prior, features, views
+from copedit_rt.prior import Prior, views
 from copedit_rt.prior_heart import FEATURES, Class, SlicePrior, blurs
 from copedit_rt.prior_heart import features as slice_features
-from copedit_rt.task import Task
 from copedit_training.data.patients import Patient, varied
-from copedit_training.data.prepared import draw_observed
 
 VOXELS = 4096  # of each study
 JITTER = 0.08  # of quantiles: a protocol is more than its quantiles, and without it simulated ones are learnt by heart
 VIEWS, PATIENTS = 24, 0.15  # of each patient; share of the draws that are patients'
 HIDDEN = (96, 96)
-STEPS, BATCH, LR, DECAY = 8000, (64, 64), 3e-3, 0.01  # studies and voxels of each in a step
+STEPS, BATCH, LR, DECAY = 8000, 4096, 3e-3, 0.01  # voxels in a step
 BRIGHT, BRIGHT_HIDDEN, BRIGHT_STEPS = 0.9, 32, 0.4  # grey value; width of the layer that tells it; share of the steps
 NEAR, STRIDE = 22, 2  # voxels in the plane: how far from the heart's centre, and every which one, is fitted
 BORDERED = 0.35  # share of the stacks that are seen a second time with a border of zeros
@@ -37,8 +35,8 @@ Centres = Sequence[tuple[float, float] | None]
 
 @dataclass(frozen=True)
 class _Sample:
-    """Voxels of a study: their `views` local [m, 1 + windows, VOXELS] (float16) and quantiles [m, quantiles], the
-    elements that it has [m], and how often it is drawn."""
+    """Voxels of a study: their `views` local [VOXELS, m, LOCAL] (float16) and quantiles [m, quantiles], the elements
+    that it has [m], and how often it is drawn."""
 
     local: np.ndarray
     quantiles: np.ndarray
@@ -54,20 +52,36 @@ class _Sample:
         values = near[:, 0].reshape(len(images), -1)[:, where]
         far = np.abs(values - values.mean(1, keepdims=True)).max(0) + 1e-6
         chosen = np.concatenate((rng.choice(where, VOXELS // 2), rng.choice(where, VOXELS // 2, p=far / far.sum())))
-        return cls(near.reshape(*near.shape[:2], -1)[..., chosen].astype(np.float16), whole, there, share)
+        local = near.reshape(*near.shape[:2], -1)[..., chosen].transpose(2, 0, 1)
+        return cls(local.astype(np.float16), whole, there, share)
 
-    def draw(self, observed: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """`features` of `count` voxels, their values [count, m], and which are asked for [m]; of observed [m] what is
-        there, or where that is all or nothing of it, other elements."""
-        seen = observed & self.there
-        if not seen.any() or np.array_equal(seen, self.there):
-            seen = np.zeros_like(seen)
-            have = np.flatnonzero(self.there)
-            seen[rng.choice(have, rng.integers(1, len(have)), replace=False)] = True
-        local = self.local[..., rng.integers(0, self.local.shape[-1], count)].astype(np.float32)
-        noise = JITTER * rng.standard_normal(self.quantiles.shape, np.float32)
-        quantiles = np.clip(self.quantiles + noise, 0, 1)
-        return features(local, quantiles, seen), local[:, 0].T, self.there & ~seen
+
+class _Pool:
+    """The voxels of all studies."""
+
+    def __init__(self, samples: Sequence[_Sample]):
+        self.local, self.quantiles, self.there = (
+            np.stack([getattr(sample, name) for sample in samples]) for name in ("local", "quantiles", "there")
+        )
+        shares = np.array([sample.share for sample in samples])
+        self.share = shares / shares.sum()
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of `features` [count, inputs], values [count, m] and which of them are asked for [count, m].
+
+        Each row is a voxel of any study with a missing pattern of its own: of the elements that are there, how many are
+        missing is uniform, then which.
+        """
+        study = rng.choice(len(self.share), count, p=self.share)
+        local = self.local[study, rng.integers(0, self.local.shape[1], count)].astype(np.float32)
+        quantiles = self.quantiles[study]
+        quantiles = np.clip(quantiles + JITTER * rng.standard_normal(quantiles.shape, np.float32), 0, 1)
+        there = self.there[study]
+        order = np.where(there, rng.random(there.shape), 2).argsort(1).argsort(1)
+        asked = there & (order < rng.integers(1, there.sum(1))[:, None])
+        seen = there & ~asked
+        rows = [(x * seen[..., None]).reshape(count, -1) for x in (local, quantiles)]
+        return np.concatenate((*rows, seen), axis=1, dtype=np.float32), local[..., 0], asked
 
 
 def fit_prior(
@@ -101,21 +115,10 @@ def fit_prior(
     return _train(samples, rng, steps)
 
 
-def _drawn(
-    samples: Sequence[_Sample], studies: int, voxels: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features [N, inputs], values [N, m] and which of them are asked for [N, m]: voxels of so many studies."""
-    shares = np.array([sample.share for sample in samples])
-    chosen = rng.choice(len(samples), studies, p=shares / shares.sum())
-    patterns = draw_observed(rng, studies, len(samples[0].there), Task.BRAIN).numpy()
-    drawn = [samples[i].draw(observed, voxels, rng) for i, observed in zip(chosen, patterns, strict=True)]
-    x, y, asked = zip(*drawn, strict=True)
-    return np.concatenate(x), np.concatenate(y), np.repeat(np.stack(asked), voxels, axis=0)
-
-
 def _train(samples: Sequence[_Sample], rng: np.random.Generator, steps: int) -> Prior:
     """First what the voxels are, then on the same hidden layers the chance that they are bright."""
-    x, y, _ = _drawn(samples, 256, 64, rng)
+    pool = _Pool(samples)
+    x, y, _ = pool.draw(4 * BATCH, rng)
     mean, scale = x.mean(0), 1 / (x.std(0) + 1e-3)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     net = _perceptron((x.shape[1], *HIDDEN, y.shape[1]), 0.4, generator)
@@ -123,7 +126,7 @@ def _train(samples: Sequence[_Sample], rng: np.random.Generator, steps: int) -> 
     def squared(x: np.ndarray, y: np.ndarray) -> Tensor:
         return (net(torch.from_numpy((x - mean) * scale)) - torch.from_numpy(y)).square()
 
-    _descend(net, squared, samples, rng, steps)
+    _descend(net, squared, pool, rng, steps)
     weights = {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32), **_layers(net, "w", "b")}
     prior = Prior(weights)
     chances = _perceptron((HIDDEN[-1], BRIGHT_HIDDEN, y.shape[1]), -3.0, generator)
@@ -132,14 +135,14 @@ def _train(samples: Sequence[_Sample], rng: np.random.Generator, steps: int) -> 
         bright = torch.from_numpy((y > BRIGHT).astype(np.float32))
         return F.binary_cross_entropy_with_logits(chances(torch.from_numpy(prior.hidden(x))), bright, reduction="none")
 
-    _descend(chances, crossed, samples, rng, math.ceil(BRIGHT_STEPS * steps))
+    _descend(chances, crossed, pool, rng, math.ceil(BRIGHT_STEPS * steps))
     return Prior(weights | _layers(chances, "v", "c"))
 
 
 def _descend(
     net: nn.Module,
     error: Callable[[np.ndarray, np.ndarray], Tensor],
-    samples: Sequence[_Sample],
+    pool: _Pool,
     rng: np.random.Generator,
     steps: int,
 ) -> None:
@@ -148,7 +151,7 @@ def _descend(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
-        x, y, asked = _drawn(samples, *BATCH, rng)
+        x, y, asked = pool.draw(BATCH, rng)
         loss = error(x, y)[torch.from_numpy(asked)].mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
