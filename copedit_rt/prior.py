@@ -80,7 +80,7 @@ def box_mean(image: Array, window: int) -> Array:
         sums = np.cumsum(np.moveaxis(image, axis, 0), axis=0, dtype=np.float32)
         n = len(sums)
         upper = sums[np.minimum(np.arange(n) + half, n - 1)]
-        upper[half + 1 :] -= sums[: n - half - 1]
+        upper[half + 1 :] -= sums[: max(n - half - 1, 0)]
         image = np.moveaxis(upper, 0, axis)
     return image / np.float32(window**3)
 
@@ -190,13 +190,22 @@ class Prior:
     def _made(self, images: Array, observed: NDArray[np.bool_], quantiles: Array | None = None) -> Array:
         """What `fill` says, and the chances of brightness if there are any [1 or 2, missing, 1, H, W, D]."""
         given = np.where(observed[:, None, None, None], images[:, 0], np.float32(0))
-        local, whole = views(given)
-        quantiles = whole if quantiles is None else quantiles
-        where = np.flatnonzero((given > 0).any(0))
-        local = local.reshape(*local.shape[:2], -1)
         wanted = np.concatenate([~observed] * (2 if self.bright else 1))
-        out = np.zeros((int(wanted.sum()), given[0].size), np.float32)
+        out = np.zeros((int(wanted.sum()), *given.shape[1:]), np.float32)
+        shows = (given > 0).any(0)
+        box = tuple(_extent(shows.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+        local, whole = views(given[:, *box])
+        quantiles = whole if quantiles is None else quantiles
+        local, where, made = local.reshape(*local.shape[:2], -1), np.flatnonzero(shows[box]), out[:, *box]
+        filled = np.zeros((len(out), shows[box].size), np.float32)
         for start in range(0, len(where), ROWS):
             some = where[start : start + ROWS]
-            out[:, some] = self(features(local[..., some], quantiles, observed))[:, wanted].T
+            filled[:, some] = self(features(local[..., some], quantiles, observed))[:, wanted].T
+        made[...] = filled.reshape(made.shape)
         return out.reshape(2 if self.bright else 1, -1, 1, *given.shape[1:])
+
+
+def _extent(there: NDArray[np.bool_]) -> slice:
+    """From the first to the last of what is there."""
+    found = np.flatnonzero(there)
+    return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0)

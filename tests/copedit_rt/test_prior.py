@@ -93,6 +93,14 @@ def test_background_stays_empty_and_a_crop_takes_the_quantiles_of_the_whole():
     np.testing.assert_allclose(crop[..., 4:, :, :], whole[..., 5:, :, :], atol=1e-6)  # beyond the reach of the windows
 
 
+def test_what_shows_next_to_nothing_is_filled_there_alone():
+    given, prior = np.zeros((M, 1, 12, 10, 9), np.float32), perceptron()
+    assert not prior.fill(given, OBSERVED).any()
+    given[0, 0, 4, 5:7, 8] = 0.5  # fewer voxels than a window has
+    filled = prior.fill(given, OBSERVED)[:, 0]
+    assert filled[:, 4, 5:7, 8].all() and np.count_nonzero(filled) == 4
+
+
 def test_a_prior_of_another_model_or_none_is_refused(tmp_path):
     with pytest.raises(CopeditError, match=r"prior.safetensors: cannot be read .* copy the model again"):
         Prior.load(tmp_path, MODEL)
