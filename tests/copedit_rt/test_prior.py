@@ -98,7 +98,7 @@ def test_what_shows_next_to_nothing_is_filled_there_alone():
     assert not prior.fill(given, OBSERVED).any()
     given[0, 0, 4, 5:7, 8] = 0.5  # fewer voxels than a window has
     filled = prior.fill(given, OBSERVED)[:, 0]
-    assert filled[:, 4, 5:7, 8].all() and np.count_nonzero(filled) == 4
+    assert np.count_nonzero(filled[:, 4, 5:7, 8]) == np.count_nonzero(filled) > 0
 
 
 def test_a_prior_of_another_model_or_none_is_refused(tmp_path):
