@@ -53,7 +53,7 @@ class LatentTask(Task[S, B]):
         """The prompts [subjects, m, 3, P] of each element alone, read from beside `cache` where an earlier run left
         them; a mirrored brain is given those of the brain itself."""
         if cache is None:
-            return torch.from_numpy(np.stack([prompts for _, prompts in self._rows(images, range(len(images)), 1)]))
+            return torch.stack([prompts for _, prompts in self._rows(images, range(len(images)), 1)])
         beside = cache.with_name("prompts.safetensors")
         kept = _kept(beside, self._key(), len(images))
         return self._computed(images, beside, {}, 1) if kept is None else kept
@@ -70,7 +70,7 @@ class LatentTask(Task[S, B]):
         """
         if cache is None:
             latents, prompts = zip(*self._rows(images, range(self.views * len(images)), self.views), strict=True)
-            return torch.from_numpy(np.stack(latents)).half(), torch.from_numpy(np.stack(prompts))
+            return torch.stack(latents).half(), torch.stack(prompts)
         beside = cache.with_name("prompts.safetensors")  # written last: with it all is there
         rows, m = self.views * len(images), len(self.config.elements)
         shape = (rows, m, self.config.tokenizer.latent_channels, *self.config.latent)
@@ -88,22 +88,22 @@ class LatentTask(Task[S, B]):
         prompts = (views * len(images), m, kinds, self.config.tokenizer.prompt_dim)
 
         def make(rows: range) -> Iterator[Sequence[np.ndarray]]:
-            return (row if latents else row[1:] for row in self._rows(images, rows, views))
+            return ([x.numpy() for x in (row if latents else row[1:])] for row in self._rows(images, rows, views))
 
         grow({**latents, alone: (prompts, np.float32)}, make, of=bytes(key.tolist()).hex())
-        made = torch.from_numpy(np.load(alone))
+        made = torch.from_numpy(np.array(mapped(alone)))
         checkpoint.write_tensors(beside, {"prompts": made, "tokenizer": key})
         alone.unlink()
         return made
 
-    def _rows(self, images: np.ndarray, rows: range, views: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _rows(self, images: np.ndarray, rows: range, views: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents and prompts of these rows: of each subject itself and, where it has two views, its mirror image."""
         for row in rows:
             subject, mirrored = divmod(row, views)
             x = torch.from_numpy(images[subject : subject + 1]).to(self.device).float()
             with torch.no_grad():
                 z, prompts = self._encoded(x.flip(3) if mirrored else x)
-            yield z[0].cpu().numpy(), prompts[0].cpu().numpy()
+            yield z[0].cpu(), prompts[0].cpu()
 
     @torch.no_grad()
     def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:
