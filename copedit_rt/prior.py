@@ -192,8 +192,8 @@ class Prior:
         given = np.where(observed[:, None, None, None], images[:, 0], np.float32(0))
         wanted = np.concatenate([~observed] * (2 if self.bright else 1))
         out = np.zeros((int(wanted.sum()), *given.shape[1:]), np.float32)
-        shows = (given > 0).any(0)
-        box = tuple(_extent(shows.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+        shows: NDArray[np.bool_] = np.asarray((given > 0).any(0))
+        box = tuple(_extent(np.moveaxis(shows, axis, 0)) for axis in range(3))
         local, whole = views(given[:, *box])
         quantiles = whole if quantiles is None else quantiles
         local, where, made = local.reshape(*local.shape[:2], -1), np.flatnonzero(shows[box]), out[:, *box]
@@ -206,6 +206,6 @@ class Prior:
 
 
 def _extent(there: NDArray[np.bool_]) -> slice:
-    """From the first to the last of what is there."""
-    found = np.flatnonzero(there)
+    """Along the first axis, from the first to the last of what is there."""
+    found = np.flatnonzero(there.reshape(len(there), -1).any(1))
     return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0)
