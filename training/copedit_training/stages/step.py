@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from copedit_rt.errors import CopeditError
 from copedit_training.stages import distributed
+from copedit_training.stages.muon import Muon
 from copedit_training.stages.settings import DenoiserSettings, Settings
 from copedit_training.stages.task import B, Task, Terms
 
@@ -176,7 +177,7 @@ def optimizers_of(task: Task[Any, Any]) -> list[torch.optim.Optimizer]:
         # Its step is scaled to the size of Adam's, so that both follow one learning rate.
         factor = (settings.muon_lr or settings.lr) / settings.lr
         group = {"params": matrices, "factor": factor}
-        optimizers.append(torch.optim.Muon([group], settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([group], settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
