@@ -92,7 +92,7 @@ def unpack(content: BinaryIO, home: Path, room: Room, most_members: int) -> None
                     if path.exists() or any(p.is_file() for p in path.parents if home in p.parents):
                         raise CopeditError(f"two members of the zip are called {'/'.join(parts)}; rename one")
                     write(path, iter(lambda source=source: source.read(1 << 20), b""), room)  # type: ignore[misc]
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise unwritable(home, error) from error  # type: ignore[arg-type]
         said = "the zip is damaged, encrypted or packed in a way that is not understood; pack it again"

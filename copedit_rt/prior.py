@@ -196,12 +196,12 @@ class Prior:
         box = tuple(_extent(np.moveaxis(shows, axis, 0)) for axis in range(3))
         local, whole = views(given[:, *box])
         quantiles = whole if quantiles is None else quantiles
-        local, where, made = local.reshape(*local.shape[:2], -1), np.flatnonzero(shows[box]), out[:, *box]
+        local, where = local.reshape(*local.shape[:2], -1), np.flatnonzero(shows[box])
         filled = np.zeros((len(out), shows[box].size), np.float32)
         for start in range(0, len(where), ROWS):
             some = where[start : start + ROWS]
             filled[:, some] = self(features(local[..., some], quantiles, observed))[:, wanted].T
-        made[...] = filled.reshape(made.shape)
+        out[:, *box] = filled.reshape(len(out), *shows[box].shape)
         return out.reshape(2 if self.bright else 1, -1, 1, *given.shape[1:])
 
 
