@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from copedit_rt.config import ModelConfig
+from copedit_rt.schedule import PRIOR_ALONE
 
 
 def request(config: ModelConfig, sampler: Mapping[str, Any], reading: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def request(config: ModelConfig, sampler: Mapping[str, Any], reading: Mapping[st
     asked = {"seed": 0, "samples": 1} | own | {name: value for name, value in sampler.items() if value is not None}
     drawn = {name: asked[name] for name in ("steps", "seed", "samples")}
     return {
-        "sampler": {"method": asked["solver"], **drawn},
+        "sampler": {"method": asked["solver"] if asked["steps"] else PRIOR_ALONE, **drawn},
         "output": {"detail": asked["detail"]},
         "reading": {
             "missing_slices": sorted(set(reading.get("missing_slices") or ())),

@@ -192,7 +192,8 @@ class DiffusionConfig:
     """Scaled-linear schedule (Appendix B.3) and the sampler's defaults; solvers: `schedule.solver_tables`.
 
     start: the share of the schedule at which sampling starts. 1, the paper's, is noise alone. Below 1 it is the fill,
-    noised as far as that timestep is (as in SDEdit, Meng et al. 2022); only for models with a prior.
+    noised as far as that timestep is (as in SDEdit, Meng et al. 2022); only for models with a prior. steps: 0 is that
+    fill as it is, of models with a prior whose denoiser gains nothing over it.
     """
 
     train_steps: int = 500
@@ -206,9 +207,9 @@ class DiffusionConfig:
         _check_ranges(self, "diffusion")
         if self.beta_start > self.beta_end:
             raise CopeditError(f"diffusion.beta_start: {self.beta_start:g} is above beta_end, {self.beta_end:g}")
-        if not 1 <= self.steps <= self.most_steps:
+        if not 0 <= self.steps <= self.most_steps:
             where = "train_steps" if self.start == 1 else "start x train_steps"
-            raise CopeditError(f"diffusion.steps: {self.steps} must be from 1 to {where}, {self.most_steps}")
+            raise CopeditError(f"diffusion.steps: {self.steps} must be from 0 to {where}, {self.most_steps}")
 
     @property
     def most_steps(self) -> int:
@@ -248,6 +249,11 @@ class ModelConfig:
                 f"model {self.name}: diffusion.start is {self.diffusion.start:g}, and without denoiser.prior there is "
                 f"nothing to start from but noise; set it to 1"
             )
+        if not self.diffusion.steps and not self.denoiser.prior:
+            raise CopeditError(
+                f"model {self.name}: diffusion.steps is 0, and without denoiser.prior there is no fill that it could "
+                f"give; set it to 1 or more"
+            )
         if any(n % c for n, c in zip(self.image, self.tokenizer.compression, strict=True)):
             raise CopeditError(f"model {self.name}: image {self.image} does not divide by {self.tokenizer.compression}")
         if any(n % p for n, p in zip(self.latent, self.denoiser.patch, strict=True)):
@@ -272,6 +278,10 @@ class ModelConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Raises CopeditError for a missing, unknown or ill-typed field."""
         return _build(cls, data, "config")
+
+    def prior_alone(self) -> ModelConfig:
+        """The same model, which fills by its prior alone unless it is asked for sampling steps."""
+        return replace(self, diffusion=replace(self.diffusion, steps=0))
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:

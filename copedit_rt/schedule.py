@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import typing
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from copedit_rt.config import DiffusionConfig, Solver
 from copedit_rt.errors import CopeditError
+
+PRIOR_ALONE = "prior"  # how a result was made that no sampler has touched, as a record has it
 
 Array = typing.TypeVar("Array", bound=Any)
 
@@ -81,6 +85,13 @@ def step_coefficients(config: DiffusionConfig, steps: int, solver: str | None = 
     tables = solver_tables(config, steps, solver)
     tables += [np.tile((1.0, 0.0), (steps, 1))] * (2 - len(tables))
     return np.stack(tables, axis=1).astype(np.float32)
+
+
+def drawn(sampler: Mapping[str, Any]) -> str:
+    """How a result was drawn, for people, by the "sampler" of its record."""
+    if sampler.get("steps") == 0:
+        return "no steps, the prior's fill as it is"
+    return "{steps} steps of {method}, {samples} samples, seed {seed}".format_map(defaultdict(lambda: "?", sampler))
 
 
 def noise(seed: int, study: str, element: str, shape: tuple[int, ...], sample: int = 0) -> np.ndarray:

@@ -60,13 +60,10 @@ class Begun:
 
     latents [m, 8, h, w, d]: of the fill, and of what is observed its own. beyond [m, 1, H, W, D]: what the fill shows
     and its decoded latents do not. It is added to what is decoded, so that a correction of nothing changes nothing.
-    stack, bright: see `Prepared.restore`.
     """
 
     latents: np.ndarray | None = None
     beyond: np.ndarray | float = 0.0
-    stack: np.ndarray | None = None
-    bright: np.ndarray | None = None
 
 
 class Synthesizer:
@@ -198,7 +195,8 @@ class Synthesizer:
     ) -> Result:
         """Synthesise what is missing from a study.
 
-        target: which missing elements to return (brain; None: all). steps: sampler steps (None: the model's default).
+        target: which missing elements to return (brain; None: all). steps: sampler steps (None: the model's default;
+        0: the prior's fill as it is, of a model that has one, in which nothing is drawn).
         seed: with the study's name and the element it determines the noise. samples: with more than one, the returned
         volume is their mean, and `std` their standard deviation (n - 1 in the denominator). progress: called with
         the denoising steps done (on a GPU: queued) and in all. solver: "ddim" or "dpm2m" (None: the model's default).
@@ -210,13 +208,10 @@ class Synthesizer:
         """
         config = self.config
         steps = config.diffusion.steps if steps is None else steps
-        solver = config.diffusion.solver if solver is None else solver
-        schedule.solver_tables(config.diffusion, steps, solver)
+        self._check_sampling(steps, solver, samples)
         if detail is not None and config.task.joint:
             raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
         detail = config.preprocessing.detail if detail is None else detail
-        if not 1 <= samples <= SAMPLES:
-            raise CopeditError(f"samples {samples}: must be between 1 and {SAMPLES}")
         prepared = prepare(study, config)
         wanted = self._targets(prepared, target)
         mean: dict[str, np.ndarray] = {}
@@ -224,13 +219,11 @@ class Synthesizer:
         fill = self.prior.fill_study(prepared) if self.prior else None
         with self._turn:
             encoded = self._encode(prepared, fill)
-            begun = self._begun(prepared.observed, encoded, fill, study.name)
-        drawn = self._draw(prepared, encoded, begun, seed, samples, steps, solver, progress)
-        for sample in range(samples):
-            with self._turn:
-                decoded = self.decode(next(drawn), prepared.observed)
-            whole = config.preprocessing.whole_range
-            images = prepared.restore(decoded + begun.beyond, detail, whole, begun.stack, begun.bright)
+        solver = config.diffusion.solver if solver is None else solver
+        whole = config.preprocessing.whole_range
+        stack, bright = (fill.stack, fill.bright) if fill else (None, None)
+        for sample, made in enumerate(self._draw(prepared, encoded, fill, seed, samples, steps, solver, progress)):
+            images = prepared.restore(made, detail, whole, stack, bright)
             for name in wanted:
                 # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
                 if samples == 1:
@@ -245,39 +238,67 @@ class Synthesizer:
                     spread[name] += delta * (value - mean[name])
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
         volumes = {name: value.astype(np.float32, copy=False) for name, value in mean.items()}
-        sampling = {"method": solver, "steps": steps, "seed": seed, "samples": samples}
-        if config.diffusion.start < 1:
+        method = solver if steps else schedule.PRIOR_ALONE
+        sampling = {"method": method, "steps": steps, "seed": seed, "samples": samples}
+        if steps and config.diffusion.start < 1:
             sampling["start"] = config.diffusion.start
         record = self._record(prepared, wanted, sampling)
         record["output"] = {"detail": detail, "whole_range": config.preprocessing.whole_range}
-        made = study.with_synthetic(volumes)
+        result = study.with_synthetic(volumes)
         perception = self._perception(prepared, encoded)
-        made.notes += (*prepared.notes, *perception.unlike)
-        return Result(made, perception, record, std)
+        result.notes += (*prepared.notes, *perception.unlike)
+        if seed and not steps:
+            result.notes += (f"seed {seed} changes nothing: {config.name} draws nothing without sampling steps",)
+        return Result(result, perception, record, std)
+
+    def _check_sampling(self, steps: int, solver: str | None, samples: int) -> None:
+        """Raises CopeditError for steps, a solver or samples that do not exist, or that nothing is drawn for."""
+        if not 1 <= samples <= SAMPLES:
+            raise CopeditError(f"samples {samples}: must be between 1 and {SAMPLES}")
+        if steps or self.prior is None:
+            schedule.solver_tables(self.config.diffusion, steps, solver)
+            return
+        for name, value in (("solver", solver), ("samples", samples if samples > 1 else None)):
+            if value is not None:
+                raise CopeditError(
+                    f"{name} {value}: {self.config.name} takes no sampling steps here, its prior fills in what is "
+                    f"missing and nothing is drawn; leave {name} out, or take 1 step or more (--steps)"
+                )
 
     def _draw(
         self,
         prepared: Prepared,
         encoded: Encoded,
-        begun: Begun,
+        fill: Fill | None,
         seed: int,
         samples: int,
         steps: int,
         solver: str,
         progress: Callable[[int, int], None] | None,
     ) -> Iterator[np.ndarray]:
-        """Latents [m, 8, h, w, d] of each sample of a study."""
+        """Images [m, 1, H, W, D] of each sample of a study; of a brain's, those that are not observed."""
         there, name = prepared.observed, prepared.study.name
+        if not steps:
+            assert fill is not None
+            yield fill.images
+            return
+        with self._turn:
+            begun = self._begun(there, encoded, fill, name)
         for first in range(0, samples, TOGETHER):
             some = range(first, min(first + TOGETHER, samples))
             report = None
             if progress:
                 report = lambda i, n, some=some: progress(some.start * n + i * len(some), samples * n)  # noqa: E731
-            fill = begun.latents
-            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample, fill) for sample in some])
+            z = begun.latents
+            start = np.stack([self.start(encoded.latents[0], there, name, seed, sample, z) for sample in some])
             prompts, observed = encoded.prompts.repeat(len(some), 0), there[None].repeat(len(some), 0)
-            prior = None if fill is None else fill[None].repeat(len(some), 0)
-            yield from self.sample(start, prompts, observed, steps, solver, report, prior, about=name)
+            prior = None if z is None else z[None].repeat(len(some), 0)
+            with self._turn:
+                drawn = self.sample(start, prompts, observed, steps, solver, report, prior, about=name)
+            for latents in drawn:
+                with self._turn:
+                    decoded = self.decode(latents, there)
+                yield decoded + begun.beyond
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
@@ -307,7 +328,7 @@ class Synthesizer:
         z = np.empty((len(there), *encoded.latents.shape[2:]), np.float32)
         z[there] = encoded.latents[0]
         z[~there] = self.encode(fill.images[~there], about).latents[0]
-        return Begun(z, fill.images - self.decode(z, there), fill.stack, fill.bright)
+        return Begun(z, fill.images - self.decode(z, there))
 
     def _perception(self, prepared: Prepared, encoded: Encoded) -> Perception:
         elements = self.config.elements

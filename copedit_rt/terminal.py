@@ -78,7 +78,10 @@ def flag(*names: str, help: str) -> Any:
 
 
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the results go.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps; by default the model's.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=0, help="Sampler steps; by default the model's. 0: what its prior fills in, as it is."),
+]
 Solver = Annotated[
     str | None, typer.Option(metavar="ddim|dpm2m", help="First- or second-order sampler; by default the model's.")
 ]
@@ -333,10 +336,11 @@ def _how(entry: Mapping[str, Any]) -> str:
     """By what a study's outputs were made."""
     if not (record := entry.get("record")):
         return f"{entry['status']}, {entry['seconds']:.1f} s"
-    sampler = record["sampler"]
-    drawn = f"{sampler['steps']} steps of {sampler['method']}, {sampler['samples']} samples, seed {sampler['seed']}"
+    from copedit_rt.schedule import drawn
+
     where = f"{record['engine']} on {record['device']} in {record['dtype']}"
-    return f"{record['model']} by {where}; {drawn}; missing {', '.join(record['missing'])}; {entry['seconds']:.1f} s"
+    how = f"{record['model']} by {where}; {drawn(record['sampler'])}"
+    return f"{how}; missing {', '.join(record['missing'])}; {entry['seconds']:.1f} s"
 
 
 def nothing(*said: object) -> None:

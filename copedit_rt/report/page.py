@@ -30,6 +30,7 @@ from copedit_rt.images import preview
 from copedit_rt.images.grids import slice_axis, spacing
 from copedit_rt.images.study import Study
 from copedit_rt.inspection import Finding, contradictions, examine
+from copedit_rt.schedule import drawn
 from copedit_rt.synthesizer import Result
 from copedit_rt.task import STACK
 
@@ -187,11 +188,9 @@ def _perception(result: Result) -> Iterable[str]:
 def _provenance(result: Result) -> Iterable[str]:
     """How it was made."""
     record = result.record
-    sampler = record["sampler"]
-    drawn = f"{sampler['steps']} steps of {sampler['method']}, {sampler['samples']} samples, seed {sampler['seed']}"
     rows = [
         ["model", record["model"]],
-        ["sampler", drawn],
+        ["sampler", drawn(record["sampler"])],
         ["computed by", f"{record['engine']} on {record['device']} in {record['dtype']}"],
         ["versions", ", ".join(f"{name} {number}" for name, number in record["versions"].items())],
     ]

@@ -119,7 +119,7 @@ _FIELDS = {
     "report": _attribute("report", lambda text: terminal.choice(text, "--report", _TRUE)),
     "dicom": _attribute("dicom", lambda text: terminal.choice(text, "--dicom", _TRUE)),
     **{element: _set("series", element, str) for element in (*MODALITIES, STACK)},
-    "steps": _set("sampler", "steps", lambda text: _whole(text, "--steps", 1, 1000)),
+    "steps": _set("sampler", "steps", lambda text: _whole(text, "--steps", 0, 1000)),
     "seed": _set("sampler", "seed", lambda text: _whole(text, "--seed", 0, 2**53)),
     "samples": _set("sampler", "samples", lambda text: _whole(text, "--samples", 1, MOST_SAMPLES)),
     "solver": _set("sampler", "solver", str),

@@ -87,7 +87,9 @@ class Desk:
         """Load every model on every device and let it fill one study, so that the first request finds all in place."""
         for place in self._places:
             for name, models in place.items():
-                models.load(name).synthesize(_noise(self.configs[name]), steps=1)
+                models.load(name).synthesize(
+                    _noise(self.configs[name]), steps=min(1, self.configs[name].diffusion.steps)
+                )
         self.ready = True
 
     def close(self) -> None:

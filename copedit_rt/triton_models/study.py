@@ -164,7 +164,7 @@ def _detail(value: np.ndarray, name: str) -> bool:
 
 # Per input of that name what it is to `Synthesizer.synthesize`.
 OPTIONS: dict[str, Callable[[np.ndarray, str], Any]] = {
-    "steps": _number(1),
+    "steps": _number(0),
     "seed": _number(0),
     "samples": _number(1),
     "solver": text,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from small import BRAIN, perturb, saved, study
 
-from copedit_rt import checkpoint
+from copedit_rt import changes, checkpoint
 from copedit_rt.engines import onnx_export
 from copedit_rt.errors import CopeditError
+from copedit_rt.images.prepare import prepare
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.sampler import Plan, sample
 from copedit_rt.prior import LOCAL, PRIOR, QUANTILES, WINDOWS, Prior, features, shown, views
@@ -163,6 +164,35 @@ def test_sampling_may_start_from_the_noised_fill(folder, tmp_path):
     made, other = part.synthesize(study(MODEL, "t1", "t2")), plain.synthesize(study(MODEL, "t1", "t2"), steps=2)
     assert made.record["sampler"]["start"] == 0.2 and "start" not in other.record["sampler"]
     assert not np.array_equal(made.study.volumes["flair"].data, other.study.volumes["flair"].data)
+
+
+def test_no_steps_are_the_fill_as_it_is(folder, tmp_path, monkeypatch):
+    perceptron().save(saved(MODEL.prior_alone(), tmp_path))
+    model, alone = Synthesizer.load(folder, "cpu"), Synthesizer.load(tmp_path, "cpu")
+    case = study(MODEL, "t1", "t2")
+    sampled = model.synthesize(case)
+    for own in (model, alone):
+        monkeypatch.delattr(type(own.engine), "sample")
+        monkeypatch.delattr(type(own.engine), "decode")
+        for seed in (0, 7):
+            made = own.synthesize(case, steps=0 if own is model else None, seed=seed)
+            ready = prepare(case, MODEL)
+            filled = perceptron().fill_study(ready)
+            for name, volume in ready.restore(filled.images, bright=filled.bright).items():
+                np.testing.assert_array_equal(made.study.volumes[name].data, volume)
+            assert made.perception == sampled.perception
+            drawn = {"steps": 0, "seed": seed, "samples": 1}
+            assert made.record["sampler"] == {"method": "prior", **drawn}
+            assert changes.request(own.config, drawn, {})["sampler"] == made.record["sampler"]
+            assert any("seed 7 changes nothing" in note for note in made.study.notes) == (seed == 7)
+        monkeypatch.undo()
+    for option in ({"solver": "ddim"}, {"samples": 2}):
+        with pytest.raises(CopeditError, match=f"{next(iter(option))} .*takes no sampling steps here.*--steps"):
+            alone.synthesize(case, **option)
+        alone.synthesize(case, steps=1, **option)
+    perceptron().save(saved(BRAIN, tmp_path / "none"))
+    with pytest.raises(CopeditError, match="steps 0: must be between 1 and 500"):
+        Synthesizer.load(tmp_path / "none", "cpu").synthesize(case, steps=0)
 
 
 def test_a_study_is_the_same_on_every_engine(folder, tmp_path):

@@ -23,7 +23,7 @@ from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.sampler import add_noise, sample
-from copedit_rt.schedule import alpha_bar, begun, ddim_table, noise, solver_tables, timesteps
+from copedit_rt.schedule import alpha_bar, begun, ddim_table, drawn, noise, solver_tables, timesteps
 
 CONFIG = DiffusionConfig()
 
@@ -417,3 +417,10 @@ def test_equal_seeds_give_equal_bits_with_a_network() -> None:
     assert torch.equal(both, run(slice(0, 2)))
     assert both.isfinite().all() and both.abs().mean() > 0.01
     torch.testing.assert_close(both[1:], run(slice(1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_how_a_result_was_drawn_in_words():
+    said = {"method": "ddim", "steps": 2, "seed": 3, "samples": 4}
+    assert drawn(said) == "2 steps of ddim, 4 samples, seed 3"
+    assert drawn({"method": "prior", "steps": 0, "seed": 3, "samples": 1}) == "no steps, the prior's fill as it is"
+    assert drawn({}) == "? steps of ?, ? samples, seed ?"

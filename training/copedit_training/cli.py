@@ -66,7 +66,11 @@ Subjects = Annotated[
 ]
 HeldOut = Annotated[
     str,
-    typer.Option("--data", metavar="phantom|DIR", help="Held-out simulated subjects, or a data set's studies."),
+    typer.Option(
+        "--data",
+        metavar="phantom|labels:DIR|DIR",
+        help="Held-out phantoms, studies made of label maps, or a data set's studies.",
+    ),
 ]
 FirstSeed = Annotated[
     int | None, typer.Option(help="Of the simulated subjects; 1000000 on are held out.", show_default="1000000")

@@ -11,7 +11,6 @@ import hashlib
 import re
 import uuid
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from copedit_rt.images.dicom.headers import MR
 from copedit_rt.images.dicom.series import Series
 from copedit_rt.images.dicom.studies import DicomStudy
 from copedit_rt.images.names import MODALITIES, STYLES
+from copedit_rt.schedule import drawn
 from copedit_rt.task import STACK
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ def _default(image: Dataset, keyword: str, value: str = "") -> None:
 
 def _series(image: Dataset, study: DicomStudy, made: Made, values: NDArray) -> None:
     called = "Stack" if made.element == STACK else STYLES[0][made.element]
-    drawn = made.record.get("sampler", {})
-    how = "{steps} steps of {method}, {samples} samples, seed {seed}".format_map(defaultdict(lambda: "?", drawn))
+    how = drawn(made.record.get("sampler", {}))
     inputs = ", ".join(study.files())
     if made.element == STACK:
         missing = ", ".join(str(k) for k in range(values.shape[2]) if k not in made.real)

@@ -121,7 +121,8 @@ def hostile(case: dict[str, bytes]) -> list[tuple[int, list[bytes], str]]:
     bomb = zipped({"case_t1.nii.gz": bytes(50 << 20)})
     return [
         (400, [], "no file was sent"),
-        (400, [*good, part("steps", "0")], "the field steps 0"),
+        (400, [*good, part("steps", "-1")], "the field steps -1"),
+        (422, [*good, part("steps", "0")], "steps 0: must be between 1 and"),
         (400, [*good, part("steps", "9" * 4000)], "the field steps"),
         (400, [*good, part("seed", "-1")], "the field seed"),
         (400, [*good, part("detail", "yes")], "the field detail yes"),

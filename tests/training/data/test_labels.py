@@ -7,7 +7,9 @@ import pytest
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_training.data.prepared import VALIDATION, Labels, held_out_images, simulated_images
+from copedit_rt.images.prepare import prepare
+from copedit_training.data.prepared import HELD_OUT, VALIDATION, Labels, held_out_images, simulated_images
+from copedit_training.evaluation.subjects import held_out
 from copedit_training.stages.prior import fit_prior
 from tests.training.data.test_anatomy import made_up
 
@@ -24,6 +26,24 @@ def test_images_of_label_maps_are_normalised_cached_and_not_those_held_out(tmp_p
     assert np.array_equal(images, again)
     (held_out,) = held_out_images(CONFIG, labels, tmp_path / "run", 1)
     assert VALIDATION > 1 and not any(np.array_equal(held_out, x) for x in images)
+
+
+def test_studies_of_label_maps_are_evaluated_on_that_no_training_has_seen(tmp_path):
+    cohort = held_out(CONFIG, f"labels:{made_up(tmp_path)}", subjects=2)
+    (name, truth, prepared), (_, other, _) = cohort
+    assert name == truth.name == f"simulated{HELD_OUT}" and list(truth.volumes) == list(CONFIG.elements)
+    assert cohort.about() == {"data": f"labels:{tmp_path.resolve()}", "first_seed": HELD_OUT}
+    assert not prepared.missing and prepared.images.shape == (4, 1, *CONFIG.image)
+    # On the model's grid, as training takes them.
+    trained = simulated_images(CONFIG, Labels.of(f"labels:{tmp_path}", CONFIG), 1, tmp_path / "simulated.npy")
+    (first,) = cohort.training(1)
+    np.testing.assert_allclose(prepare(first, CONFIG, allow_complete=True).images, trained[0], atol=0.01)
+    assert not np.array_equal(truth.volumes["t1"].data, other.volumes["t1"].data)
+    assert np.array_equal(next(iter(cohort))[1].volumes["t1"].data, truth.volumes["t1"].data)
+    with pytest.raises(CopeditError, match="--split test is of a data set, not of simulated subjects"):
+        held_out(CONFIG, f"labels:{tmp_path}", split="test")
+    with pytest.raises(CopeditError, match="seed 5 may have been trained on"):
+        held_out(CONFIG, f"labels:{tmp_path}", first_seed=5)
 
 
 def test_other_data_and_hearts_have_no_label_maps(tmp_path):

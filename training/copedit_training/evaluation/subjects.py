@@ -14,7 +14,7 @@ from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_training.data import layouts
 from copedit_training.data.layouts import Skipped
-from copedit_training.data.prepared import HELD_OUT, phantom_subject
+from copedit_training.data.prepared import HELD_OUT, Labels, phantom_subject
 
 if TYPE_CHECKING:
     from copedit_rt.config import ModelConfig
@@ -50,28 +50,56 @@ class Cohort(ABC):
         """What the report says of it; JSON-able."""
 
 
-class Phantoms(Cohort):
-    """Simulated subjects; raises CopeditError for seeds that training may have seen."""
+class Simulated(Cohort):
+    """Subjects made of seeds, on the model's grid; raises CopeditError for seeds that training may have seen."""
+
+    data: str
 
     def __init__(self, config: ModelConfig, subjects: int = 16, first_seed: int = HELD_OUT):
         if first_seed < HELD_OUT:
-            raise CopeditError(f"seed {first_seed} may have been trained on; held-out phantoms start at {HELD_OUT}")
+            raise CopeditError(f"seed {first_seed} may have been trained on; held-out subjects start at {HELD_OUT}")
         super().__init__(config, subjects)
         self.first_seed = first_seed
 
+    @abstractmethod
+    def truth(self, seed: int) -> Study:
+        """The complete study of a seed."""
+
     def __iter__(self) -> Iterator[tuple[str, Study, Prepared]]:
         for seed in range(self.first_seed, self.first_seed + self.studies):
-            name = f"phantom{seed}"
-            truth = phantom_truth(self.config, phantom_subject(self.config, seed), name)
-            yield name, truth, prepare(truth, self.config, allow_complete=True)
+            truth = self.truth(seed)
+            yield truth.name, truth, prepare(truth, self.config, allow_complete=True)
 
     def training(self, subjects: int) -> Iterator[Study]:
-        return (
-            phantom_truth(self.config, phantom_subject(self.config, seed), f"phantom{seed}") for seed in range(subjects)
-        )
+        return map(self.truth, range(subjects))
 
     def about(self) -> dict[str, Any]:
-        return {"data": "phantom", "first_seed": self.first_seed}
+        return {"data": self.data, "first_seed": self.first_seed}
+
+
+class Phantoms(Simulated):
+    """Of mathematical phantoms."""
+
+    data = "phantom"
+
+    def truth(self, seed: int) -> Study:
+        return phantom_truth(self.config, phantom_subject(self.config, seed), f"phantom{seed}")
+
+
+class OfLabels(Simulated):
+    """Of label maps. Those that are trained on have the same maps, of other shapes, diseases and sequences."""
+
+    def __init__(self, config: ModelConfig, labels: Labels, subjects: int = 16, first_seed: int = HELD_OUT):
+        super().__init__(config, subjects, first_seed)
+        self.data, self._simulator = f"labels:{labels.folder}", labels.simulator(config, None)
+
+    def truth(self, seed: int) -> Study:
+        made = self._simulator.study(seed)
+        return Study(
+            f"simulated{seed}",
+            self.config.task,
+            {name: Volume.from_array(image.cpu().numpy(), made.affine()) for name, image in made.images.items()},
+        )
 
 
 class Folder(Cohort):
@@ -138,14 +166,18 @@ def held_out(
     first_seed: int | None = None,
     split: str | None = None,
 ) -> Cohort:
-    """Simulated subjects (16, unless told otherwise) or those of a data set's folder (all).
+    """Simulated subjects, "phantom" or "labels:FOLDER" (16, unless told otherwise), or those of a data set's folder
+    (all).
 
-    Raises CopeditError as `Phantoms` and `Folder` do, and for an option of the one that is given with the other.
+    Raises CopeditError as `Simulated`, `Labels.of` and `Folder` do, and for an option of the one that is given with the
+    other.
     """
-    if data == "phantom":
+    labels = Labels.of(data, config)
+    if labels or data == "phantom":
         if split is not None:
             raise CopeditError(f"--split {split} is of a data set, not of simulated subjects; name one with --data")
-        return Phantoms(config, subjects or 16, HELD_OUT if first_seed is None else first_seed)
+        some = subjects or 16, HELD_OUT if first_seed is None else first_seed
+        return OfLabels(config, labels, *some) if labels else Phantoms(config, *some)
     if first_seed is not None:
         raise CopeditError(f"--first-seed is of simulated subjects, not of --data {data}; leave it out")
     return Folder(config, Path(data), subjects, split or "test")

@@ -112,7 +112,7 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
             checkpoint_activations(self.denoiser)
         # Frozen: latents and the prompts of single elements are computed once, and checkpoints do not hold it.
         self.tokenizer = tokenizer.to(self.device).requires_grad_(False)
-        self.images, self.prior = images, prior
+        self.images, self.prior, self.exported = images, prior, config
         if settings.augment:
             images, cache = images[:16], None  # enough to whiten with
         if config.denoiser.prior:
@@ -362,7 +362,7 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
     @torch.no_grad()
     def validate(self, images: np.ndarray) -> tuple[Terms, np.ndarray]:
         """Per number of missing elements, one pattern a subject, always the same: also the squared error of the
-        normalised latents; averaged weights, the sampler's defaults."""
+        normalised latents, and what is gained over the fill of a prior; averaged weights, the sampler's defaults."""
         if isinstance(self.prior, SlicePrior):
             return self._validate_runs(images)
         vae, m = self.tokenizer, len(self.config.elements)
@@ -398,6 +398,9 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
                         result = fill[0] + result - vae.images(prior, joint=self.joint).float()[0]
                 error = (latents - vae.normalise(z))[0, missing].square().mean().item()
                 noise_ratio, similarity = compare(result[missing], subject[missing])
+                if prior is not None:
+                    before, _ = compare(fill[0].cpu()[missing], subject[missing])
+                    found.setdefault("val_gain", []).append(noise_ratio - before)
                 found.setdefault(f"val_psnr_{count}", []).append(noise_ratio)
                 found.setdefault(f"val_ssim_{count}", []).append(similarity)
                 found.setdefault(f"val_mse_{count}", []).append(error)
@@ -441,20 +444,18 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
 
     @torch.no_grad()
     def settle(self, images: np.ndarray) -> str:
-        """A correction of hearts that gains nothing on held-out subjects is left out: the prior alone is exported."""
-        if not isinstance(self.prior, SlicePrior):
+        """A correction that gains nothing on held-out subjects is left out: the prior alone is exported."""
+        if self.prior is None:
             return ""
         gain = self.validate(images)[0]["val_gain"]
         if gain > 0:
             return f"the correction gains {gain:.2f} dB over the prior on {len(images)} held-out subjects"
-        assert isinstance(self.average, MDiT3D)
-        self.average.final.weight.zero_()
-        self.average.final.bias.zero_()
-        return f"the correction loses {-gain:.2f} dB on {len(images)} held-out subjects: it is set to nothing"
+        self.exported = self.config.prior_alone()
+        return f"the correction loses {-gain:.2f} dB on {len(images)} held-out subjects: the model does without"
 
     def export(self, folder: Path) -> None:
-        checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
+        checkpoint.save(folder, self.exported, tokenizer=self.tokenizer)
         if self.prior:
             self.prior.save(folder)
         half = torch.float16 if self.settings.export == "float16" else None
-        checkpoint.save(folder, self.config, denoiser=self.average, dtype=half)
+        checkpoint.save(folder, self.exported, denoiser=self.average, dtype=half)

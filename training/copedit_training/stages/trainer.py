@@ -108,8 +108,9 @@ def fit_prior_alone(preset: str, output: Path, data: str, tokenizer: str, config
     else:
         fit_prior(images, settings.seed).save(output / "model")
     torch.manual_seed(settings.seed)
-    checkpoint.save(output / "model", config, tokenizer=vae)
-    checkpoint.save(output / "model", config, denoiser=build_denoiser(config), dtype=torch.float16)
+    alone = config.prior_alone()
+    checkpoint.save(output / "model", alone, tokenizer=vae)
+    checkpoint.save(output / "model", alone, denoiser=build_denoiser(config), dtype=torch.float16)
     trained_on(found, settings, config, images).save(output / "model")
     return output / "model"
 
