@@ -95,7 +95,7 @@ class PlainEngine:
         vae, net = networks
         self.vae = plain.PlainCoPeVAE(config.tokenizer, len(config.elements))
         self.vae.load_state_dict(vae.state_dict())
-        self.net: Any = plain.write_plainly(MDiT3D(config))
+        self.net: Any = plain.PlainMDiT3D(config)
         self.net.load_state_dict(net.state_dict())
         self.vae.to(device, torch.float64 if dtype == torch.float64 else None).eval().requires_grad_(False)
         self.net.to(device).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ compared one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -22,13 +22,13 @@ from copedit_rt.schedule import ddim_table, timesteps
 from copedit_training.stages.losses import EMACodebook
 
 
-class PlainBlock(Block):
-    def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        h = self.qkv(eager_ada_norm(x, scale1, shift1, self.norm1)).unflatten(-1, (3, self.heads, -1))
-        branch = self.proj(sdpa(h, rope, self.axis).flatten(-2))
-        x, h = eager_gated(x, branch, gate1, scale2, shift2, self.norm2)
-        return x + gate2[:, None, None] * self.mlp_out(eager_swiglu(self.mlp_in(h)))
+def _plainly(block: Block, x: Tensor, condition: Tensor, rope: Tensor | None) -> Tensor:
+    """What a block computes."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition).chunk(6, dim=-1)
+    h = block.qkv(eager_ada_norm(x, scale1, shift1, block.norm1)).unflatten(-1, (3, block.heads, -1))
+    branch = block.proj(sdpa(h, rope, block.axis).flatten(-2))
+    x, h = eager_gated(x, branch, gate1, scale2, shift2, block.norm2)
+    return x + gate2[:, None, None] * block.mlp_out(eager_swiglu(block.mlp_in(h)))
 
 
 class PlainMDiT3D(MDiT3D):
@@ -46,21 +46,13 @@ class PlainMDiT3D(MDiT3D):
         assert prior is None  # no preset of the benchmarks starts from one
         time, prompted = self.condition(t, prompts, observed)
         x = self.embed(self.patchify(z)) + self.position.to(z.dtype)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast(Sequence[Block], self.blocks)):
             if i == 1:
                 x = x + self.element[:, None].to(x.dtype)
-            rope = self.rope if cast(Block, block).axis == "token" else None
-            x = block(x, prompted if cast(Block, block).prompted else time, rope)
+            rope = self.rope if block.axis == "token" else None
+            x = _plainly(block, x, prompted if block.prompted else time, rope)
         shift, scale = self.final_modulation(time).chunk(2, dim=-1)
         return self.unpatchify(self.final(eager_ada_norm(x, scale, shift, self.final_norm)), z.shape)
-
-
-def write_plainly(net: MDiT3D) -> PlainMDiT3D:
-    """The same network, from now on computed plainly."""
-    for block in net.blocks:
-        block.__class__ = PlainBlock
-    net.__class__ = PlainMDiT3D
-    return cast(PlainMDiT3D, net)
 
 
 class PlainCoPeVAE(CoPeVAE):

@@ -11,13 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from copedit_bench.models.contestants import Inputs, PlainEngine, decode, encode, random_networks, sample, whole
-from copedit_bench.models.plain import write_plainly
+from copedit_bench.models.plain import PlainMDiT3D
 from copedit_bench.models.side_by_side import BASELINE, Answer, Contestant, SideBySide, chosen
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import Engine
 from copedit_rt.engines.torch_engine import TorchEngine
-from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.precision import exact_float32
 
 STEPS = {"brain-brats": (10, 20, 50, 200), "cardiac": (10, 20, 50, 200, 250)}
@@ -93,7 +92,7 @@ def maker(call: Callable[[Engine], Answer], engine: Engine, dtype: torch.dtype) 
 def operations(config: ModelConfig) -> float:
     """Floating-point operations of one step of one study, as the reference does it: products and attention."""
     with torch.device("meta"):
-        net = write_plainly(MDiT3D(config))
+        net = PlainMDiT3D(config)
         z = torch.empty(1, len(config.elements), config.tokenizer.latent_channels, *config.latent)
         given = torch.zeros(1, dtype=torch.int64), torch.empty(1, 3, config.tokenizer.prompt_dim)
         observed = torch.ones(1, len(config.elements), dtype=torch.bool)

@@ -8,18 +8,17 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, write_plainly
+from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, PlainMDiT3D
 from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, SideBySide, chosen, perturb
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
-from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.precision import exact_float32
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -27,6 +26,8 @@ from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, 
 from copedit_training.stages.step import clip, gradients, optimizers_of
 from copedit_training.stages.task import Task
 from copedit_training.stages.tokenizer_task import TokenizerTask
+
+N = TypeVar("N", bound=nn.Module)
 
 STAGES: tuple[Stage, ...] = ("tokenizer", "denoiser")
 # Subjects a step on one GPU: the paper's batches (Tables 14 and 15), of the brain's tokenizer a micro-batch.
@@ -50,6 +51,32 @@ class _Denoising(DenoiserTask):
         found = (torch.randn(size, generator=generator) for size in (latents, (*shape, 3, config.tokenizer.prompt_dim)))
         z, prompts = found
         return z.half(), prompts
+
+
+class _PlainDenoising(_Denoising):
+    """The same weights, computed plainly."""
+
+    def __init__(self, config: ModelConfig, settings: DenoiserSettings, images: np.ndarray, tokenizer: CoPeVAE):
+        super().__init__(config, settings, images, tokenizer)
+        self.denoiser = self.module.denoiser = self.predict = _same(self.denoiser, PlainMDiT3D(config)).to(self.device)
+
+
+class _PlainTokenizing(TokenizerTask):
+    """The same weights, computed plainly; feature maps as torch lays them."""
+
+    def __init__(self, config: ModelConfig, settings: TokenizerSettings, images: np.ndarray):
+        super().__init__(config, settings, images)
+        codes, channels = config.tokenizer.codes, config.tokenizer.latent_channels
+        self.tokenizer = _same(self.tokenizer, PlainCoPeVAE(config.tokenizer, len(config.elements)))
+        self.codebook = _same(self.codebook, PlainCodebook(codes, channels))
+        self.module.tokenizer, self.module.codebook = self.tokenizer, self.codebook
+        self.module.to(self.device)
+
+
+def _same(net: nn.Module, plain: N) -> N:
+    """plain with the weights of net."""
+    plain.load_state_dict(net.state_dict())
+    return plain
 
 
 def run(
@@ -103,18 +130,13 @@ def _task(stage: Stage, config: ModelConfig, settings: Any, kind: str) -> Task[A
     images = np.random.default_rng(SEED).random(shape, np.float32)
     torch.manual_seed(SEED)
     if stage == "tokenizer":
-        task = TokenizerTask(config, settings, images.astype(np.float16))
-        if kind != "ours":
-            task.tokenizer.__class__, task.codebook.__class__ = PlainCoPeVAE, PlainCodebook
-            task.tokenizer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        task = (TokenizerTask if kind == "ours" else _PlainTokenizing)(config, settings, images.astype(np.float16))
         if kind == "compile":
             task.tokenizer.encoder.compile(dynamic=False)
             task.tokenizer.decoder.compile(dynamic=False)
         return task
-    found = _Denoising(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements)))
-    if kind != "ours":
-        assert isinstance(found.denoiser, MDiT3D)
-        write_plainly(found.denoiser)
+    vae = CoPeVAE(config.tokenizer, len(config.elements))
+    found = (_Denoising if kind == "ours" else _PlainDenoising)(config, settings, images, vae)
     if kind == "compile":
         found.predict = torch.compile(found.denoiser, dynamic=False)
     return found

@@ -14,6 +14,7 @@ from copedit_bench import machine, timing
 from copedit_bench.models import contestants, cpu, sampler, side_by_side, train_step
 from copedit_bench.models.side_by_side import TINY, Contestant, SideBySide, distance
 from copedit_rt import checkpoint, cli
+from copedit_rt.engines import cpu_blocks
 from copedit_rt.engines.torch_engine import TorchEngine
 from copedit_rt.errors import CopeditError
 
@@ -266,8 +267,10 @@ def test_the_whole_of_the_benchmark_on_a_cpu(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["bench", "cpu", "-o", str(tmp_path), "--quick"])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "cpu.json").read_text())
-    ours = [(row["stage"], row["threads"]) for row in report["timings"] if row["contestant"] == "ours"]
-    assert ours == [(stage, 1) for stage in ("encode", "sample", "decode", "all")]
+    ours = [row for row in report["timings"] if row["contestant"] == "ours"]
+    types = ["float32"] + ["bfloat16"] * cpu_blocks.packable(torch.bfloat16)
+    stages = [(stage, 1, dtype) for stage in ("encode", "sample", "decode", "all") for dtype in types]
+    assert [(row["stage"], row["threads"], row["dtype"]) for row in ours] == stages
     assert {check["contestant"] for check in report["checks"] if check["status"] == "unavailable"} >= {"onnxruntime"}
     assert report["yardsticks_of_threads"].keys() == {"1"} and report["growth"].keys() == {"steps"}
     assert "## Growth" in (tmp_path / "cpu.md").read_text()
