@@ -44,10 +44,11 @@ def unsafe_type(x: Tensor, extents: Sequence[int]) -> torch.dtype | None:
     """The 16-bit type, autocast's or its own, in which a CPU would convolve x to what may be garbage; None elsewhere.
 
     extents: of the result along the axes (of the input, if transposed). With torch 2.13, oneDNN on processors with AMX
-    gets strided 3-D convolutions in bfloat16 wrong where one is 1: relative errors above 1, infinities, NaN. Other
-    convolutions with such an extent are treated alike, as they are small.
+    gets strided 3-D convolutions in bfloat16 wrong where one is 1: relative errors above 1, infinities, NaN; on those
+    with AVX-512 and no bfloat16 of their own, the gradient of the weights where the first one is 2. Other convolutions
+    with such an extent are treated alike, as they are small.
     """
-    if 1 not in extents or not on_cpu(x):
+    if min(extents) > 2 or not on_cpu(x):
         return None
     casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype

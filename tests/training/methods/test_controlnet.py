@@ -36,7 +36,11 @@ def test_at_first_it_equals_its_base_and_learns_through_its_zeros_alone(where):
     assert given.missing_keys and all(key.startswith("controlnet_") for key in given.missing_keys)
     z, known = torch.randn(2, 2, 3, 8, *config.latent)
     t, observed = torch.tensor([3, 400]), torch.tensor([[True, False, True], [False, True, False]])
-    free, steered = net.free(z, t), net(z, t, known, observed)
+    # The base frozen, as it is inside: of weights that learn torch folds some products, which rounds differently.
+    net.base.requires_grad_(False)
+    free = net.free(z, t)
+    net.base.requires_grad_(True)
+    steered = net(z, t, known, observed)
     assert free.std() > 0.1 and torch.equal(free, steered)
 
     (steered * torch.randn_like(steered)).sum().backward()
