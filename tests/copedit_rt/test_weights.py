@@ -5,7 +5,7 @@ import pytest
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 
-PRIOR_ALONE = ("heart-3mm",)  # whose denoiser gains nothing
+PRIOR_ALONE = ("brain-2mm", "heart-3mm")  # whose denoiser gains nothing
 
 
 def test_both_tasks_have_a_built_in_model():
