@@ -11,7 +11,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages.denoiser_task import CROP_RIM, RELATIVE_FLOOR, WHITEN_FLOOR, DenoiserTask
-from copedit_training.stages.prior import fit_slice_prior, stack_of
+from copedit_training.stages.prior import fit_prior, fit_slice_prior, stack_of
 from tests.training.stages.tiny import HEART, TINY, settings, smooth, train, weights
 
 
@@ -256,13 +256,24 @@ def test_a_heart_may_lack_any_run_and_its_error_is_relative_to_the_fills(crop):
     assert len(gaps) > 1 and stack_of(images[0]).shape[-1] == 6
 
 
-def test_a_correction_that_gains_nothing_is_left_out(tmp_path):
-    task, images = heart_task("crop=0")
+def brain_task():
+    torch.manual_seed(0)
+    with_prior = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=True))
+    vae, images = CoPeVAE(TINY.tokenizer, len(TINY.elements)).eval(), smooth(TINY, 4)
+    made = settings("denoiser", "batch_size=4", "crop=0")
+    return DenoiserTask(with_prior, made, images, vae, prior=fit_prior(images, steps=20)), images
+
+
+@pytest.mark.parametrize("begun", [brain_task, lambda: heart_task("crop=0")], ids=["brain", "heart"])
+def test_a_correction_that_gains_nothing_is_left_out(tmp_path, begun):
+    task, images = begun()
+    assert task.validate(images)[0]["val_gain"] == pytest.approx(0, abs=1e-3), "a fresh one corrects nothing"
     with torch.no_grad():
         for p in task.average.parameters():
             p += 0.3 * torch.randn_like(p)
     before, _ = task.validate(images)
-    assert before["val_gain"] < 0 and {"val_psnr_1", "val_psnr_2", "val_psnr_3"} < set(before)
+    counts = range(1, len(task.config.elements)) if not task.joint else (1, 2, 3)
+    assert before["val_gain"] < 0 and {f"val_psnr_{count}" for count in counts} < set(before)
     assert "loses" in task.settle(images)
     task.export(tmp_path)
     assert checkpoint.read_config(tmp_path) == task.config.prior_alone()
