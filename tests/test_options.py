@@ -59,7 +59,7 @@ ALWAYS = {
     "train tokenizer": "preset output quick estimate",
     "train denoiser": "preset output quick estimate",
     "train method": "name preset output quick resume",
-    "train prior": "preset output tokenizer data",
+    "train prior": "preset output tokenizer data resume",
     "train check-data": "data preset deep as_json output",
     "train check-simulation": "studies data preset count",
 }
@@ -110,6 +110,12 @@ LEFT_OUT: list[tuple[str, str, list[str], str]] = [
             ("override", ["--data", "IN", "--set", "subjects=3"], "--set subjects=3: is of simulated subjects"),
             ("override", ["--set", "guidance=mask"], "there is no place for it in MMGAN"),
         )
+    ),
+    (
+        "train prior",
+        "override",
+        ["--preset", "brain-2mm", "--tokenizer", "brain-2mm", "-o", "OUT", "--set", "lr=0.1"],
+        "--set lr=0.1: the prior of brain-2mm does not go by it; it goes by seed, subjects, patients",
     ),
     ("ablate", "device", ["prompts", "-o", "OUT", "--device", "cpu", "--set", "device=cuda"], "give one of them"),
     ("ablate", "override", ["prompts", "-o", "OUT", "--set", "image_weight=0.1"], "trains the denoiser alone"),

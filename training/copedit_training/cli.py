@@ -387,12 +387,14 @@ def train_prior(
     output: Output,
     tokenizer: Annotated[str, typer.Option(metavar="NAME_OR_FOLDER", help="The model whose tokenizer is taken.")],
     data: Data = "phantom",
+    override: Set = None,
+    resume: Resume = False,
 ) -> None:
-    """A model of its prior alone, in seconds: fitted, and not corrected until stage II has trained a denoiser."""
+    """A model of its prior alone, in minutes: fitted, and not corrected until stage II has trained a denoiser."""
     from copedit_training.stages import trainer
 
     check_writable(output)
-    say(trainer.fit_prior_alone(preset, output, data, tokenizer))
+    say(trainer.fit_prior_alone(preset, output, data, tokenizer, override or (), resume))
 
 
 @train.command("check-data")

@@ -500,7 +500,7 @@ def test_a_model_of_its_prior_alone(tmp_path):
     with_prior = dataclasses.replace(HEART, denoiser=dataclasses.replace(HEART.denoiser, prior=True))
     vae = tmp_path / "a"
     checkpoint.save(vae, HEART, tokenizer=CoPeVAE(HEART.tokenizer, len(HEART.elements)))
-    model = trainer.fit_prior_alone("heart-3mm", tmp_path / "b", str(root), str(vae), with_prior)
+    model = trainer.fit_prior_alone("heart-3mm", tmp_path / "b", str(root), str(vae), config=with_prior)
     study = Study.read(root / "SC-N-1_ED.nii.gz", missing_slices=[2, 3, 4])
     filled = checkpoint.load_prior(model, with_prior).fill_study(prepare(study, with_prior))
     expected = prepare(study, with_prior).restore(filled.images, stack=filled.stack)["sax"]

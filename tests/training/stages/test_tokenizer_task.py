@@ -15,7 +15,7 @@ from copedit_rt.task import Task
 from copedit_rt.trained import TrainedOn
 from copedit_training.data.patients import read_patients
 from copedit_training.data.prepared import draw_observed
-from copedit_training.stages import tokenizer_task
+from copedit_training.stages import prior, trainer
 from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.step import gradients, learning_rate
@@ -81,8 +81,9 @@ def test_the_read_out_fits_the_linear_layers_to_whole_images(tmp_path):
         assert loss(fitted) < 0.5 * loss(plain)
 
 
-def test_patients_teach_the_heads_what_simulation_shows_otherwise(tmp_path):
-    """Simulated T1 and T2 are noise; in patients T1 is bright, and one patient has no T2 at all."""
+@pytest.fixture
+def real(tmp_path):
+    """Three patients: T1 is bright, T2 dark, and one has no T2 at all."""
     rng = np.random.default_rng(0)
     for name, elements in (("p1", {"t1": 0.9, "t2": 0.2}), ("p2", {"t1": 0.9, "t2": 0.2}), ("p3", {"t1": 0.9})):
         (tmp_path / "real" / name).mkdir(parents=True)
@@ -91,11 +92,15 @@ def test_patients_teach_the_heads_what_simulation_shows_otherwise(tmp_path):
             data[:2], data[2, 2, 2] = 0, 1
             image = nib.Nifti1Image(data, np.diag([12, 12, 20, 1.0]))
             nib.save(image, tmp_path / "real" / name / f"{name}_{element}.nii")
+    return tmp_path / "real"
+
+
+def test_patients_teach_the_heads_what_simulation_shows_otherwise(tmp_path, real):
+    """Simulated T1 and T2 are noise."""
     settings = ("steps=6", "prompt_steps=2", "prompt_lr=1e-3", "readout_steps=400")
     plain = train("tokenizer", tmp_path / "plain", *settings)
-    real = f"patients={tmp_path / 'real'}"
-    taught = train("tokenizer", tmp_path / "taught", *settings, real, "patients_share=0.5")
-    patients = read_patients(tmp_path / "real", TINY)[:2]
+    taught = train("tokenizer", tmp_path / "taught", *settings, f"patients={real}", "patients_share=0.5")
+    patients = read_patients(real, TINY)[:2]
 
     def right(folder):
         vae = checkpoint.load_tokenizer(folder)[1]
@@ -181,12 +186,12 @@ def test_phantoms_among_other_images_join_the_read_out_and_shares_are_checked(tm
         given.append(seed)
         return np.zeros((len(config.elements), 1, *config.image), np.float32)
 
-    monkeypatch.setattr(tokenizer_task, "model_images", model_images)
+    monkeypatch.setattr(prior, "model_images", model_images)
     fit_heads = TokenizerTask.fit_heads
     monkeypatch.setattr(TokenizerTask, "fit_heads", lambda self, *rest: drawn.append(rest) or fit_heads(self, *rest))
     train("tokenizer", tmp_path / "run", "steps=2", "prompt_steps=1", "readout_steps=2", "phantoms_share=0.25")
     (features, there, chance), rows = drawn[0], 2 * len(given)
-    assert given == list(range(tokenizer_task.PHANTOMS)) and len(features) == len(there) == len(chance)
+    assert given == list(range(prior.PHANTOMS)) and len(features) == len(there) == len(chance)
     np.testing.assert_allclose([chance[-rows:].sum(), chance.sum()], [0.25, 1])
     with pytest.raises(CopeditError, match="phantoms_share and patients_share: together"):
         train("tokenizer", tmp_path / "no", "readout_steps=2", "phantoms_share=0.8", "patients_share=0.2")
@@ -194,8 +199,31 @@ def test_phantoms_among_other_images_join_the_read_out_and_shares_are_checked(tm
         train("tokenizer", tmp_path / "no", "readout_steps=0", "phantoms_share=0.1")
 
 
-@pytest.mark.parametrize(("prior", "steps"), [(True, 0), (False, 5)])
-def test_a_prior_takes_steps_and_steps_take_a_prior(prior, steps):
-    config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=prior))
-    with pytest.raises(CopeditError, match=rf"prior_steps = {steps}: .* has {'a' if prior else 'no'} prior"):
+def test_the_prior_alone_is_that_of_stage_one(tmp_path, real, monkeypatch):
+    config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=True))
+    monkeypatch.setattr(prior, "PHANTOMS", 2)
+    mixed = ("subjects=4", "prior_steps=30", f"patients={real}", "patients_share=0.4", "phantoms_share=0.2")
+    first = train("tokenizer", tmp_path / "first", "steps=2", *mixed, config=config)
+
+    def alone(name, *overrides, resume=False):
+        output = tmp_path / name
+        return trainer.fit_prior_alone("brain-2mm", output, "phantom", str(first), overrides, resume, config)
+
+    again = alone("again", *mixed)
+    assert same_weights(again, first, "prior.safetensors")
+    assert TrainedOn.load(again).words == "simulated phantoms and 3 patients"
+    assert not same_weights(alone("without", *mixed[:2]), first, "prior.safetensors")
+    assert same_weights(alone("again", *mixed, resume=True), first, "prior.safetensors")
+    with pytest.raises(CopeditError, match="holds a run already; add --resume"):
+        alone("again", *mixed)
+    with pytest.raises(CopeditError, match="other settings"):
+        alone("again", *mixed[:2], resume=True)
+    with pytest.raises(CopeditError, match="prior_steps = 0: tiny has a prior that is fitted in steps"):
+        alone("no", "prior_steps=0")
+
+
+@pytest.mark.parametrize(("has", "steps"), [(True, 0), (False, 5)])
+def test_a_prior_takes_steps_and_steps_take_a_prior(has, steps):
+    config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=has))
+    with pytest.raises(CopeditError, match=rf"prior_steps = {steps}: .* has {'a' if has else 'no'} prior"):
         TokenizerTask(config, settings("tokenizer", f"prior_steps={steps}"))

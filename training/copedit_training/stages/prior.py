@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from copedit_rt.config import ModelConfig
 from copedit_rt.prior import Prior, views
 from copedit_rt.prior_heart import FEATURES, Class, SlicePrior, blurs
 from copedit_rt.prior_heart import features as slice_features
 from copedit_training.data.patients import Patient, varied
+from copedit_training.data.prepared import model_images
+from copedit_training.stages.settings import TokenizerSettings
 
 VOXELS = 4096  # of each study
 JITTER = 0.08  # of quantiles: a protocol is more than its quantiles, and without it simulated ones are learnt by heart
+PHANTOMS = 40  # with their left and right exchanged as many again
 VIEWS, PATIENTS = 24, 0.15  # of each patient; share of the draws that are patients'
 HIDDEN = (96, 96)
 STEPS, BATCH, LR, DECAY = 8000, 4096, 3e-3, 0.01  # voxels in a step
@@ -82,6 +86,28 @@ class _Pool:
         seen = there & ~asked
         rows = [(x * seen[..., None]).reshape(count, -1) for x in (local, quantiles)]
         return np.concatenate((*rows, seen), axis=1, dtype=np.float32), local[..., 0], asked
+
+
+def phantoms_of(config: ModelConfig, settings: TokenizerSettings) -> list[np.ndarray]:
+    """The phantoms [m, 1, H, W, D] that the settings mix in."""
+    return [model_images(config, seed) for seed in range(PHANTOMS)] if settings.phantoms_share else []
+
+
+def fit(
+    config: ModelConfig,
+    settings: TokenizerSettings,
+    images: np.ndarray,
+    centres: Centres | None = None,
+    patients: Sequence[Patient] = (),
+    phantoms: Sequence[np.ndarray] = (),
+) -> Prior | SlicePrior:
+    """The prior of a model, as its settings of stage I say; images and what may stand beside them: see `fit_prior` and,
+    of hearts, `fit_slice_prior`."""
+    if config.task.joint:
+        return fit_slice_prior(images, centres, settings.seed)
+    shares = settings.patients_share, settings.phantoms_share
+    with torch.enable_grad():
+        return fit_prior(images, settings.seed, patients, shares[0], phantoms, shares[1], settings.prior_steps)
 
 
 def fit_prior(

@@ -17,8 +17,8 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE, PromptEncoder
 from copedit_training.data.patients import read_patients, varied
-from copedit_training.data.prepared import draw_observed, model_images
-from copedit_training.stages import distributed
+from copedit_training.data.prepared import draw_observed
+from copedit_training.stages import distributed, prior
 from copedit_training.stages.losses import (
     PRETEXT,
     Adversary,
@@ -29,7 +29,7 @@ from copedit_training.stages.losses import (
     scale_prompts,
     weigh,
 )
-from copedit_training.stages.prior import VIEWS, Centres, fit_prior, fit_slice_prior
+from copedit_training.stages.prior import VIEWS, Centres
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.task import (
     Batch,
@@ -45,7 +45,6 @@ from copedit_training.stages.wavelets import start_as_wavelets
 
 READOUT_LR = 3e-3
 READOUT_NOISE = 0.05  # deviations of a feature
-PHANTOMS = 40  # with their left and right exchanged as many again
 HELD_OUT = 10  # one subject in so many is not learnt from, where there are enough; the heads are calibrated on it
 
 
@@ -72,7 +71,7 @@ class Shared:
     first: int
 
 
-def _check_prior(config: ModelConfig, settings: TokenizerSettings) -> None:
+def check_prior(config: ModelConfig, settings: TokenizerSettings) -> None:
     """Raises CopeditError for a prior without steps, steps without a prior, phantoms that nothing would be learnt from,
     and shares that leave none."""
     fitted = config.denoiser.prior and not config.task.joint  # that of hearts is solved, not descended to
@@ -107,7 +106,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.centres: Centres | None = None
         if images is not None:
             self.images = images
-        _check_prior(config, settings)
+        check_prior(config, settings)
         self.patients = read_patients(Path(settings.patients), config) if settings.patients else []
         crop = settings.crop
         for size in (crop, settings.prompt_crop):
@@ -295,19 +294,14 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         flat = z.movedim(2, -1).flatten(0, -2)
         self.tokenizer.latent_mean.copy_(flat.mean(0))
         self.tokenizer.latent_std.copy_(flat.std(0).clamp_min(1e-6))
-        shares = self.settings.patients_share, self.settings.phantoms_share
-        phantoms = [model_images(self.config, seed) for seed in range(PHANTOMS)] if shares[1] else []
+        phantoms = prior.phantoms_of(self.config, self.settings)
         if self.settings.readout_steps:
             self.read_out(phantoms)
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
         if self.config.denoiser.prior:
-            if self.joint:
-                fit_slice_prior(self.images, self.centres, self.settings.seed).save(folder)
-                return
-            with torch.enable_grad():
-                mixed = self.patients, shares[0], phantoms, shares[1]
-                fit_prior(self.images, self.settings.seed, *mixed, self.settings.prior_steps).save(folder)
+            mixed = self.patients, phantoms
+            prior.fit(self.config, self.settings, self.images, self.centres, *mixed).save(folder)
 
     def read_out(self, phantoms: Sequence[np.ndarray] = ()) -> None:
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects, of

@@ -35,6 +35,7 @@ from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.terminal import finite
 from copedit_rt.trained import TrainedOn
 from copedit_training.data import layouts
+from copedit_training.data.patients import read_patients
 from copedit_training.data.prepared import (
     Labels,
     folder_images,
@@ -44,10 +45,9 @@ from copedit_training.data.prepared import (
     simulated_images,
     study_names,
 )
-from copedit_training.stages import distributed, memory
+from copedit_training.stages import distributed, memory, prior
 from copedit_training.stages.checkpoints import claim, cut_log, restore, store
 from copedit_training.stages.denoiser_task import DenoiserTask, check
-from copedit_training.stages.prior import fit_prior, fit_slice_prior
 from copedit_training.stages.progress import shown
 from copedit_training.stages.settings import (
     DenoiserSettings,
@@ -59,8 +59,9 @@ from copedit_training.stages.settings import (
 )
 from copedit_training.stages.step import Optimization, Share, ahead, clip, gradients, learning_rate
 from copedit_training.stages.task import Task, Terms
-from copedit_training.stages.tokenizer_task import TokenizerTask
+from copedit_training.stages.tokenizer_task import TokenizerTask, check_prior
 
+PRIORS = "seed", "subjects", "patients", "patients_share", "phantoms_share", "prior_steps"  # what a prior goes by
 KNOWN = 200  # training subjects whose grey values the model remembers
 Source = layouts.DataSet | Labels | None  # None: phantoms
 
@@ -89,24 +90,39 @@ def run(
         return _run(preset, output, data, settings, resume, config, settings.subjects if quick else None)
 
 
-def fit_prior_alone(preset: str, output: Path, data: str, tokenizer: str, config: ModelConfig | None = None) -> Path:
+def fit_prior_alone(
+    preset: str,
+    output: Path,
+    data: str,
+    tokenizer: str,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    config: ModelConfig | None = None,
+) -> Path:
     """A model of its prior alone, in `output/model`, which is returned: the tokenizer of a model that is there, the
     prior fitted to the training images, and a denoiser that corrects nothing, until stage II has trained one.
 
-    data, config: as in `run`. Raises CopeditError for a preset without a prior, another tokenizer than the preset's,
-    unusable data, and an output folder in use.
+    data, resume, config: as in `run`; overrides: of the settings of stage I that are in `PRIORS`. Raises CopeditError
+    for another setting, a preset without a prior, another tokenizer than the preset's, unusable data, and an output
+    folder in use.
     """
-    settings, config = load_settings("tokenizer", preset), config or ModelConfig.preset(preset)
+    settings, config = load_settings("tokenizer", preset, overrides), config or ModelConfig.preset(preset)
     if not config.denoiser.prior:
         raise CopeditError(f"preset {preset}: its models have no prior; choose one that does, such as heart-3mm")
-    vae, _ = load_tokenizer(preset, config, tokenizer)
+    able = PRIORS[:2] if config.task.joint else PRIORS
+    for item in overrides:
+        if item.partition("=")[0] not in able:
+            raise CopeditError(f"--set {item}: the prior of {preset} does not go by it; it goes by {', '.join(able)}")
+    check_subjects(data, overrides)
+    check_prior(config, settings)
+    patients = read_patients(Path(settings.patients), config) if settings.patients else ()
+    vae, digest = load_tokenizer(preset, config, tokenizer)
     found, console = source(data, config), Console(stderr=True)
-    claim(output, {"stage": "prior", "model": config.to_dict(), "data": data, "tokenizer": tokenizer}, resume=False)
+    described = describe(settings, config, data, found)
+    claim(output, described | {"stage": "prior", "tokenizer": digest}, resume)
     images = _images(config, settings, found, output, console)
-    if config.task.joint:
-        fit_slice_prior(images, heart_centres(output), settings.seed).save(output / "model")
-    else:
-        fit_prior(images, settings.seed).save(output / "model")
+    mixed = patients, prior.phantoms_of(config, settings)
+    prior.fit(config, settings, images, heart_centres(output), *mixed).save(output / "model")
     torch.manual_seed(settings.seed)
     alone = config.prior_alone()
     checkpoint.save(output / "model", alone, tokenizer=vae)
@@ -238,8 +254,8 @@ def _checked(
     if not settings.tokenizer:
         raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
     tokenizer, _ = load_tokenizer(preset, config, settings.tokenizer)
-    prior = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
-    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", prior)
+    given = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
+    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", given)
 
 
 def _images(
