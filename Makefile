@@ -6,6 +6,7 @@
 #   JOBS=4                      processes that test; by default one a core, at most 4
 #   TRAIN_FLAGS="--set device=cuda" passed to copedit train
 #   LABELS=... PATIENTS=... HEARTS=... folders that make weights trains brain-2mm and heart-3mm on, too
+#   MODELS="demo-cardiac"       which built-in models make weights trains
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -15,6 +16,7 @@ TRAIN_FLAGS ?=
 LABELS ?=
 PATIENTS ?=
 HEARTS ?=
+MODELS ?= demo-brain demo-cardiac $(if $(LABELS),brain-2mm) $(if $(HEARTS),heart-3mm)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,14 +24,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 METADATA := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint weights wheel clean
+.PHONY: help demo test lint weights weights-demo-brain weights-demo-cardiac weights-brain-2mm weights-heart-3mm wheel clean
 
 help:
 	@echo "make demo    install, then synthesise the missing parts of simulated studies into demo-output/"
 	@echo "make test    install, then lint, type check and test"
 	@echo "make lint    the lint, the type check and the check of imports alone"
 	@echo "make weights train the built-in models again, in runs/ (hours on a CPU), and put them into the package; those of"
-	@echo "             patients need LABELS=FOLDER PATIENTS=FOLDER HEARTS=FOLDER"
+	@echo "             patients need LABELS=FOLDER PATIENTS=FOLDER HEARTS=FOLDER, and MODELS=\"NAME ...\" chooses among all four"
 	@echo "make wheel   dist/copedit-*.whl with the ONNX files of the patients' models: pip install 'WHEEL[cpu]' needs no torch"
 	@echo "make clean   remove .venv and everything else that make made"
 
@@ -49,27 +51,33 @@ lint: $(VENV)/installed-test
 	@echo "==> import-linter"
 	$(BIN)/lint-imports
 
-# Interrupted, it goes on where it was: every stage resumes from its last checkpoint. LABELS, PATIENTS and HEARTS are
-# folders; the models that need them are left as they are without.
-weights: $(VENV)/installed
-	$(call both_stages,demo-brain,)
-	$(call both_stages,demo-cardiac,)
-ifneq ($(LABELS),)
+# Interrupted, it goes on where it was: every stage resumes from its last checkpoint.
+weights: $(addprefix weights-,$(MODELS))
+
+weights-demo-brain weights-demo-cardiac: weights-%: $(VENV)/installed
+	$(call both_stages,$*,,)
+
+weights-brain-2mm: $(VENV)/installed
+	$(call needs,LABELS)
 	$(call both_stages,brain-2mm,--data labels:$(LABELS),$(if $(PATIENTS),--set patients=$(PATIENTS)))
-endif
-ifneq ($(HEARTS),)
-	test -d runs/heart-3mm/prior/model || $(BIN)/copedit train prior --preset heart-3mm --data $(HEARTS) \
-	    --tokenizer runs/demo-cardiac/tokenizer/model -o runs/heart-3mm/prior
-	cp runs/heart-3mm/prior/model/* copedit_rt/weights/heart-3mm/
-endif
+
+weights-heart-3mm: $(VENV)/installed | $(filter weights-demo-cardiac,$(addprefix weights-,$(MODELS)))
+	$(call needs,HEARTS)
+	@$(began) \
+	$(BIN)/copedit train prior --preset heart-3mm --data $(HEARTS) --tokenizer demo-cardiac -o runs/heart-3mm --resume; \
+	cp runs/heart-3mm/model/* copedit_rt/weights/heart-3mm/; $(call ended,heart-3mm)
+
+needs = @test -n "$($(1))" || { echo "make weights: $@ needs a folder: name it with $(1)=FOLDER" >&2; exit 1; }
+began = began=$$(date +%s); set -ex;
+ended = set +x; echo "==> $(1): $$(($$(date +%s) - began)) s"; sha256sum copedit_rt/weights/$(1)/*.safetensors
 
 # $(1) preset, $(2) flags of both stages, $(3) flags of the first
 define both_stages
-$(BIN)/copedit train tokenizer --preset $(1) -o runs/$(1)/tokenizer --resume $(TRAIN_FLAGS) $(2) $(3)
+@$(began) \
+$(BIN)/copedit train tokenizer --preset $(1) -o runs/$(1)/tokenizer --resume $(TRAIN_FLAGS) $(2) $(3); \
 $(BIN)/copedit train denoiser --preset $(1) -o runs/$(1)/denoiser --resume $(TRAIN_FLAGS) $(2) \
-    --set tokenizer=runs/$(1)/tokenizer/model
-mkdir -p copedit_rt/weights/$(1)
-cp runs/$(1)/denoiser/model/* copedit_rt/weights/$(1)/
+    --set tokenizer=runs/$(1)/tokenizer/model; \
+mkdir -p copedit_rt/weights/$(1); cp runs/$(1)/denoiser/model/* copedit_rt/weights/$(1)/; $(call ended,$(1))
 endef
 
 # A wheel that runs without torch (extra `cpu`): the ONNX files of the models of patients, made from their weights here.

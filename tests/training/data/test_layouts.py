@@ -20,6 +20,7 @@ from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.synthesizer import Synthesizer
+from copedit_rt.trained import TrainedOn
 from copedit_training.data import layouts, prepared
 from copedit_training.stages import trainer
 
@@ -502,6 +503,7 @@ def test_a_model_of_its_prior_alone(tmp_path):
     checkpoint.save(vae, HEART, tokenizer=CoPeVAE(HEART.tokenizer, len(HEART.elements)))
     model = trainer.fit_prior_alone("heart-3mm", tmp_path / "b", str(root), str(vae), config=with_prior)
     study = Study.read(root / "SC-N-1_ED.nii.gz", missing_slices=[2, 3, 4])
+    assert TrainedOn.load(model).words == "3 studies of a data set (Sunnybrook)"
     filled = checkpoint.load_prior(model, with_prior).fill_study(prepare(study, with_prior))
     expected = prepare(study, with_prior).restore(filled.images, stack=filled.stack)["sax"]
     for steps, off in ((None, 0), (1, 0.01)):

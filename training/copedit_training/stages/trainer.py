@@ -197,7 +197,8 @@ def trained_on(found: Source, settings: Settings, config: ModelConfig, images: n
     if isinstance(found, Labels):
         origin = "contrasts simulated from label maps"
     elif found is not None:
-        origin = f"{len(images)} studies of a data set"
+        layouts_of = ", ".join(sorted({entry.layout for entry in found.studies} - {"other"}))
+        origin = f"{len(images)} studies of a data set" + (f" ({layouts_of})" if layouts_of else "")
     parts = [origin]
     if isinstance(settings, TokenizerSettings):
         parts += ["phantoms"] if settings.phantoms_share and found is not None else []
