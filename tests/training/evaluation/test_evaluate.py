@@ -17,6 +17,7 @@ from copedit_training.evaluation import compare, subjects
 from copedit_training.evaluation import evaluate as ev
 from copedit_training.evaluation import report as pages
 from copedit_training.evaluation.subjects import phantom_truth
+from tests.training.data.test_anatomy import made_up
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,21 @@ def test_other_simulated_subjects(model_folder, tmp_path):
         refused = CliRunner().invoke(app, [*command, *options])
         assert refused.exit_code == 1 and refused.stderr.count("\n") == 1, refused.output
         assert named in refused.stderr
+
+
+def test_subjects_of_label_maps(model_folder, tmp_path):
+    """Every command that takes them, to the page that it writes."""
+    data = f"labels:{made_up(tmp_path)}"
+    shared = ["--model", str(model_folder("demo-brain")), "-o", str(tmp_path / "out"), "--data", data, "--subjects", "1"]
+    few = ["--patterns", "1"]
+    for command in (["evaluate", *few], ["sweep", "--steps", "1", *few], ["analyse", "gradcam"], ["figure"]):
+        result = CliRunner().invoke(app, [*command, *shared, "--json"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["data"] == data
+    pages = {path.stem: path.read_text() for path in (tmp_path / "out").glob("*.md")}
+    for name in ("evaluation", "sweep"):
+        assert f"1 simulated subjects of {data} from seed {prepared.HELD_OUT}" in pages[name]
+    assert f"3 samples, of {data}." in pages["gradcam"]
 
 
 def stack(config, count, axis=2):
