@@ -1,8 +1,8 @@
 """What the network perceives in a study.
 
 The network reads images, not names. From the observed elements alone it states how many are missing, which,
-and, one image at a time, what each looks like; the three opinions are made one (`_agreed`). `copedit_rt.inspection` sets
-this beside what the files say. No torch.
+and, one image at a time, what each looks like; the three opinions are made one (`_agreed`). `copedit_rt.inspection`
+sets this beside what the files say. No torch.
 """
 
 from __future__ import annotations

@@ -309,7 +309,8 @@ def test_other_simulated_subjects(model_folder, tmp_path):
 def test_subjects_of_label_maps(model_folder, tmp_path):
     """Every command that takes them, to the page that it writes."""
     data = f"labels:{made_up(tmp_path)}"
-    shared = ["--model", str(model_folder("demo-brain")), "-o", str(tmp_path / "out"), "--data", data, "--subjects", "1"]
+    model = str(model_folder("demo-brain"))
+    shared = ["--model", model, "-o", str(tmp_path / "out"), "--data", data, "--subjects", "1"]
     few = ["--patterns", "1"]
     for command in (["evaluate", *few], ["sweep", "--steps", "1", *few], ["analyse", "gradcam"], ["figure"]):
         result = CliRunner().invoke(app, [*command, *shared, "--json"])
