@@ -81,10 +81,11 @@ def _agreed(count: Array, missing: Array, identity: Sequence[Array]) -> tuple[Ar
     """P(number missing) [m-1] and P(missing) [m] from those of the two heads and what each image looks like [m].
 
     Each says how likely a set of elements is to be what is there, and their product is taken (a logarithmic opinion
-    pool): the heads of number and of positions, half each, as they read the same prompts, and the chance that the
-    images look like this set together, of whatever each is by itself. Leave-one-out on two patients the heads by
-    themselves are right about number and positions in 24 of 28 incomplete studies, together in 28. A set cannot have
-    more elements than there are images. Number has no class for none missing; there that of one is taken.
+    pool): the two heads, and with half the weight the chance that the images look like this set together, of whatever
+    each is by itself. Right about number / positions, heads alone and together: two patients that the heads have not
+    seen 24 / 24 and 27 / 28 of 28, held-out studies of label maps 83 / 64 and 92 / 69 %, hearts 95 / 97 and 99 / 99 %
+    (of hearts the full weight costs 2 %). A set cannot have more elements than there are images. Number has no class
+    for none missing; there that of one is taken.
     """
     if not identity:
         return count, missing
@@ -100,7 +101,7 @@ def _agreed(count: Array, missing: Array, identity: Sequence[Array]) -> tuple[Ar
     lacking = m - there.sum(1)
     own = (1 - DOUBT) * missing + DOUBT / 2
     heads = count[np.clip(lacking, 1, m - 1) - 1] * np.where(there, 1 - own, own).prod(1)
-    chance = np.sqrt(heads) * together
+    chance = heads * np.sqrt(together)
     chance /= chance.sum()
     number = np.bincount(lacking, chance, m + 1)[1:m]
     return number / max(number.sum(), 1e-300), chance @ ~there

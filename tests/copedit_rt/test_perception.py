@@ -41,7 +41,7 @@ def test_number_positions_and_single_images_agree_as_every_set_of_elements_says(
             chance[tuple(sorted(set(guess)))] += np.prod([p[i] for p, i in zip(looks, guess, strict=True)])
         for s in chance:
             heads = number[max(4 - len(s), 1) - 1] * np.prod([1 - p if i in s else p for i, p in enumerate(missing)])
-            chance[s] *= heads**0.5
+            chance[s] = heads * chance[s] ** 0.5
         total = sum(chance.values())
         expected = [sum(p for s, p in chance.items() if i not in s) / total for i in range(4)]
         np.testing.assert_allclose(perceived.missing, expected)
