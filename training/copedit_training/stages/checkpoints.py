@@ -76,7 +76,7 @@ def _complete(described: dict[str, Any]) -> dict[str, Any]:
     model = ModelConfig.from_dict(described["model"])
     if "method" in described:
         return described | {"model": json.loads(json.dumps(model.to_dict()))}
-    kind = DenoiserSettings if described["stage"] == "denoiser" else TokenizerSettings
+    kind = TokenizerSettings if described["stage"] in ("tokenizer", "prior") else DenoiserSettings
     settings = {
         field.name: described["settings"].get(field.name, field.default)
         for field in dataclasses.fields(kind)
