@@ -67,7 +67,8 @@ OVERFIT = {
     "mmt": ("heart", (16, 16, 4), "steps=60 lr=5e-3 batch_size=1"),
     "mmgan": ("brain", (32, 32, 8), "steps=25 lr=5e-3 batch_size=2 slices=4"),
     "ldm": ("heart", (16, 16, 4), "steps=40 lr=5e-3 batch_size=4 ema=0.9 sampler_steps=5"),
-    "controlnet": ("brain", (16, 16, 4), f"steps=90 lr=5e-3 control_steps=45 control_lr=5e-3 {_FLAT}"),
+    # Fewer than 80 steps of its own are a matter of the seed and of rounding: 0.5 to 1.1 of the mean's error; 80: 0.6.
+    "controlnet": ("brain", (16, 16, 4), f"steps=120 lr=5e-3 control_steps=80 control_lr=5e-3 {_FLAT}"),
     "diffm4ri": ("heart", (16, 16, 4), "steps=100 lr=5e-3 batch_size=4 ema=0.9 sampler_steps=5 resample=2"),
 }
 
