@@ -17,6 +17,7 @@ LABELS ?=
 PATIENTS ?=
 HEARTS ?=
 MODELS ?= demo-brain demo-cardiac $(if $(LABELS),brain-2mm) $(if $(HEARTS),heart-3mm)
+WEIGHTS = $(addprefix weights-,$(MODELS))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 METADATA := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint weights weights-demo-brain weights-demo-cardiac weights-brain-2mm weights-heart-3mm wheel clean
+.PHONY: help demo test lint weights $(WEIGHTS) wheel clean
 
 help:
 	@echo "make demo    install, then synthesise the missing parts of simulated studies into demo-output/"
@@ -52,16 +53,16 @@ lint: $(VENV)/installed-test
 	$(BIN)/lint-imports
 
 # Interrupted, it goes on where it was: every stage resumes from its last checkpoint.
-weights: $(addprefix weights-,$(MODELS))
+weights: $(WEIGHTS)
 
 weights-demo-brain weights-demo-cardiac: weights-%: $(VENV)/installed
-	$(call both_stages,$*,,)
+	$(call both_stages,$*)
 
 weights-brain-2mm: $(VENV)/installed
 	$(call needs,LABELS)
 	$(call both_stages,brain-2mm,--data labels:$(LABELS),$(if $(PATIENTS),--set patients=$(PATIENTS)))
 
-weights-heart-3mm: $(VENV)/installed | $(filter weights-demo-cardiac,$(addprefix weights-,$(MODELS)))
+weights-heart-3mm: $(VENV)/installed | $(filter weights-demo-cardiac,$(WEIGHTS))
 	$(call needs,HEARTS)
 	@$(began) \
 	$(BIN)/copedit train prior --preset heart-3mm --data $(HEARTS) --tokenizer demo-cardiac -o runs/heart-3mm --resume; \

@@ -7,6 +7,7 @@ call fail for the graphs named there, as TensorRT does: it returns None or False
 import ctypes
 import io
 import json
+from abc import ABC, abstractmethod
 from enum import Enum, IntEnum
 from pathlib import Path
 
@@ -46,27 +47,27 @@ class DataType(Enum):
     BOOL = np.bool_
 
 
-class ILogger:
-    """Like the real interfaces, it does nothing until it is inherited from."""
+class ILogger(ABC):
+    """Of the real interfaces every method is to be written by whoever inherits; here leaving one out is refused."""
 
     class Severity(Enum):
         INTERNAL_ERROR = 0
         ERROR = 1
         WARNING = 2
 
-    def log(self, severity, msg):
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, severity, msg): ...
 
 
-class IProgressMonitor:
-    def phase_start(self, phase_name, parent_phase, num_steps):
-        raise NotImplementedError
+class IProgressMonitor(ABC):
+    @abstractmethod
+    def phase_start(self, phase_name, parent_phase, num_steps): ...
 
-    def step_complete(self, phase_name, step):
-        raise NotImplementedError
+    @abstractmethod
+    def step_complete(self, phase_name, step): ...
 
-    def phase_finish(self, phase_name):
-        raise NotImplementedError
+    @abstractmethod
+    def phase_finish(self, phase_name): ...
 
 
 class ITensor:

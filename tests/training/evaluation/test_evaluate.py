@@ -318,8 +318,8 @@ def test_subjects_of_label_maps(model_folder, tmp_path):
         assert json.loads(result.stdout)["data"] == data
     pages = {path.stem: path.read_text() for path in (tmp_path / "out").glob("*.md")}
     for name in ("evaluation", "sweep"):
-        assert f"1 simulated subjects of {data} from seed {prepared.HELD_OUT}" in pages[name]
-    assert f"3 samples, of {data}." in pages["gradcam"]
+        assert f"1 simulated subjects ({data}) from seed {prepared.HELD_OUT}" in pages[name]
+    assert f"3 samples, simulated ({data})." in pages["gradcam"]
 
 
 def stack(config, count, axis=2):

@@ -93,8 +93,7 @@ def markdown(report: Report) -> str:
 
 def _whom(report: Report) -> str:
     if "split" not in report:
-        of = "" if report["data"] == "phantom" else f" of {report['data']}"
-        return f"{report['subjects']} simulated subjects{of} from seed {report['first_seed']}"
+        return f"{report['subjects']} simulated subjects ({report['data']}) from seed {report['first_seed']}"
     which = {"test": "held-out subjects", "all": "subjects"}.get(
         report["split"], f"subjects held out by {report['split']}"
     )

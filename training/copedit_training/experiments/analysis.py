@@ -758,8 +758,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report as a Markdown table."""
     says, heads, rows = _rows(report)
     many = f"{report['samples']} samples" if "samples" in report else f"{report['subjects']} subjects"
-    whose = "held-out and simulated" if report["data"] == "phantom" else f"of {report['data']}"
-    whose += f" ({report['split']})" if "split" in report else ""
+    whose = f"of {report['data']} ({report['split']})" if "split" in report else f"simulated ({report['data']})"
     lines = [f"# {report['model']}: {report['analysis']}", "", f"{many}, {whose}. {says}", ""]
     return "\n".join([*lines, *markdown_table(heads, rows, 1)]) + "\n"
 

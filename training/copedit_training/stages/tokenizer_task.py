@@ -29,7 +29,6 @@ from copedit_training.stages.losses import (
     scale_prompts,
     weigh,
 )
-from copedit_training.stages.prior import VIEWS, Centres
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.task import (
     Batch,
@@ -103,7 +102,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
     def __init__(self, config: ModelConfig, settings: TokenizerSettings, images: np.ndarray | None = None):
         """images: None where they come later, see `on`."""
         super().__init__(config, settings)
-        self.centres: Centres | None = None
+        self.centres: prior.Centres | None = None
         if images is not None:
             self.images = images
         check_prior(config, settings)
@@ -131,7 +130,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.quantised: list[tuple[Tensor, Tensor, torch.Generator]] = []  # vectors, indices, of this step
         self.module.to(self.device)
 
-    def on(self, images: np.ndarray, centres: Centres | None = None) -> TokenizerTask:
+    def on(self, images: np.ndarray, centres: prior.Centres | None = None) -> TokenizerTask:
         """The same task, of these images; centres: of the hearts in them, see `fit_slice_prior`."""
         self.images, self.centres = images, centres
         return self
@@ -300,8 +299,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         self.tokenizer.train()
         checkpoint.save(folder, self.config, tokenizer=self.tokenizer)
         if self.config.denoiser.prior:
-            mixed = self.patients, phantoms
-            prior.fit(self.config, self.settings, self.images, self.centres, *mixed).save(folder)
+            made = prior.fit(self.config, self.settings, self.images, self.centres, self.patients, phantoms)
+            made.save(folder)
 
     def read_out(self, phantoms: Sequence[np.ndarray] = ()) -> None:
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects, of
@@ -317,11 +316,11 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         rng = np.random.default_rng(self.settings.seed)
         for patient in self.patients:
             have = torch.from_numpy(patient.there)
-            for number in range(VIEWS):
+            for number in range(prior.VIEWS):
                 x = self.pooled(torch.from_numpy(varied(patient, rng, number)[None, :, None]).to(self.device))
                 x[:, ~have] = x[:, have].mean(1, keepdim=True)  # which the contrastive task takes for the rest
                 features.append(x)
-            there = torch.cat((there, have.expand(VIEWS, -1)))
+            there = torch.cat((there, have.expand(prior.VIEWS, -1)))
         held_out = simulated // HELD_OUT * (simulated >= 5 * HELD_OUT)
         counts = np.array([simulated - held_out, complete - simulated, len(features) - complete])
         shares = np.array([0, self.settings.phantoms_share, self.settings.patients_share]) * (counts > 0)

@@ -121,8 +121,8 @@ def fit_prior_alone(
     described = describe(settings, config, data, found)
     claim(output, described | {"stage": "prior", "tokenizer": digest}, resume)
     images = _images(config, settings, found, output, console)
-    mixed = patients, prior.phantoms_of(config, settings)
-    prior.fit(config, settings, images, heart_centres(output), *mixed).save(output / "model")
+    phantoms = prior.phantoms_of(config, settings)
+    prior.fit(config, settings, images, heart_centres(output), patients, phantoms).save(output / "model")
     torch.manual_seed(settings.seed)
     alone = config.prior_alone()
     checkpoint.save(output / "model", alone, tokenizer=vae)
@@ -197,8 +197,8 @@ def trained_on(found: Source, settings: Settings, config: ModelConfig, images: n
     if isinstance(found, Labels):
         origin = "contrasts simulated from label maps"
     elif found is not None:
-        layouts_of = ", ".join(sorted({entry.layout for entry in found.studies} - {"other"}))
-        origin = f"{len(images)} studies of a data set" + (f" ({layouts_of})" if layouts_of else "")
+        published = ", ".join(sorted({entry.layout for entry in found.studies} - {"other"}))
+        origin = f"{len(images)} studies of a data set" + (f" ({published})" if published else "")
     parts = [origin]
     if isinstance(settings, TokenizerSettings):
         parts += ["phantoms"] if settings.phantoms_share and found is not None else []
