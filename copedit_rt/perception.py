@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from copedit_rt.task import Task
+
 Array = NDArray[np.float64]
 DOUBT = 0.05  # share of the times that a head is taken to guess
 
@@ -37,10 +39,10 @@ class Perception:
 
     @classmethod
     def from_logits(
-        cls, elements: Sequence[str], count: ArrayLike, position: ArrayLike, alone: Mapping[str, ArrayLike]
+        cls, task: Task, elements: Sequence[str], count: ArrayLike, position: ArrayLike, alone: Mapping[str, ArrayLike]
     ) -> Perception:
         """count [m-1] and position [m]: logits of the heads over all observed elements; alone: per observed
-        element the position logits [m] when it is the only one given.
+        element the position logits [m] when it is the only one given. task: says which of them to trust more.
 
         With one image given exactly one element is present. The position logits l are log odds of "missing",
         so P(only i present) is proportional to prod_j p_j * (1 - p_i) / p_i, that is to exp(-l_i): a softmax
@@ -48,7 +50,9 @@ class Perception:
         """
         missing = 0.5 * (1 + np.tanh(np.asarray(position, dtype=np.float64) / 2))
         identity = {name: _softmax(-np.asarray(logits, dtype=np.float64)) for name, logits in alone.items()}
-        number, missing = _agreed(np.array(_softmax(count)), missing, [np.array(p) for p in identity.values()])
+        number, missing = _agreed(
+            np.array(_softmax(count)), missing, [np.array(p) for p in identity.values()], *task.trust
+        )
         return cls(number.tolist(), missing.tolist(), identity, tuple(elements))
 
     @property
@@ -75,29 +79,29 @@ class Perception:
         }
 
 
-def _agreed(count: Array, missing: Array, identity: Sequence[Array]) -> tuple[Array, Array]:
+def _agreed(count: Array, missing: Array, identity: Sequence[Array], heads: float, alone: float) -> tuple[Array, Array]:
     """P(number missing) [m-1] and P(missing) [m] from those of the two heads and what each image looks like [m].
 
     Each says how likely a set of elements is to be what is there, and their product is taken (a logarithmic opinion
-    pool): the two heads, and with half the weight the chance that the images look like this set together, of whatever
-    each is by itself. Half, as slabs of a heart are hard to tell apart one at a time. A set cannot have more elements
-    than there are images. Number has no class for none missing; there that of one is taken.
+    pool): the two heads to the power `heads`, and to the power `alone` the chance that the images look like this set
+    together, of whatever each is by itself. A set cannot have more elements than there are images. Number has no class
+    for none missing; there that of one is taken.
     """
     if not identity:
         return count, missing
-    m, (count, *alone) = len(missing), ((1 - DOUBT) * p + DOUBT / len(p) for p in (count, *identity))
+    m, (count, *single) = len(missing), ((1 - DOUBT) * p + DOUBT / len(p) for p in (count, *identity))
     every = np.arange(2**m)
     there = (every[:, None] >> np.arange(m) & 1).astype(bool)  # [sets, m]
     together = (every == 0).astype(np.float64)
-    for chances in alone:
+    for chances in single:
         grown = np.zeros_like(together)
         for i, p in enumerate(chances):
             np.add.at(grown, every | 1 << i, p * together)
         together = grown
     lacking = m - there.sum(1)
     own = (1 - DOUBT) * missing + DOUBT / 2
-    heads = count[np.clip(lacking, 1, m - 1) - 1] * np.where(there, 1 - own, own).prod(1)
-    chance = heads * np.sqrt(together)
+    whole = count[np.clip(lacking, 1, m - 1) - 1] * np.where(there, 1 - own, own).prod(1)
+    chance = whole**heads * together**alone
     chance /= chance.sum()
     number = np.bincount(lacking, chance, m + 1)[1:m]
     return number / number.sum(), chance @ ~there

@@ -334,7 +334,7 @@ class Synthesizer:
         elements = self.config.elements
         names = [name for name, there in zip(elements, prepared.observed, strict=True) if there]
         alone = dict(zip(names, encoded.alone[0], strict=True))
-        perceived = Perception.from_logits(elements, encoded.count[0], encoded.missing[0], alone)
+        perceived = Perception.from_logits(self.config.task, elements, encoded.count[0], encoded.missing[0], alone)
         if self.trained is None:
             return perceived
         return replace(perceived, unlike=self.trained.remarks(elements, prepared.images, prepared.observed))

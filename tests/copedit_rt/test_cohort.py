@@ -239,9 +239,11 @@ def test_names_that_are_no_text(tmp_path, brain_model):
 
 def test_heads_that_are_not_finite_are_null_in_json(tmp_path, brain_model, monkeypatch):
     real = Perception.from_logits
-    monkeypatch.setattr(
-        Perception, "from_logits", lambda elements, count, *more: real(elements, np.full_like(count, np.nan), *more)
-    )
+
+    def unfinished(task, elements, count, *more):
+        return real(task, elements, np.full_like(count, np.nan), *more)
+
+    monkeypatch.setattr(Perception, "from_logits", unfinished)
     study(tmp_path / "in")
     result = run("synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model, "--json")
     assert result.exit_code == 0
