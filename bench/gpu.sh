@@ -30,7 +30,7 @@ command -v "$python" >/dev/null || python=python3
 export PYTHONPATH=.:kernels:training:bench${PYTHONPATH:+:$PYTHONPATH}
 device=${DEVICE:-cuda}
 if [[ $device == cuda ]]; then
-    gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || {
+    gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) || {
         echo "bench/gpu.sh: torch sees no CUDA GPU; DEVICE=cpu rehearses without one" >&2
         exit 1
     }

@@ -124,13 +124,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     write_atomically(path, save_tensors(plain))
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, assign: bool = False) -> None:
-    """Load tensors into a module, whatever floating-point type they were stored in; assign: as its own, uncopied.
+def fill(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    where: str | Path,
+    assign: bool = False,
+    owner: str = f"this {CONFIG}",
+) -> None:
+    """Load tensors into a module, whatever floating-point type they were stored in; assign: as its own, uncopied;
+    owner: what the weights have to belong to, for the error.
 
     Raises CopeditError naming the first tensor that is missing, unknown or of a wrong shape.
     """
     expected = module.state_dict()
-    _check(expected, tensors, where)
+    _check(expected, tensors, where, owner)
     converted = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
     module.load_state_dict(converted, assign=assign)
 
@@ -149,16 +156,16 @@ def _undrawn(build: Callable[[], M], where: Path) -> M:
         ) from error
 
 
-def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path) -> None:
+def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str | Path, owner: str) -> None:
     if missing := sorted(set(expected) - set(tensors)):
-        raise CopeditError(f"{where}: tensor {missing[0]} is missing; the weights do not belong to this {CONFIG}")
+        raise CopeditError(f"{where}: tensor {missing[0]} is missing; the weights do not belong to {owner}")
     if unknown := sorted(set(tensors) - set(expected)):
-        raise CopeditError(f"{where}: tensor {unknown[0]} is unknown; the weights do not belong to this {CONFIG}")
+        raise CopeditError(f"{where}: tensor {unknown[0]} is unknown; the weights do not belong to {owner}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise CopeditError(
                 f"{where}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; "
-                f"the weights do not belong to this {CONFIG}"
+                f"the weights do not belong to {owner}"
             )
 
 

@@ -230,8 +230,11 @@ class Job:
             entry["notes"].append(f"kept without a DICOM series: {', '.join(bare)}; --overwrite makes it again")
         if outputs and len(done) == len(outputs):
             entry["status"] = "kept"
-            if self.preview and not self.picture(files).is_file():
-                entry["notes"].append("nothing was made, so no picture was drawn; --overwrite makes both")
+            pictures = {"preview": self.picture(files), "report": self.page(files)}
+            entry |= {kind: str(path) for kind, path in pictures.items() if path.is_file()}
+            for kind, told in (("preview", "no picture was drawn"), ("report", "no page was written")):
+                if getattr(self, kind) and kind not in entry:
+                    entry["notes"].append(f"nothing was made, so {told}; --overwrite makes both")
             return False
         entry["kept"] = list(done)
         # What is done stays as it is, though it is sampled again beside the others: elements depend on each other.
@@ -241,6 +244,10 @@ class Job:
     def picture(self, files: StudyFiles) -> Path:
         """Where a study's preview goes."""
         return self.output / files.naming.subfolder / f"{files.name}_preview.png"
+
+    def page(self, files: StudyFiles) -> Path:
+        """Where a study's page goes."""
+        return self.output / files.naming.subfolder / f"{files.name}_report.html"
 
     def outdated(self, model: str, config: ModelConfig, files: StudyFiles, done: Mapping[str, Any]) -> list[str]:
         """A note on each difference between runs that wrote outputs that are kept (their sidecars) and this one."""
@@ -312,7 +319,7 @@ class Job:
         if self.report:
             from copedit_rt.report import page
 
-            entry["report"] = str(self.output / files.naming.subfolder / f"{files.name}_report.html")
+            entry["report"] = str(self.page(files))
             page.write(result, entry["model"], Path(entry["report"]))
         std = result.std or None
         result.study.write(self.output, model=result.record["model"], record=result.record, std=std, dicom=self.dicom)

@@ -146,6 +146,18 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         raise unwritable(parent, error) from error
 
 
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, each with the names of its files, in order. Links to folders are followed; a folder
+    that several lead to is taken once, and hidden ones are passed over."""
+    seen = set()
+    for top, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(top)
+        folders[:] = () if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield Path(top), sorted(names)
+
+
 def sweep(folder: Path) -> None:
     """Remove what processes that are dead left below a folder: at the start of a job that writes there."""
     for top, folders, files in os.walk(folder):

@@ -324,10 +324,9 @@ class Screen(Listener):
                 self._say(f"{name}: {element} {outcome}: {path}")
                 if element in entry.get("dicom", {}):
                     self._say(f"{name}: {element} written as DICOM: {entry['dicom'][element]}")
-            if "preview" in entry:
-                self._say(f"{name}: picture written: {entry['preview']}")
-            if "report" in entry:
-                self._say(f"{name}: page written: {entry['report']}")
+            for kind, told in (("preview", "picture"), ("report", "page")):
+                if kind in entry:
+                    self._say(f"{name}: {told} {entry['status']}: {entry[kind]}")
         if self._verbose and not error:
             self._tell(f"{name}: {_how(entry)}", "dim")
 

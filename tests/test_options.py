@@ -108,7 +108,7 @@ LEFT_OUT: list[tuple[str, str, list[str], str]] = [
         for option, given, words in (
             ("data", ["--data", "IN/nothing"], "IN/nothing"),
             ("override", ["--data", "IN", "--set", "subjects=3"], "--set subjects=3: is of simulated subjects"),
-            ("override", ["--set", "guidance=mask"], "there is no place for it in MMGAN"),
+            ("override", ["--set", "guidance=mask"], "there is no place for it in MM-GAN"),
         )
     ),
     (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from copedit_rt.archive import Unpacked, is_zip
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import is_file
+from copedit_rt.files import is_file, walk
 from copedit_rt.images import bids
 from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
 from copedit_rt.images.names import (
@@ -464,13 +464,9 @@ def _is_folder(path: Path) -> bool:
 
 
 def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
-    try:
-        paths = sorted(p for p in root.rglob("*") if is_nifti(p))
-    except OSError as error:
-        raise CopeditError(f"cannot read {root}: {error.strerror or error}") from error
-    for path in paths:
+    for path in sorted(folder / name for folder, names in walk(root) for name in names if not name.startswith(".")):
         parts = path.relative_to(root).parts
-        if any(part.startswith(".") for part in parts) or path.is_dir():
+        if not is_nifti(path):
             continue
         if path.is_symlink() and not path.exists():
             skipped.append((path, "a broken link"))

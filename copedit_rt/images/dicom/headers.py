@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.files import walk
 
 MR, ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # its header could be a bomb, and dcm2niix does not read it
@@ -86,11 +86,9 @@ def need_extra(where: Path) -> None:
 
 def dicom_files(folder: Path) -> Iterator[Path]:
     """The DICOM files below a folder, in order: those that say so in their first bytes, or have the usual suffix."""
-    for top, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(names):
-            path = Path(top, name)
-            if not name.startswith(".") and name != "DICOMDIR" and path.is_file() and _is_dicom(path):
+    for top, names in walk(folder):
+        for path in (top / name for name in names if not name.startswith(".") and name != "DICOMDIR"):
+            if "__MACOSX" not in path.relative_to(folder).parts and path.is_file() and _is_dicom(path):
                 yield path
 
 

@@ -200,7 +200,7 @@ def test_methods_are_counted_and_measured(monkeypatch):
     measured = [{"preset": "tiny", "method": n, "kind": "inference"} | found[n] for n in names]
     measured += [{"preset": "tiny", "method": "mmgan", "kind": "training"} | trained]
     text = "\n".join(cost._methods({"methods": rows, "measured": measured}))
-    assert "| tiny | MMGAN | image |" in text and "| – | – | – |" in text.splitlines()[-1]
+    assert "| tiny | MM-GAN | image |" in text and "| – | – | – |" in text.splitlines()[-1]
 
 
 def test_what_does_not_fit_is_said(monkeypatch):

@@ -129,6 +129,21 @@ def test_broken_link(tmp_path):
     refuses("a broken link", find_studies, tmp_path)
 
 
+def test_links_to_folders_are_followed_and_a_folder_is_taken_once(tmp_path):
+    """Also where one leads back to where it lies."""
+    for name in ("1", "2"):
+        there = tmp_path / "elsewhere" / name
+        there.mkdir(parents=True)
+        save(there / f"{name}_t1.nii.gz")
+        (there / "back").symlink_to(tmp_path / "elsewhere")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "1").symlink_to(tmp_path / "elsewhere" / "1")
+    assert [study.name for study in find_studies(links)] == ["1", "2"]
+    (links / "again").symlink_to(tmp_path / "elsewhere")
+    assert sorted(study.name for study in find_studies(links)) == ["1", "2"]
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
 def test_unreadable(tmp_path):
     path = save(tmp_path / "A_t1.nii.gz")

@@ -51,6 +51,14 @@ def test_a_page_and_an_index(tmp_path, brain_model):
     overview = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert 'href="a/a_report.html"' in overview and "b_t2.nii.gz is an empty file" in overview
     assert "niivue" not in overview
+    before = run(*command, "--report")
+    assert f"a: page kept: {tmp_path / 'out' / 'a' / 'a_report.html'}" in before.stdout
+    again = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert 'href="a/a_report.html"' in again, "a repeat keeps the links"
+    seconds = re.compile(r"<td>(\d+\.\d)</td>")
+    assert seconds.search(again).group(1) == seconds.search(overview).group(1) != "0.0", "and how long it took"
+    (tmp_path / "out" / "a" / "a_report.html").unlink()
+    assert "a: nothing was made, so no page was written; --overwrite makes both" in run(*command, "--report").stderr
 
 
 def test_names_are_text(tmp_path, brain_model):

@@ -51,12 +51,12 @@ def test_a_table_of_all_from_the_command(runs, tmp_path):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    names = ["MMGAN", "LDM", "DiffM4RI", "DiffM4RI: resample=2, sampler_steps=2", "CoPeDiT, trained beside"]
+    names = ["MM-GAN", "LDM", "DiffM4RI", "DiffM4RI: resample=2, sampler_steps=2", "CoPeDiT, trained beside"]
     assert list(found["beside"]) == ["model", *names] and found["seeds"] == 2, "as many as a method has runs"
     for rows in found["by_count"].values():
         assert {"model", *names, "mean of observed", "linear regression"} == set(rows)
         assert {row["images"] for row in rows.values()} == {rows["model"]["images"]}
-    budget = found["beside"]["MMGAN"]
+    budget = found["beside"]["MM-GAN"]
     assert (budget["steps"], budget["volumes"], budget["slices"], budget["runs"]) == (4, 8, 16, 2)
     lines = [x for i in (0, 1) for x in (runs / f"mmgan-{i}" / "log.jsonl").read_text().splitlines()]
     for name in ("seconds", "processor_seconds"):
@@ -72,7 +72,7 @@ def test_a_table_of_all_from_the_command(runs, tmp_path):
     mean = rows["LDM"]["psnr_inside"]["mean"] - rows["model"]["psnr_inside"]["mean"]
     assert other["mean"] == pytest.approx(mean) and len(other["per_seed"]) == 2 and other["standard_error"] > 0
     text = (tmp_path / "evaluation.md").read_text()
-    assert "## Beside the model" in text and "Seeds 0 to 1." in text and "| MMGAN | image |" in text
+    assert "## Beside the model" in text and "Seeds 0 to 1." in text and "| MM-GAN | image |" in text
 
 
 @pytest.mark.parametrize("where", CONFIGS)
@@ -168,7 +168,7 @@ def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
     refused("fewer and .*denoiser: not trained on the same data", tmp_path / "fewer")
     train("mmgan", tmp_path / "wider", BRAIN, "width=12", "seed=5")
     refused("must differ in their seed, and in nothing else", runs / "mmgan-0", tmp_path / "wider")
-    refused("several runs of MMGAN must differ in their seed", runs / "mmgan-0", runs / "mmgan-0")
+    refused("several runs of MM-GAN must differ in their seed", runs / "mmgan-0", runs / "mmgan-0")
     refused("no run there", tmp_path)
     refused("settings of sampling can be given for methods", f"{runs / 'denoiser'}@steps=2")
     refused("expected RUN@KEY=NUMBER, found resample=x", f"{runs / 'diffm4ri'}@resample=x")
@@ -184,7 +184,7 @@ def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
     refused("not trained with the same tokenizer", tmp_path / "other-tokenizer")
     refused("its tokenizer is not that of elsewhere", tmp_path / "other-tokenizer", of="elsewhere")
     others, budget = beside.load([str(runs / "mmgan-0")], synthesizer, "elsewhere", "cpu")
-    assert list(others) == ["MMGAN"] and set(budget) == {"space", "parameters"}
+    assert list(others) == ["MM-GAN"] and set(budget) == {"space", "parameters"}
 
 
 def test_methods_go_into_a_segmentation(runs, tmp_path, monkeypatch):
@@ -196,22 +196,22 @@ def test_methods_go_into_a_segmentation(runs, tmp_path, monkeypatch):
     model, specs = str(runs / "denoiser" / "model"), [str(runs / x) for x in ("mmgan-0", "mmgan-1", "denoiser")]
     report = segmentation.compare(model, tmp_path, device="cpu", budget=budget, beside=specs)
     dice, ours = report["dice"], "CoPeDiT, trained beside"
-    assert list(dice) == ["missing", "synthesised", "MMGAN", ours, "complete"] and report["budget"]["seeds"] == 2
+    assert list(dice) == ["missing", "synthesised", "MM-GAN", ours, "complete"] and report["budget"]["seeds"] == 2
     same = dice[ours]["average"]
     assert same["to_model"]["per_seed"] == [0, 0] and same["mean"] == dice["synthesised"]["average"]["mean"]
-    assert dice["MMGAN"]["average"]["to_model"]["mean"] == pytest.approx(
-        dice["MMGAN"]["average"]["mean"] - dice["synthesised"]["average"]["mean"]
+    assert dice["MM-GAN"]["average"]["to_model"]["mean"] == pytest.approx(
+        dice["MM-GAN"]["average"]["mean"] - dice["synthesised"]["average"]["mean"]
     )
-    assert report["beside"]["MMGAN"]["runs"] == 2 and report["beside"]["model"]["steps"] == 2
+    assert report["beside"]["MM-GAN"]["runs"] == 2 and report["beside"]["model"]["steps"] == 2
     # What is kept of a run is what it makes of each modality by the others.
-    (run, other), there = beside.rows(specs[:2], Synthesizer.load(model, "cpu"), model, "cpu")[0]["MMGAN"], [0, 1, 1]
+    (run, other), there = beside.rows(specs[:2], Synthesizer.load(model, "cpu"), model, "cpu")[0]["MM-GAN"], [0, 1, 1]
     images = torch.from_numpy(source[0][0].astype(np.float16).astype(np.float32))[None, :, None]
     wanted = load_method(runs / "mmgan-0").synthesise(images, torch.tensor([there]).bool(), noise_of)
     (path,) = tmp_path.glob(f"test-*-1-{segmentation._short(run.digest)}.npy")
     assert np.array_equal(np.load(path)[0, 0], wanted[0, 0, 0].numpy().astype(np.float16))
     assert run.digest != other.digest
     text = segmentation.markdown(report)
-    assert text.count("| synthesised by MMGAN |") == 4 and "| MMGAN | image |" in text
+    assert text.count("| synthesised by MM-GAN |") == 4 and "| MM-GAN | image |" in text
     monkeypatch.setattr(segmentation, "train", None)  # all is there
     assert segmentation.compare(model, tmp_path, device="cpu", budget=budget, beside=specs) == report
 

@@ -139,9 +139,9 @@ def test_what_is_no_method_or_not_for_one_is_refused(tmp_path):
     with pytest.raises(CopeditError, match=f"method 'gan' is unknown; choose one of {', '.join(METHODS)}"):
         method("gan")
     for override, message in (
-        ("crop=8", "crop = 8: MMGAN is trained without; leave it at 0"),
-        ("augment=true", "augment = True: MMGAN is trained without"),
-        ("guidance=mask", "guidance = 'mask': there is no place for it in MMGAN"),
+        ("crop=8", "crop = 8: MM-GAN is trained without; leave it at 0"),
+        ("augment=true", "augment = True: MM-GAN is trained without"),
+        ("guidance=mask", "guidance = 'mask': there is no place for it in MM-GAN"),
         ("guidance=some", "guidance = 'some': must be full or mask or none"),
         ("speed=1", "--set speed=1: expected key=value with a key among steps, "),
     ):

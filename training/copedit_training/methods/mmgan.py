@@ -136,7 +136,7 @@ class Critic(nn.Module):
 class MMGAN(Method[MMGANSettings]):
     """0.9 of L1 over what is missing and 0.1 of the least-squares adversarial term."""
 
-    name, title, space, kind = "mmgan", "MMGAN", "image", MMGANSettings
+    name, title, space, kind = "mmgan", "MM-GAN", "image", MMGANSettings
     sliced = True
 
     @classmethod

@@ -184,7 +184,8 @@ class Perceptual:
         net = ResNetFeatures("resnet10", pretrained=False)
         given = {name.removeprefix("module."): x for name, x in checkpoint.read_tensors(weights)[0].items()}
         counters = {name: x for name, x in net.state_dict().items() if name.endswith("num_batches_tracked")}
-        checkpoint.fill(net, counters | {k: x for k, x in given.items() if k in net.state_dict()}, weights)
+        known = {name: tensor for name, tensor in given.items() if name in net.state_dict()}
+        checkpoint.fill(net, counters | known, weights, owner="MedicalNet's ResNet-10")
         self.net = net.to(device).eval().requires_grad_(False)
 
     def __call__(self, output: Tensor, images: Tensor) -> Tensor:
