@@ -24,7 +24,8 @@ class Modality:
     """A modality of the brain, and all that the program knows of it.
 
     word: what a word of a file's name looks like that means it (a regular expression, whatever the case).
-    written: its spelling in outputs, a column for each of DATA_SETS. bids: its suffix in BIDS.
+    written: its spelling in outputs, a column for each of DATA_SETS, each of which `word` matches. bids: its suffix in
+    BIDS, likewise. series: what words of a DICOM series' description mean it (a regular expression, lower case).
     enhanced: the modality that this one is after contrast agent. beside: modalities whose word may stand beside.
     """
 
@@ -33,13 +34,22 @@ class Modality:
     word: str
     written: tuple[str, ...]
     bids: str
+    series: str = ""
     enhanced: str = ""
     beside: tuple[str, ...] = ()
 
 
 # One row a modality; the order is that in which a study's files are taken: the first is the reference.
 TABLE = (
-    Modality("t1", "T1", r"t1(?:n|wi?)?", ("t1", "t1n", "T1", "T1", "T1", "T1w"), "T1w"),
+    Modality(
+        "t1",
+        "T1",
+        r"t1(?:n|wi?)?",
+        ("t1", "t1n", "T1", "T1", "T1", "T1w"),
+        "T1w",
+        r"s?[23]?d?t1w?i?(?:tse|tfe|ffe|fse|se|mprage|mpr|spc|space|vibe|bravo|fl2d|fl3d)?|t1weighted|mprage|memprage"
+        r"|me-?mprage|mp-?rage|bravo|[ef]?spgr|fspgr|irfspgr|[23]dtfe|mpr",
+    ),
     Modality(
         "t1ce",
         "T1 with contrast agent",
@@ -48,9 +58,31 @@ TABLE = (
         "T1w",
         enhanced="t1",
     ),
-    Modality("t2", "T2", r"t2(?:wi?)?", ("t2", "t2w", "T2", "T2", "T2", "T2w"), "T2w"),
-    Modality("flair", "FLAIR", r"(?:t2)?flair|t2f", ("flair", "t2f", *["FLAIR"] * 4), "FLAIR", beside=("t2",)),
-    Modality("pd", "proton density", r"pd(?:wi?)?", ("pd", "pdw", "PD", "PD", "PD", "PDw"), "PDw"),
+    Modality(
+        "t2",
+        "T2",
+        r"t2(?:wi?)?",
+        ("t2", "t2w", "T2", "T2", "T2", "T2w"),
+        "T2w",
+        r"s?[23]?d?t2w?i?(?:tse|fse|spc|space|cube|blade|frfse|propeller|haste)?|t2weighted",
+    ),
+    Modality(
+        "flair",
+        "FLAIR",
+        r"(?:t2)?flair|t2f",
+        ("flair", "t2f", *["FLAIR"] * 4),
+        "FLAIR",
+        r"s?[23]?d?(?:t2w?)?flair|t2f|dark-?fl(?:uid)?|darkfluid|fluid|da-?fl|[23]dflair",
+        beside=("t2",),
+    ),
+    Modality(
+        "pd",
+        "proton density",
+        r"pd(?:wi?)?",
+        ("pd", "pdw", "PD", "PD", "PD", "PDw"),
+        "PDw",
+        r"pdw?i?(?:tse|fse)?|proton|protondensity|dp",
+    ),
 )
 MODALITIES = tuple(row.name for row in TABLE)
 STYLES = tuple({row.name: row.written[i] for row in TABLE} for i in range(len(DATA_SETS)))

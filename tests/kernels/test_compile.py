@@ -22,6 +22,11 @@ SWITCHED_ON = [op for op in OPERATORS if op != "conv3"]  # which takes as long t
 # at least two do.
 ROW_WISE = {"norm_forward", "norm_backward", "swiglu_forward", "swiglu_backward"}
 PARTLY = {"norm_backward_sum", "partial_ddim"}
+# Those that gather, or load tiles by their strides: their loads are held to nothing.
+GATHERING = {
+    *("element_forward", "element_backward", "token_forward", "token_backward_q", "token_backward_kv"),
+    *("rotate_rows", "nearest", "conv3_forward"),
+}
 
 
 def compiled(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -51,6 +56,8 @@ def complaints(case: dict[str, Any], kernel: dict[str, Any]) -> list[str]:
         wanted = "wgmma" if architecture == 90 else "mma"
         if not kernel[wanted]:
             found.append(f"no {wanted}")
+    if name not in ROW_WISE | PARTLY | GATHERING:
+        found.append("name it in ROW_WISE, PARTLY or GATHERING, that its loads are held to what they can be")
     if (name in ROW_WISE and kernel["wide_loads"] < kernel["loads"]) or (name in PARTLY and kernel["wide_loads"] < 2):
         found.append(f"{kernel['wide_loads']} of {kernel['loads']} global loads are of 16 bytes")
     if name in ROW_WISE and kernel["wide_copies"] < kernel["copies"]:
@@ -82,6 +89,7 @@ def test_the_gates_themselves() -> None:
         ("norm_forward", {"wide_loads": 5}),
         ("norm_backward", {"wide_copies": 1}),
         ("partial_ddim", {"wide_loads": 1}),
+        ("another", {}),
     ):
         assert len(complaints(case, {"kernel": kernel, **good, **change})) == 1, (kernel, change)
     assert complaints(case | {"architecture": 90}, {"kernel": "token_forward", **good}) == ["token_forward: no wgmma"]

@@ -105,7 +105,7 @@ MUTATIONS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     },
 }
 CASES = [
-    pytest.param(module, op, *change, id=f"{module}: {what}")
+    pytest.param(module, op, *change, id=f"{op}: {what}")
     for (module, op), changes in MUTATIONS.items()
     for what, change in changes.items()
 ]

@@ -21,13 +21,15 @@ from copedit_bench.operators.cases import BATCHES, OPERATORS, floor
 from copedit_bench.operators.report import PRESET, short_table, yardsticks
 from copedit_kernels import activation, attention_token, convolution, norm, rotary, sampler_step
 from copedit_rt.config import PRESETS
+from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = ROOT / "docs/kernels.md"
 RESULTS = ROOT / "bench/results"
 NOTHING = "Not measured yet: no GPU run so far. `bench/gpu.sh deep` on a machine with a GPU fills this table."
-MARKED = re.compile(r"<!-- (floor|tiles|measured) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+MARKER = r"<!-- (floor|tiles|measured) (\w+) -->"
+MARKED = re.compile(MARKER + r"\n(?:(?!<!-- (?:floor|tiles|measured) ).)*?<!-- end -->", re.DOTALL)
 TILES: dict[str, dict[int, Any]] = {
     "ada_norm": norm.TILES,
     "swiglu": activation.TILES,
@@ -98,7 +100,10 @@ def measured_table(op: str, found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def filled(text: str, found: dict[str, dict[str, Any]]) -> str:
-    """A document with every marked table written anew."""
+    """A document with every marked table written anew. Raises CopeditError for a marker without an end of its own."""
+    ended = MARKED.findall(text)
+    for kind, op in (marker for marker in re.findall(MARKER, text) if marker not in ended):
+        raise CopeditError(f"{DOCUMENT.name}: <!-- {kind} {op} --> lacks a line <!-- end --> before the next marker")
 
     def table(match: re.Match[str]) -> str:
         kind, op = match.groups()

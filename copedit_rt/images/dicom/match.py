@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from copedit_rt.images.dicom.headers import Header
 from copedit_rt.images.dicom.series import Series
+from copedit_rt.images.names import TABLE
 from copedit_rt.task import STACK
 
 SYNTHETIC, BY_DESCRIPTION = "synthetic", "by its description"
@@ -34,14 +35,8 @@ _LEFT_OUT = (
     ("a report or picture", "report phoenix phoenixzipreport screenshot screensave secondary snapshot mosaic"),
     ("not the short axis", r"[234]ch [234]chamber lax longaxis lvot rvot aorta"),
 )
-_FLAIR = r"s?[23]?d?(?:t2w?)?flair|t2f|dark-?fl(?:uid)?|darkfluid|fluid|da-?fl|[23]dflair"
 _INVERSION = r"tirm?|irtse"  # with a long time the fluid's, with a short one the fat's
-_WORDS = {
-    "flair": _FLAIR,
-    "t2": r"s?[23]?d?t2w?i?(?:tse|fse|spc|space|cube|blade|frfse|propeller|haste)?|t2weighted",
-    "t1": r"s?[23]?d?t1w?i?(?:tse|tfe|ffe|fse|se|mprage|mpr|spc|space|vibe|bravo|fl2d|fl3d)?|t1weighted|mprage|memprage"
-    r"|me-?mprage|mp-?rage|bravo|[ef]?spgr|fspgr|irfspgr|[23]dtfe|mpr",
-    "pd": r"pdw?i?(?:tse|fse)?|proton|protondensity|dp",
+_WORDS = {row.name: row.series for row in TABLE if row.series} | {
     STACK: r"sax|shortaxis|shax|kurzachse|kurzeachse|sacine|cinesa|sastack",
 }
 _AGENT = (
@@ -65,7 +60,7 @@ def judge(series: Series) -> tuple[str | None, str]:
             continue
         if reason := left_out(text):
             return None, reason
-        if _has(_tokens(text), _INVERSION) and not _has(_tokens(text), _FLAIR):
+        if _has(_tokens(text), _INVERSION) and not _has(_tokens(text), _WORDS["flair"]):
             fluid = by_times(series.first) == "flair"
             return ("flair", "by its inversion time") if fluid else (None, "inversion without the fluid's")
         if found := named(text):
@@ -140,10 +135,11 @@ def _has(tokens: Iterable[str], pattern: str) -> bool:
 def left_out(text: str) -> str | None:
     """What a description names that is no image of the table's; None where it names nothing of the kind."""
     tokens = _tokens(text)
-    if _has(tokens, _FLAIR):  # `FLAIR FA` and `dark-fluid` are one, whatever else they say of echo or fat
+    if _has(tokens, _WORDS["flair"]):  # `FLAIR FA` and `dark-fluid` are one, whatever else they say of echo or fat
         tokens = [token for token in tokens if token not in ("fa", "star", "epi")]
     if _has(tokens, _WORDS["t1"]):  # a gradient echo may be one
         tokens = [token for token in tokens if token not in ("gre", "ffe")]
+    tokens = [token for token in tokens if not any(_has([token], words) for words in _WORDS.values())]
     for what, words in _LEFT_OUT:
         if _has(tokens, "|".join(word.replace("-", "") for word in words.split())):
             return what

@@ -465,6 +465,8 @@ def test_document_takes_recorded_runs(report, tmp_path):
     assert new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n")
     assert "NVIDIA X" in new and "old" not in new and tables.filled(new, runs) == new
     assert tables.NOTHING in tables.filled(text, {})
+    with pytest.raises(CopeditError, match="<!-- tiles swiglu --> lacks a line <!-- end -->"):
+        tables.filled("<!-- tiles swiglu -->\nkept\n" + text, runs)
 
 
 def test_rivals_are_named_by_how_they_begin():

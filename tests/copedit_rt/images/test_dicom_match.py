@@ -7,6 +7,7 @@ pytest.importorskip("pydicom", reason="needs the extra dicom")
 from dataclasses import replace
 from pathlib import Path
 
+from copedit_rt.images.dicom import match
 from copedit_rt.images.dicom.headers import MR, Header
 from copedit_rt.images.dicom.match import by_times, judge
 from copedit_rt.images.dicom.series import Series, group
@@ -139,3 +140,10 @@ def test_two_echoes_are_two_series():
     assert [one.key for one in both] == ["1e1", "1e2"] and duplicates == 1
     (over_time,), _ = group([*early, *(replace(h, instance=f"{h.instance}b") for h in early)])
     assert "several images of each slice" in judge(over_time)[1]
+
+
+def test_words_of_the_table_are_no_reason_to_leave_a_series_out(monkeypatch):
+    assert match.left_out("ep2d_diff ADC") == "diffusion" and match.left_out("ADC") == "diffusion"
+    monkeypatch.setitem(match._WORDS, "adc", "e?adc")  # as a row of names.TABLE does
+    assert match.left_out("ADC") is None and match.named("ax eADC") == {"adc"}
+    assert match.left_out("ep2d_diff ADC") == "diffusion"

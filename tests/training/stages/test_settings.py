@@ -7,6 +7,7 @@ import pytest
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
+from copedit_training.stages import settings
 from copedit_training.stages.settings import load_settings
 
 
@@ -22,6 +23,14 @@ def test_the_papers_settings():
         assert (first.lr, second.lr) == (1e-4, 5e-5) and first.beta2 == second.beta2 == 0.999
         assert second.ema == 0.9999 and first.weight_decay == 0 and 0 <= first.adversarial_from < first.steps
         assert ModelConfig.preset(preset)
+
+
+def test_a_preset_that_lacks_what_has_no_default_is_told_so(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("[tokenizer]\nsteps = 4\nbatch_size = 1\n")
+    monkeypatch.setattr(settings, "_PRESETS", tmp_path)
+    with pytest.raises(CopeditError, match=r"its section \[tokenizer\] lacks lr; add it to mine.toml"):
+        load_settings("tokenizer", "mine")
+    assert load_settings("tokenizer", "mine", ["lr=1e-3"]).lr == 1e-3
 
 
 def test_keys_values_and_presets_that_there_are_not():

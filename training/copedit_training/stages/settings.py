@@ -267,6 +267,9 @@ def load_settings(
         values |= {k: min(values.get(k, getattr(kind, k, x)), x) for k, x in most.items() if k not in without}
     kinds: dict[Stage, type[Settings]] = {stage: kind} if kind else _KINDS
     own = dict(_parsed(stage, item, kinds) for item in overrides)
+    needed = (f.name for f in dataclasses.fields(kinds[stage]) if f.default is f.default_factory is dataclasses.MISSING)
+    if lacking := ", ".join(name for name in needed if name not in values | own):
+        raise CopeditError(f"preset {preset!r}: its section [{stage}] lacks {lacking}; add it to {paths[preset].name}")
     settings = kinds[stage](**values | own)
     _check_idle(settings, own)
     return settings
