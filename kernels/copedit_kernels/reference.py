@@ -43,11 +43,12 @@ def axis_attention(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
         q, k = rotate(q, rope), rotate(k, rope)
     order = (0, 1, 3, 2, 4) if axis == "token" else (0, 2, 3, 1, 4)
     q, k, v = (x.permute(order) for x in (q, k, v))
-    if axis == "element":
+    if axis == "element" and not (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
         return F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2, 4)
-    # Four dimensions choose the fused kernel, five the one that writes every score: right for m x m only.
-    out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    return out.unflatten(0, qkv.shape[:2]).transpose(2, 3)
+    # Four dimensions choose the fused kernel, five the one that writes every score: right for m x m only. torch.compile
+    # (2.13, on a CPU, float32) makes five into four with heads and elements exchanged, without an error in a network.
+    out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    return out.transpose(2, 3) if axis == "token" else out.permute(0, 3, 1, 2, 4)
 
 
 def ada_norm(
