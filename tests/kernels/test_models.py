@@ -1,6 +1,7 @@
 """Whole models on the interpreted kernels against the same models on the reference; compile and export with them."""
 
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -193,6 +194,20 @@ def test_compiles_with_gradients() -> None:
     eager = run(net, inputs, "triton")
     for name, value in run(compiled, inputs, "triton").items():
         torch.testing.assert_close(value, eager[name.removeprefix("_orig_mod.")], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_denoiser_computes_what_it_computes_uncompiled(dtype: torch.dtype) -> None:
+    """As `train denoiser --set compile=true` has it, forward and backward, in machine code."""
+    torch._dynamo.reset()
+    net, inputs = denoiser(), denoiser_inputs()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        eager = run(net, inputs, "reference")
+        found = run(torch.compile(net, dynamic=False), inputs, "reference")
+    for name, value in found.items():
+        error = (value - eager[name.removeprefix("_orig_mod.")]).norm() / value.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.1), f"{name}: {error}"
 
 
 def test_exports_with_the_operators_in_the_graph() -> None:
