@@ -95,6 +95,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
             train(stage, tmp_path / "stopped", *extra)
     resumed = train(stage, tmp_path / "stopped", *extra, resume=True)
     assert same_weights(whole, resumed, f"{stage}.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "fit", lambda *_: pytest.fail("a finished run was finished again"))
+        assert train(stage, tmp_path / "stopped", *extra, resume=True) == resumed
     assert [p.name for p in sorted((tmp_path / "stopped").glob("checkpoint-*"))] == [
         "checkpoint-00000004",
         "checkpoint-00000005",

@@ -17,6 +17,7 @@ from copedit_rt import checkpoint, files
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import new_folder, read_json, write_atomically
+from copedit_rt.trained import TRAINING
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 
 SUMS = "checksums.json"  # of the files beside it
@@ -126,6 +127,12 @@ def store(output: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], ke
         write_atomically(part / SUMS, json.dumps(sums).encode())
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
+
+
+def finished(output: Path, steps: int) -> bool:
+    """Whether a run of so many steps has come to its end, which writes what its model was trained on last of all."""
+    every = checkpoints(output)
+    return bool(every) and every[-1].name == f"checkpoint-{steps:08d}" and (output / "model" / TRAINING).is_file()
 
 
 def restore(output: Path) -> tuple[int, Tensors, Tensors] | None:

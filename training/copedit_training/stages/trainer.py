@@ -46,7 +46,7 @@ from copedit_training.data.prepared import (
     study_names,
 )
 from copedit_training.stages import distributed, memory, prior
-from copedit_training.stages.checkpoints import claim, cut_log, restore, store
+from copedit_training.stages.checkpoints import claim, cut_log, finished, restore, store
 from copedit_training.stages.denoiser_task import DenoiserTask, check
 from copedit_training.stages.progress import shown
 from copedit_training.stages.settings import (
@@ -172,6 +172,10 @@ def carry_out(
     with distributed.first():
         if not distributed.rank():
             claim(output, described, resume)
+    if resume and finished(output, settings.steps):
+        console.print(f"{output}: finished before, nothing is left to do", highlight=False)
+        return output / "model"
+    with distributed.first():
         images = _images(config, settings, found, output, console, most)
     with distributed.first():
         task = make(images)
