@@ -230,10 +230,13 @@ class Job:
             entry["notes"].append(f"kept without a DICOM series: {', '.join(bare)}; --overwrite makes it again")
         if outputs and len(done) == len(outputs):
             entry["status"] = "kept"
-            pictures = {"preview": self.picture(files), "report": self.page(files)}
-            entry |= {kind: str(path) for kind, path in pictures.items() if path.is_file()}
-            for kind, told in (("preview", "no picture was drawn"), ("report", "no page was written")):
-                if getattr(self, kind) and kind not in entry:
+            for kind, asked, path, told in (
+                ("preview", self.preview, self.picture(files), "no picture was drawn"),
+                ("report", self.report, self.page(files), "no page was written"),
+            ):
+                if path.is_file():
+                    entry[kind] = str(path)
+                elif asked:
                     entry["notes"].append(f"nothing was made, so {told}; --overwrite makes both")
             return False
         entry["kept"] = list(done)

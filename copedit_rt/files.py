@@ -148,14 +148,16 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """A folder and those below it, each with the names of its files, in order. Links to folders are followed; a folder
-    that several lead to is taken once, and hidden ones are passed over."""
+    that several lead to is taken once. What is hidden is passed over, and what macOS puts into zips."""
     seen = set()
     for top, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(top)
-        folders[:] = () if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            seen.add(real)
-            yield Path(top), sorted(names)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        yield Path(top), sorted(name for name in names if not name.startswith("."))
 
 
 def sweep(folder: Path) -> None:

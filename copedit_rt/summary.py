@@ -25,8 +25,8 @@ OUTCOMES = ("done", "complete", "failed", "not done")  # complete: nothing is mi
 
 
 def keep(entries: Iterable[Mapping[str, Any]], output: Path, number: int, of: int) -> Path:
-    """Leave the entries of process `number`, from 0, of `of` in the output folder. What was kept took as
-    long as it says there."""
+    """Leave the entries of process `number`, from 0, of `of` in the output folder. A study
+    that was kept has the seconds of the run that made it."""
     before = gather(output)
     path = output / (f"{NAME}.json" if of == 1 else f"{NAME}_{number + 1}of{of}.json")
     short = [{key: _below(entry[key], output) for key in KEPT if key in entry} for entry in entries]

@@ -464,10 +464,9 @@ def _is_folder(path: Path) -> bool:
 
 
 def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
-    for path in sorted(folder / name for folder, names in walk(root) for name in names if not name.startswith(".")):
+    every = (folder / name for folder, names in walk(root) for name in names)
+    for path in sorted(path for path in every if is_nifti(path)):
         parts = path.relative_to(root).parts
-        if not is_nifti(path):
-            continue
         if path.is_symlink() and not path.exists():
             skipped.append((path, "a broken link"))
         elif not path.is_file():

@@ -43,7 +43,7 @@ def axis_attention(qkv: Tensor, rope: Tensor | None, axis: str) -> Tensor:
         q, k = rotate(q, rope), rotate(k, rope)
     order = (0, 1, 3, 2, 4) if axis == "token" else (0, 2, 3, 1, 4)
     q, k, v = (x.permute(order) for x in (q, k, v))
-    if axis == "element" and not (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
+    if axis == "element" and (torch.compiler.is_exporting() or not torch.compiler.is_compiling()):
         return F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2, 4)
     # Four dimensions choose the fused kernel, five the one that writes every score: right for m x m only. torch.compile
     # (2.13, on a CPU, float32) makes five into four with heads and elements exchanged, without an error in a network.

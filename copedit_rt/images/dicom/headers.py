@@ -87,8 +87,8 @@ def need_extra(where: Path) -> None:
 def dicom_files(folder: Path) -> Iterator[Path]:
     """The DICOM files below a folder, in order: those that say so in their first bytes, or have the usual suffix."""
     for top, names in walk(folder):
-        for path in (top / name for name in names if not name.startswith(".") and name != "DICOMDIR"):
-            if "__MACOSX" not in path.relative_to(folder).parts and path.is_file() and _is_dicom(path):
+        for path in (top / name for name in names if name != "DICOMDIR"):
+            if path.is_file() and _is_dicom(path):
                 yield path
 
 
