@@ -20,7 +20,7 @@ from copedit_rt.task import Task
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SURE = 0.8  # what is less likely than this is not held against the files
+SURE = 0.95  # what is less likely than this is not held against the files
 
 
 def inspect(

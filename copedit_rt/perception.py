@@ -18,6 +18,7 @@ from copedit_rt.task import Task
 
 Array = NDArray[np.float64]
 DOUBT = 0.05  # share of the times that a head is taken to guess
+TWICE = 0.1  # how likely two images of one element are, beside images that are all different
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def _agreed(count: Array, missing: Array, identity: Sequence[Array], heads: floa
 
     Each says how likely a set of elements is to be what is there, and their product is taken (a logarithmic opinion
     pool): the two heads to the power `heads`, and to the power `alone` the chance that the images look like this set
-    together, of whatever each is by itself. A set cannot have more elements than there are images. Number has no class
-    for none missing; there that of one is taken.
+    together, of whatever each is by itself. A set cannot have more elements than there are images, and seldom has
+    fewer (`TWICE`). Number has no class for none missing; there that of one is taken.
     """
     if not identity:
         return count, missing
@@ -98,6 +99,7 @@ def _agreed(count: Array, missing: Array, identity: Sequence[Array], heads: floa
         for i, p in enumerate(chances):
             np.add.at(grown, every | 1 << i, p * together)
         together = grown
+    together *= np.where(there.sum(1) < len(single), TWICE, 1)
     lacking = m - there.sum(1)
     own = (1 - DOUBT) * missing + DOUBT / 2
     whole = count[np.clip(lacking, 1, m - 1) - 1] * np.where(there, 1 - own, own).prod(1)

@@ -163,14 +163,15 @@ def from_border(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return _from_border(region)
 
 
-def surroundings(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def surroundings(empty: NDArray[np.bool_], reach: Sequence[int] = (0, 0, 0)) -> NDArray[np.bool_]:
     """What lies around a head: of the voxels that show nothing [X, Y, Z], those that the border leads to.
 
-    A way one voxel wide is followed for three voxels only. Fluid that is 0 in the one observed image is joined to the
-    border by such ways, and what is synthesised there would be cut out: holes deep in the brain of a patient.
+    A way one voxel wide is followed for three voxels only, and none leads into what the closing of the rest by `reach`
+    voxels along each axis covers. Fluid that is 0 in the one observed image is joined to the border by such ways and by
+    cisterns, and what is synthesised there would be cut out: holes deep in the brain of a patient.
     """
     if empty.flags.f_contiguous and not empty.flags.c_contiguous:
-        return surroundings(empty.T).T
+        return surroundings(empty.T, reach[::-1]).T
     wide = empty.copy()
     for here, there in _neighbours(wide.ndim):
         wide[here] &= empty[there]
@@ -182,7 +183,36 @@ def surroundings(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
         for here, there in _neighbours(grown.ndim):
             grown[here] |= around[there]
         around = grown & empty
+    if any(reach) and around.any():
+        around &= ~closing(~around, reach)
     return around
+
+
+def closing(region: NDArray[np.bool_], reach: Sequence[int]) -> NDArray[np.bool_]:
+    """The morphological closing of a region [X, Y, Z] by a box that reaches so many voxels to either side along each
+    axis. Nothing beyond the grid belongs to the region."""
+    out = np.zeros_like(region)
+    where = [np.flatnonzero(region.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    if not all(map(len, where)):
+        return out
+    box = tuple(slice(index[0], index[-1] + 1) for index in where)
+    grown = np.pad(region[box], [(n, n) for n in reach])
+    _spread(grown, reach)
+    np.logical_not(grown, out=grown)
+    _spread(grown, reach)  # what the complement does not reach: an erosion
+    out[box] = ~grown[tuple(slice(n, grown.shape[axis] - n) for axis, n in enumerate(reach))]
+    return out
+
+
+def _spread(region: NDArray[np.bool_], reach: Sequence[int]) -> None:
+    """Dilate, in place, by so many voxels to either side along each axis, in steps that double."""
+    for axis, count in enumerate(reach):
+        for planes in (np.moveaxis(region, axis, 0), np.moveaxis(region, axis, 0)[::-1]):
+            done = 0
+            while done < count:
+                step = min(done + 1, count - done)
+                planes[step:] |= planes[:-step].copy()
+                done += step
 
 
 def _neighbours(dimensions: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:

@@ -120,20 +120,20 @@ def test_mislabelled_file_is_named_with_what_it_looks_like():
 
 
 def test_count_and_which_are_compared_with_the_files():
-    perceived = perceive((0.1, 0.8, 0.1), (0.1, 0.9, 0.85, 0.1), t1="t1", t2="t2", flair="flair")
+    perceived = perceive((0.02, 0.96, 0.02), (0.1, 0.9, 0.96, 0.1), t1="t1", t2="t2", flair="flair")
     kinds = [f.kind for f in contradictions(perceived, {}, task=Task.BRAIN)]
     assert kinds == ["count", "missing"]
 
 
 def test_what_is_not_sure_is_not_held_against_the_files():
-    perceived = perceive((0.2, 0.7, 0.1), (0.1, 0.9, 0.7, 0.1), t1="t1", t2="t2", flair="t2")
-    perceived.identity["flair"] = [0.01, 0.01, 0.75, 0.23]
+    perceived = perceive((0.06, 0.9, 0.04), (0.1, 0.9, 0.9, 0.1), t1="t1", t2="t2", flair="t2")
+    perceived.identity["flair"] = [0.01, 0.01, 0.9, 0.08]
     assert contradictions(perceived, {}, task=Task.BRAIN) == []
     report = Report("a", Task.BRAIN, {"flair": "a_flair.nii.gz"}, perception=perceived)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.render())
     text = console.export_text()
-    assert "not sure (t2 0.75)" in text and "t1 (0.97)" in text and "files and images agree" in text
+    assert "not sure (t2 0.90)" in text and "t1 (0.97)" in text and "files and images agree" in text
 
 
 def test_complete_study_is_judged_by_identity_alone():

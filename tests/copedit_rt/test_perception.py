@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from copedit_rt.perception import DOUBT, Perception
+from copedit_rt.perception import DOUBT, TWICE, Perception
 from copedit_rt.task import Task
 
 BRATS = ("t1", "t1ce", "t2", "flair")
@@ -44,7 +44,8 @@ def test_number_positions_and_single_images_agree_as_every_set_of_elements_says(
             chance[tuple(sorted(set(guess)))] += np.prod([p[i] for p, i in zip(looks, guess, strict=True)])
         for s in chance:
             heads = number[max(4 - len(s), 1) - 1] * np.prod([1 - p if i in s else p for i, p in enumerate(missing)])
-            chance[s] = heads**all_together * chance[s] ** one_by_one
+            alike = TWICE if len(s) < images else 1
+            chance[s] = heads**all_together * (alike * chance[s]) ** one_by_one
         total = sum(chance.values())
         expected = [sum(p for s, p in chance.items() if i not in s) / total for i in range(4)]
         np.testing.assert_allclose(perceived.missing, expected)

@@ -22,6 +22,7 @@ from copedit_rt.images.grids import (
     SAME_SPACING,
     Orientation,
     _along,
+    closing,
     fill_slices,
     from_border,
     resample_matrix,
@@ -338,11 +339,13 @@ def test_holes_deep_inside_are_filled_and_background_is_not():
     data = unit_image((16, 24, 8)) * 100 + 1
     data[:4] = data[:, :, 0] = 0
     data[8:10, 10:12, 4] = 0  # a hole
-    data[13:, 5, 5] = 0  # a bay
+    data[13:, 4:14, 2:6] = 0  # a bay of 20 x 20 mm
+    data[12:, 20:22, 2:6] = 0  # a cistern, 4 mm wide
     prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), config())
     restored = prepared.restore(np.full_like(prepared.images, 0.7))["t2"]
     assert (restored[8:10, 10:12, 4] > 0).all()
-    assert not restored[:4].any() and not restored[13:, 5, 5].any()
+    assert not restored[:4].any() and not restored[13:, 4:14, 2:6].any()
+    assert (restored[12:, 20:22, 2:6] > 0).all()
 
 
 def test_fluid_that_a_narrow_way_joins_to_the_border_is_no_background():
@@ -354,6 +357,27 @@ def test_fluid_that_a_narrow_way_joins_to_the_border_is_no_background():
     expected[8:12, 8:12, 8:12] = False
     expected[6:8, 9, 9] = False  # followed for three voxels
     np.testing.assert_array_equal(surroundings(empty), expected)
+
+
+@QUICK
+@given(st.integers(0, 2**32 - 1), st.tuples(*[st.integers(0, 4)] * 3), st.sampled_from("CF"))
+def test_closing_is_the_morphological_one(seed, reach, order):
+    rng = np.random.default_rng(seed)
+    region = np.asarray(rng.random(rng.integers(1, 14, 3)) < rng.choice([0.0, 0.03, 0.2]), order=order)
+    box = np.ones([2 * n + 1 for n in reach], bool)
+    expected = ndimage.binary_closing(np.pad(region, 8), box)[8:-8, 8:-8, 8:-8]
+    np.testing.assert_array_equal(closing(region, reach), expected)
+
+
+def test_a_cistern_is_no_background():
+    empty = np.ones((24, 24, 24), bool)
+    empty[3:21, 3:21, 3:21] = False
+    empty[8:12, 3:16, 8:12] = True  # four voxels wide, open to the border
+    np.testing.assert_array_equal(surroundings(empty), empty)
+    expected = empty.copy()
+    expected[8:12, 3:16, 8:12] = False
+    np.testing.assert_array_equal(surroundings(empty, (2, 2, 2)), expected)
+    np.testing.assert_array_equal(surroundings(empty, (2, 1, 1)), surroundings(empty.T, (1, 1, 2)).T)
 
 
 def test_a_frame_one_voxel_wide_is_background():

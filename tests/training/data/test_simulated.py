@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_training.cli import train as app
-from copedit_training.data import reality
+from copedit_training.data import physics, reality
 from copedit_training.data.anatomy import CSF, RIM, WHITE, Disease
 from copedit_training.data.prepared import Labels
 from copedit_training.data.simulated import Simulator
@@ -56,11 +56,30 @@ def test_images_are_non_negative_numbers_in_float32(brains):
 def test_a_stripped_study_is_exactly_zero_outside(brains, folder):
     study = brains.study(1)
     empty = [image == 0 for image in study.images.values()]
-    for mask in empty[1:]:
-        assert torch.equal(mask, empty[0])
-    assert empty[0].float().mean() > 0.5 and empty[0][:3].all() and empty[0][..., :1].all()
+    outside = torch.stack(empty).all(0)
+    assert outside.float().mean() > 0.5 and outside[:3].all() and outside[..., :1].all()
+    assert sum(torch.equal(mask, outside) for mask in empty) >= 2  # the others have their fluid cut off
     head = simulator(folder, stripped=0.0).study(1)
     assert not head.stripped and all((image > 0).float().mean() > 0.3 for image in head.images.values())
+
+
+def test_a_floor_sets_the_darkest_tissue_to_zero_in_one_image_alone(brains, monkeypatch):
+    drawn = physics.draw_scan
+
+    def study(t1_floor):
+        def scan(rng, name, stripped):
+            return dataclasses.replace(drawn(rng, name, stripped), floor=t1_floor if name == "t1" else 0.0)
+
+        monkeypatch.setattr(physics, "draw_scan", scan)
+        return brains.study(1)
+
+    plain, cut = study(0.0), study(1.0)
+    assert torch.equal(plain.images["t2"], cut.images["t2"])
+    brain = plain.images["t1"] > 0
+    taken = brain & (cut.images["t1"] == 0)
+    assert 0.01 < float(taken.sum() / brain.sum()) < 0.06
+    lost = (plain.images["t1"] - cut.images["t1"])[brain & ~taken & (plain.labels == WHITE)]
+    assert float((lost > 0.999 * lost.max()).float().mean()) > 0.8  # the others are at the ragged edge
 
 
 def test_contrasts_are_in_order(brains):

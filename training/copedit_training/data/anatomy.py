@@ -516,7 +516,7 @@ class Disease:
     """What a draw may have, as probabilities: multiple sclerosis, small-vessel disease by age, tumours."""
 
     sclerosis: float = 0.35
-    tumour: float = 0.3
+    tumour: float = 0.4
 
 
 def paint_lesions(

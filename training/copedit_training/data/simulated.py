@@ -184,11 +184,19 @@ class Simulator:
         scan = physics.draw_scan(rng, name, occupied is None)
         own = gain * float(np.exp(rng.normal(0, 0.5)))
         image = own * physics.acquire(clean, scan, self.spacing, 1.0, sequence.magnitude, rng)
+        if scan.floor:
+            tissue = image[(mask if occupied is None else occupied) > 0.5]
+            image = (image - scan.floor * darkest(tissue)).clamp(min=0)
         if occupied is not None:
             return image * occupied if scan.silent_air else image
         out = torch.zeros(self.shape, device=image.device)
         out[box] = image * mask
         return out
+
+
+def darkest(values: Tensor) -> Tensor:
+    """The 3rd percentile of grey values [N]: fluid, or in T2 the darkest of the tissue."""
+    return values.kthvalue(max(1, int(0.03 * len(values))))[0] if len(values) else values.new_zeros(())
 
 
 def _volume(values: Tensor, anatomy: Draw) -> Tensor:
