@@ -358,8 +358,8 @@ def signal_with_texture(tissues: Tissues, s: Protocol, step: float = 0.03) -> np
 class Scan:
     """How an image is acquired: mm of its voxels along each axis, width of the point spread (voxels of its own), shift
     against the other images (mm), noise as a share of white matter, ghost share and axis, gamma, bias (log), where the
-    first slice lies (voxels), whether the scanner writes 0 where there is only air, and the `floor`: down to which share of
-    the darkest tissue the grey values are cut off and set to 0, as windows and normalisation do."""
+    first slice lies (voxels), whether the scanner writes 0 where there is only air, and the `floor`: down to which
+    share of the darkest tissue grey values are cut off and set to 0, as windows and normalisation do."""
 
     voxel: tuple[float, float, float]
     spread: float

@@ -9,7 +9,7 @@ same protocol everywhere; only the noise comes from the device's own generator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,8 +132,9 @@ class Simulator:
         mask = _volume(anatomy.mask, anatomy)[box]
         occupied = None if stripped else _volume(1 - anatomy.fractions[:, INDEX["air"]], anatomy) > 0
         gain = float(np.exp(rng.uniform(np.log(100), np.log(2000))))
+        cover = self._cover(_volume(anatomy.mask, anatomy) > 0 if occupied is None else occupied, stripped, rng)
         for (name, (_, sequence)), volume in zip(protocols.items(), clean, strict=True):
-            images[name] = self._image(name, sequence, volume, mask, box, occupied, gain, rng)
+            images[name] = self._image(name, sequence, volume, mask, box, occupied, gain, rng) * cover(rng)
         about = {"map": self.files[which].name, "age": anatomy.age, "field": tissues.field}
         about |= {name: sequence for name, (_, sequence) in protocols.items()}
         return Simulated(images, anatomy.labels(), self.spacing, stripped, about)
@@ -169,6 +170,35 @@ class Simulator:
             out += values[..., 1 + i] * field.clamp(-2.5, 2.5)[:, None]
         box = _box(anatomy) if anatomy.stripped else (slice(None),) * 3
         return torch.stack([_volume(column, anatomy)[box] for column in out.T]), box
+
+    def _cover(
+        self, tissue: Tensor, stripped: bool, rng: np.random.Generator
+    ) -> Callable[[np.random.Generator], Tensor]:
+        """What draws the part of the grid that an image shows, float32 [X, Y, Z] of 0 and 1: two in three heads end
+        below the brain, as axial slices do (26 of 5.5 mm, 143 mm), some without a crown or a face.
+
+        Real heads seldom have a neck. Where all simulated ones had, heads of perception fitted on them named which is
+        missing in 42 of 56 tumour studies of other hospitals, and now in all."""
+        u, (_, dy, dz) = rng.uniform, self.spacing
+        there = [torch.nonzero(tissue.any(a).any(b)).reshape(-1) for a, b in ((2, 1), (2, 0), (1, 0))]
+        if not all(map(len, there)):
+            return lambda own: torch.ones(self.shape, device=tissue.device)
+        top, front = (float(there[i][-1] + 1) * self.spacing[i] for i in (2, 1))
+        crown = top + u(-15, 5) if rng.random() < (0.1 if stripped else 0.4) else np.inf
+        height = u(85, 130) if stripped else u(105, 165)
+        low = top - height if rng.random() < (0.15 if stripped else 0.65) else -np.inf
+        face = not stripped and rng.random() < 0.35
+        depth, chin = u(10, 35), top - u(75, 110)
+        y, z = (torch.arange(n, device=tissue.device) * mm for n, mm in zip(self.shape[1:], (dy, dz), strict=True))
+        shown = torch.ones(self.shape[1:], device=tissue.device)
+        if face:
+            shown *= ((y[:, None] < front - depth) | (z > chin)).float()
+
+        def cover(own: np.random.Generator) -> Tensor:
+            a, b = own.normal(0, 4, 2)
+            return (shown * ((z >= low + a) & (z < crown + b))).expand(self.shape)
+
+        return cover
 
     def _image(
         self,

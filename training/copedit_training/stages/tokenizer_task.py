@@ -44,6 +44,7 @@ from copedit_training.stages.wavelets import start_as_wavelets
 
 READOUT_LR = 3e-3
 READOUT_NOISE = 0.05  # deviations of a feature
+READOUT_PATIENTS = 0.25  # of `patients_share`: with all of it, a few scanners are learnt by heart
 HELD_OUT = 10  # one subject in so many is not learnt from, where there are enough; the heads are calibrated on it
 
 
@@ -323,7 +324,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
             there = torch.cat((there, have.expand(prior.VIEWS, -1)))
         held_out = simulated // HELD_OUT * (simulated >= 5 * HELD_OUT)
         counts = np.array([simulated - held_out, complete - simulated, len(features) - complete])
-        shares = np.array([0, self.settings.phantoms_share, self.settings.patients_share]) * (counts > 0)
+        patients = READOUT_PATIENTS * self.settings.patients_share
+        shares = np.array([0, self.settings.phantoms_share, patients]) * (counts > 0)
         shares[0] = 1 - shares.sum()
         chance = np.repeat(shares / np.maximum(counts, 1), counts)
         every = torch.cat(features)
