@@ -179,24 +179,23 @@ def test_a_bfloat16_step_is_right_on_a_processor_that_is_not(perceptual_weights)
         assert a.isfinite().all() and (a - b).norm() < 2 * bound * b.norm()
 
 
-def test_phantoms_among_other_images_join_the_read_out_and_shares_are_checked(tmp_path, monkeypatch):
-    given, drawn = [], []
-
-    def model_images(config, seed):
-        given.append(seed)
-        return np.zeros((len(config.elements), 1, *config.image), np.float32)
-
-    monkeypatch.setattr(prior, "model_images", model_images)
+def test_patients_join_the_read_out_with_a_quarter_of_their_share(tmp_path, real, monkeypatch):
+    drawn = []
     fit_heads = TokenizerTask.fit_heads
     monkeypatch.setattr(TokenizerTask, "fit_heads", lambda self, *rest: drawn.append(rest) or fit_heads(self, *rest))
-    train("tokenizer", tmp_path / "run", "steps=2", "prompt_steps=1", "readout_steps=2", "phantoms_share=0.25")
-    (features, there, chance), rows = drawn[0], 2 * len(given)
-    assert given == list(range(prior.PHANTOMS)) and len(features) == len(there) == len(chance)
-    np.testing.assert_allclose([chance[-rows:].sum(), chance.sum()], [0.25, 1])
+    shares = f"patients={real}", "patients_share=0.4"
+    train("tokenizer", tmp_path / "run", "steps=2", "prompt_steps=1", "readout_steps=2", *shares)
+    features, there, chance = drawn[0]
+    assert len(features) == len(there) == len(chance)
+    np.testing.assert_allclose([chance[-3 * prior.VIEWS :].sum(), chance.sum()], [0.1, 1])
+
+
+def test_shares_are_checked(tmp_path):
+    config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=True))
     with pytest.raises(CopeditError, match="phantoms_share and patients_share: together"):
-        train("tokenizer", tmp_path / "no", "readout_steps=2", "phantoms_share=0.8", "patients_share=0.2")
-    with pytest.raises(CopeditError, match="phantoms_share: phantoms join the read-out and the prior of brains"):
-        train("tokenizer", tmp_path / "no", "readout_steps=0", "phantoms_share=0.1")
+        train("tokenizer", tmp_path / "no", "prior_steps=2", "phantoms_share=0.8", "patients_share=0.2", config=config)
+    with pytest.raises(CopeditError, match="phantoms_share: phantoms join the prior of a brain model"):
+        train("tokenizer", tmp_path / "no", "readout_steps=2", "phantoms_share=0.1")
 
 
 def test_the_prior_alone_is_that_of_stage_one(tmp_path, real, monkeypatch):

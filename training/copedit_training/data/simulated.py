@@ -177,8 +177,8 @@ class Simulator:
         """What draws the part of the grid that an image shows, float32 [X, Y, Z] of 0 and 1: two in three heads end
         below the brain, as axial slices do (26 of 5.5 mm, 143 mm), some without a crown or a face.
 
-        Real heads seldom have a neck. Where all simulated ones had, heads of perception fitted on them named which is
-        missing in 42 of 56 tumour studies of other hospitals, and now in all."""
+        Real heads seldom have a neck; perception that has been fitted on heads that all have one does not carry over to
+        other hospitals."""
         u, (_, dy, dz) = rng.uniform, self.spacing
         there = [torch.nonzero(tissue.any(a).any(b)).reshape(-1) for a, b in ((2, 1), (2, 0), (1, 0))]
         if not all(map(len, there)):

@@ -134,9 +134,10 @@ class TokenizerSettings(Settings):
     `prompt_crop` voxels in the plane, 0 for whole images, which the read-out sees in any case.
     readout_steps: after them, steps of the linear layers and heads alone on pooled features.
     prior_steps: of fitting the prior of a brain model that has one, 0 for others.
-    patients: folder of real brain studies, complete or not, that are mixed into the read-out and into the fit of the
-    prior with `patients_share` of the draws (`patients.varied`); empty for none. phantoms_share: of the draws of both,
-    `PHANTOMS` phantoms among images that are simulated from label maps or of a data set.
+    patients: folder of real brain studies, complete or not, that are mixed into the fit of the prior with
+    `patients_share` of the draws (`patients.varied`), and into the read-out with a quarter of that; empty for none.
+    phantoms_share: of the draws of the prior, `PHANTOMS` phantoms among images that are simulated from label maps or
+    of a data set.
     adversarial_from: the first step with the adversarial term, -1 for none. perceptual: file with the weights of its
     network (`losses.Perceptual`), empty for no such term.
     position_loss: "bce", each element missing or not by itself, which is how the heads are read; or "cross-entropy",
