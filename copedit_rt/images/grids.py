@@ -163,15 +163,14 @@ def from_border(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return _from_border(region)
 
 
-def surroundings(empty: NDArray[np.bool_], reach: Sequence[int] = (0, 0, 0)) -> NDArray[np.bool_]:
+def surroundings(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """What lies around a head: of the voxels that show nothing [X, Y, Z], those that the border leads to.
 
-    A way one voxel wide is followed for three voxels only, and none leads into what the closing of the rest by `reach`
-    voxels along each axis covers. Fluid that is 0 in the one observed image is joined to the border by such ways and by
-    cisterns, and what is synthesised there would be cut out: holes deep in the brain of a patient.
+    A way one voxel wide is followed for three voxels only. Fluid that is 0 in the one observed image is joined to the
+    border by such ways, and what is synthesised there would be cut out: holes deep in the brain of a patient.
     """
     if empty.flags.f_contiguous and not empty.flags.c_contiguous:
-        return surroundings(empty.T, reach[::-1]).T
+        return surroundings(empty.T).T
     wide = empty.copy()
     for here, there in _neighbours(wide.ndim):
         wide[here] &= empty[there]
@@ -183,14 +182,14 @@ def surroundings(empty: NDArray[np.bool_], reach: Sequence[int] = (0, 0, 0)) -> 
         for here, there in _neighbours(grown.ndim):
             grown[here] |= around[there]
         around = grown & empty
-    if any(reach) and around.any():
-        around &= ~closing(~around, reach)
     return around
 
 
 def closing(region: NDArray[np.bool_], reach: Sequence[int]) -> NDArray[np.bool_]:
     """The morphological closing of a region [X, Y, Z] by a box that reaches so many voxels to either side along each
     axis. Nothing beyond the grid belongs to the region."""
+    if region.flags.f_contiguous and not region.flags.c_contiguous:
+        return closing(region.T, reach[::-1]).T
     out = np.zeros_like(region)
     where = [np.flatnonzero(region.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     if not all(map(len, where)):

@@ -23,6 +23,7 @@ from copedit_rt.images.grids import (
     SAME_SPACING,
     Frame,
     Orientation,
+    closing,
     fill_slices,
     nearest_matrices,
     slabs,
@@ -38,7 +39,7 @@ NOTHING = np.float32(1e-3)  # the least that tissue may be
 TISSUE = 0.1  # of the percentile range: brighter is taken for the head
 THICK = 5.0  # mm from slice to slice of a stack
 WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
-CISTERN = 7.0  # mm: half the width of a way to the border that is taken for fluid, not for what lies around a head
+CISTERN = 7.0  # mm: half the width of a gap in what is bright that is taken for fluid, not for what lies around a head
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         tissue = there if tissue is None else tissue | there
         background = empty if background is None else background & empty
     assert tissue is not None and background is not None
+    reach = [round(CISTERN / mm) for mm in spacing(study.reference.affine)]
     turned = first.apply(tissue)
     view = config.preprocessing.field_of_view
     offset = _head_centre(turned, spacing(study.reference.affine)[list(first.order)], view)
@@ -320,7 +322,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         frame=frames[0],
         intensity=intensity,
         fill=fills[0],
-        background=surroundings(background, [round(CISTERN / mm) for mm in spacing(study.reference.affine)]),
+        background=surroundings(background) & ~closing(tissue, reach),
         study=study,
         version=config.preprocessing.version,
         outside=_unseen(turned, frames[0]) if frames[0].cuts else 0,

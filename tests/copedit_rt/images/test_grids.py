@@ -369,15 +369,15 @@ def test_closing_is_the_morphological_one(seed, reach, order):
     np.testing.assert_array_equal(closing(region, reach), expected)
 
 
-def test_a_cistern_is_no_background():
-    empty = np.ones((24, 24, 24), bool)
-    empty[3:21, 3:21, 3:21] = False
-    empty[8:12, 3:16, 8:12] = True  # four voxels wide, open to the border
-    np.testing.assert_array_equal(surroundings(empty), empty)
-    expected = empty.copy()
-    expected[8:12, 3:16, 8:12] = False
-    np.testing.assert_array_equal(surroundings(empty, (2, 2, 2)), expected)
-    np.testing.assert_array_equal(surroundings(empty, (2, 1, 1)), surroundings(empty.T, (1, 1, 2)).T)
+def test_a_cistern_is_no_background_and_specks_of_noise_close_no_air():
+    data = np.zeros((40, 40, 24), np.float32)
+    data[8:32, 8:32, 4:20] = 100
+    data[16:20, 8:24, 8:12] = 0  # 8 mm wide, open to the border
+    data[::4, ::4, ::3] += 3
+    prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), config())
+    expected = data == 0
+    expected[8:32, 8:32, 4:20] = False
+    np.testing.assert_array_equal(prepared.background, expected)
 
 
 def test_a_frame_one_voxel_wide_is_background():
