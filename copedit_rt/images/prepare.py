@@ -304,10 +304,13 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         tissue = there if tissue is None else tissue | there
         background = empty if background is None else background & empty
     assert tissue is not None and background is not None
-    reach = [round(CISTERN / mm) for mm in spacing(study.reference.affine)]
+    voxel = spacing(study.reference.affine)
+    around = surroundings(background)
+    if around.any():  # nothing is around a head in noise
+        around &= ~closing(tissue, [round(CISTERN / mm) for mm in voxel])
     turned = first.apply(tissue)
     view = config.preprocessing.field_of_view
-    offset = _head_centre(turned, spacing(study.reference.affine)[list(first.order)], view)
+    offset = _head_centre(turned, voxel[list(first.order)], view)
     images = np.zeros((len(config.elements), 1, *config.image), np.float32)
     frames = []
     for name, volume in observed.items():
@@ -322,7 +325,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         frame=frames[0],
         intensity=intensity,
         fill=fills[0],
-        background=surroundings(background) & ~closing(tissue, reach),
+        background=around,
         study=study,
         version=config.preprocessing.version,
         outside=_unseen(turned, frames[0]) if frames[0].cuts else 0,

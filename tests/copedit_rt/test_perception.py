@@ -60,6 +60,14 @@ def test_two_images_of_one_kind_are_one_element():
     assert perceived.count_missing == 3 and perceived.which_missing == ("t1", "t1ce", "flair")
 
 
+def test_two_images_are_rather_two_elements_than_one():
+    """The second is a little more like T1 than like T1ce, but there is a clear T1 already."""
+    t1, unsure = [-6.0, 6.0, 6.0, 6.0], [-1.4, -1.0, 6.0, 6.0]
+    perceived = Perception.from_logits(Task.BRAIN, BRATS, [0.0, 0.0, 0.0], [0.0] * 4, {"t1": t1, "t1ce": unsure})
+    assert perceived.looks_like("t1ce")[0] == "t1"
+    assert perceived.count_missing == 2 and perceived.which_missing == ("t2", "flair")
+
+
 def test_from_logits_survives_extreme_logits():
     alone = {"t1": [-900.0, 900.0, 0.0, 0.0]}
     perceived = Perception.from_logits(Task.BRAIN, BRATS, [900.0, -900.0, 0.0], [900.0] * 4, alone)

@@ -372,7 +372,7 @@ def test_closing_is_the_morphological_one(seed, reach, order):
 def test_a_cistern_is_no_background_and_specks_of_noise_close_no_air():
     data = np.zeros((40, 40, 24), np.float32)
     data[8:32, 8:32, 4:20] = 100
-    data[16:20, 8:24, 8:12] = 0  # 8 mm wide, open to the border
+    data[16:20, 8:24, 5:19] = 0  # 8 mm wide along the first axis alone, open to the border
     data[::4, ::4, ::3] += 3
     prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), config())
     expected = data == 0

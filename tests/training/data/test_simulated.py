@@ -95,6 +95,18 @@ def test_some_heads_end_below_the_brain_in_every_image_at_about_the_same_place(f
     assert 0.2 < np.mean(ends) < 1  # the made-up head is lower than a real one
 
 
+@pytest.mark.parametrize("stripped, low, face", [(False, 0.65, 0.35), (True, 0.15, 0.0)])
+def test_how_often_the_lowest_slices_and_the_face_are_not_shown(folder, stripped, low, face):
+    heads, rng = simulator(folder), np.random.default_rng(0)
+    tissue = torch.ones(heads.shape, dtype=torch.bool)  # 192 mm high
+    shown = torch.stack([heads._cover(tissue, stripped, rng)() for _ in range(400)])
+    assert shown.shape == (400, *heads.shape[1:])
+    assert float((~shown[:, 0, 0]).float().mean()) == pytest.approx(low, abs=0.07)
+    above = shown[shown[:, 0, 9]]  # 72 mm up, below every chin
+    assert float((~above[:, -1, 9]).float().mean()) == pytest.approx(face, abs=0.07)
+    assert torch.equal(above[:, -1, 16], above[:, 0, 16])  # a forehead is a forehead
+
+
 def test_contrasts_are_in_order(brains):
     dark = []
     for seed in range(6):

@@ -378,9 +378,8 @@ def draw_scan(rng: np.random.Generator, contrast: str, stripped: bool) -> Scan:
     """An isotropic 3-D image (T1 mostly) or slices of 3 to 6 mm, mostly axial.
 
     Noise 0.4 to 4 % of white matter on the voxels of the model, which average several of the scanner's; two
-    registrations of 0.3 mm; ghosts of at most 3 % of the signal in one scan of ten. Of four stripped tumour studies of
-    three hospitals one has fluid at exactly 0 in two of its images, and one a T1 that is a third brighter behind than
-    in front."""
+    registrations of 0.3 mm; ghosts of at most 3 % of the signal in one scan of ten. Fluid at exactly 0 and bias that
+    nobody corrected are found in published tumour studies, stripped ones too."""
     u = rng.uniform
     voxel = np.full(3, u(0.8, 1.3))
     if rng.random() > (0.55 if contrast in ("t1", "t1ce") else 0.35):

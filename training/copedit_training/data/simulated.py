@@ -129,12 +129,13 @@ class Simulator:
         protocols = self._protocols(rng, tissues)
         clean, box = self._clean(anatomy, protocols, rng)
         images = {}
-        mask = _volume(anatomy.mask, anatomy)[box]
+        whole = _volume(anatomy.mask, anatomy)
+        mask = whole[box]
         occupied = None if stripped else _volume(1 - anatomy.fractions[:, INDEX["air"]], anatomy) > 0
         gain = float(np.exp(rng.uniform(np.log(100), np.log(2000))))
-        cover = self._cover(_volume(anatomy.mask, anatomy) > 0 if occupied is None else occupied, stripped, rng)
+        cover = self._cover(whole > 0 if occupied is None else occupied, stripped, rng)
         for (name, (_, sequence)), volume in zip(protocols.items(), clean, strict=True):
-            images[name] = self._image(name, sequence, volume, mask, box, occupied, gain, rng) * cover(rng)
+            images[name] = self._image(name, sequence, volume, mask, box, occupied, gain, rng) * cover()
         about = {"map": self.files[which].name, "age": anatomy.age, "field": tissues.field}
         about |= {name: sequence for name, (_, sequence) in protocols.items()}
         return Simulated(images, anatomy.labels(), self.spacing, stripped, about)
@@ -171,32 +172,30 @@ class Simulator:
         box = _box(anatomy) if anatomy.stripped else (slice(None),) * 3
         return torch.stack([_volume(column, anatomy)[box] for column in out.T]), box
 
-    def _cover(
-        self, tissue: Tensor, stripped: bool, rng: np.random.Generator
-    ) -> Callable[[np.random.Generator], Tensor]:
-        """What draws the part of the grid that an image shows, float32 [X, Y, Z] of 0 and 1: two in three heads end
-        below the brain, as axial slices do (26 of 5.5 mm, 143 mm), some without a crown or a face.
+    def _cover(self, tissue: Tensor, stripped: bool, rng: np.random.Generator) -> Callable[[], Tensor]:
+        """What draws, for one image after the other, the part of the grid that it shows, bool [Y, Z]: two in three
+        heads end about the base of the brain, as axial slices do (26 of 5.5 mm, 143 mm), some without crown or face.
 
         Real heads seldom have a neck; perception that has been fitted on heads that all have one does not carry over to
         other hospitals."""
         u, (_, dy, dz) = rng.uniform, self.spacing
-        there = [torch.nonzero(tissue.any(a).any(b)).reshape(-1) for a, b in ((2, 1), (2, 0), (1, 0))]
-        if not all(map(len, there)):
-            return lambda own: torch.ones(self.shape, device=tissue.device)
-        top, front = (float(there[i][-1] + 1) * self.spacing[i] for i in (2, 1))
+        shown = torch.ones(self.shape[1:], dtype=torch.bool, device=tissue.device)
+        there = tissue.any(0).nonzero()
+        if not len(there):
+            return lambda: shown
+        front, top = ((int(last) + 1) * mm for last, mm in zip(there.amax(0), (dy, dz), strict=True))
         crown = top + u(-15, 5) if rng.random() < (0.1 if stripped else 0.4) else np.inf
         height = u(85, 130) if stripped else u(105, 165)
         low = top - height if rng.random() < (0.15 if stripped else 0.65) else -np.inf
         face = not stripped and rng.random() < 0.35
         depth, chin = u(10, 35), top - u(75, 110)
         y, z = (torch.arange(n, device=tissue.device) * mm for n, mm in zip(self.shape[1:], (dy, dz), strict=True))
-        shown = torch.ones(self.shape[1:], device=tissue.device)
         if face:
-            shown *= ((y[:, None] < front - depth) | (z > chin)).float()
+            shown &= (y[:, None] < front - depth) | (z > chin)
 
-        def cover(own: np.random.Generator) -> Tensor:
-            a, b = own.normal(0, 4, 2)
-            return (shown * ((z >= low + a) & (z < crown + b))).expand(self.shape)
+        def cover() -> Tensor:
+            a, b = rng.normal(0, 4, 2)
+            return shown & (z >= low + a) & (z < crown + b)
 
         return cover
 
@@ -216,7 +215,7 @@ class Simulator:
         image = own * physics.acquire(clean, scan, self.spacing, 1.0, sequence.magnitude, rng)
         if scan.floor:
             tissue = image[(mask if occupied is None else occupied) > 0.5]
-            image = (image - scan.floor * darkest(tissue)).clamp(min=0)
+            image = (image - scan.floor * _darkest(tissue)).clamp(min=0)
         if occupied is not None:
             return image * occupied if scan.silent_air else image
         out = torch.zeros(self.shape, device=image.device)
@@ -224,7 +223,7 @@ class Simulator:
         return out
 
 
-def darkest(values: Tensor) -> Tensor:
+def _darkest(values: Tensor) -> Tensor:
     """The 3rd percentile of grey values [N]: fluid, or in T2 the darkest of the tissue."""
     return values.kthvalue(max(1, int(0.03 * len(values))))[0] if len(values) else values.new_zeros(())
 

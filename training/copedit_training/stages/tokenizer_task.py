@@ -44,9 +44,7 @@ from copedit_training.stages.wavelets import start_as_wavelets
 
 READOUT_LR = 3e-3
 READOUT_NOISE = 0.05  # deviations of a feature
-# Of `patients_share`. On four tumour patients of other hospitals, heads with all of it named which is missing in 42 of
-# 56 studies; with a quarter of it and no phantoms, on heads that may end below the brain, in 52.
-READOUT_SHARE = 0.25
+READOUT_SHARE = 0.25  # of `patients_share`: with all of it a few scanners are learnt by heart (card of brain-2mm)
 HELD_OUT = 10  # one subject in so many is not learnt from, where there are enough; the heads are calibrated on it
 
 
