@@ -256,10 +256,11 @@ def ablate(
     networks = Networks(fid_network, fvd_network, device=choose_device(device)) if fid_network or fvd_network else None
     shared: Any = {"data": data, "full": full, "runs": runs, "test_subjects": subjects, "networks": networks}
     if kind == "pretext":
-        report = pretext.ablate(pretext.Experiment(output, preset, settings, **shared))
+        report = pretext.ablate(pretext.TokenizerExperiment(output, preset, settings, **shared))
         present(report, pretext.markdown(report), pretext.write_report(report, output), as_json)
         return
-    report = ablation.ablate(cast("ablation.Ablation", kind), ablation.Experiment(output, preset, settings, **shared))
+    experiment = ablation.DenoiserExperiment(output, preset, settings, **shared)
+    report = ablation.ablate(cast("ablation.Ablation", kind), experiment)
     present(report, ablation.markdown(report), ablation.write_report(report, output), as_json)
 
 

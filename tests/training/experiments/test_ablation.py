@@ -15,7 +15,7 @@ from copedit_rt.errors import CopeditError
 from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
 from copedit_training.experiments import ablation
-from copedit_training.experiments.ablation import VARIANTS, Experiment, Variant
+from copedit_training.experiments.ablation import VARIANTS, DenoiserExperiment, DenoiserVariant
 from copedit_training.stages.prior import fit_prior
 
 FAST = ("steps=3", "warmup=1", "crop=8", "batch_size=4", "subjects=4", "checkpoint_every=2", "dtype=float32")
@@ -31,7 +31,7 @@ def smooth(config, subjects, cache, progress=None, first=0):
 
 @pytest.fixture(autouse=True)
 def no_phantoms(monkeypatch):
-    monkeypatch.setattr(ablation, "phantom_images", smooth)
+    monkeypatch.setattr("copedit_training.experiments.experiment.phantom_images", smooth)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def experiment(model_folder, tmp_path):
 
     def build(*overrides, where=tmp_path / "run", **options):
         options = {"runs": 2, "test_subjects": 3, "config": checkpoint.read_config(folder)} | options
-        return Experiment(where, "demo-brain", (*FAST, *SIZE, f"tokenizer={folder}", *overrides), **options)
+        return DenoiserExperiment(where, "demo-brain", (*FAST, *SIZE, f"tokenizer={folder}", *overrides), **options)
 
     return build
 
@@ -144,7 +144,7 @@ def test_an_ablation_is_reported_resumed_and_kept(experiment, tmp_path, monkeypa
     def refuse(*args, **options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(ablation, "fit", refuse)
+    monkeypatch.setattr("copedit_training.experiments.experiment.fit", refuse)
     assert ablation.ablate("injection", experiment()) == report
     with pytest.raises(AssertionError, match="trained again"):
         ablation.ablate("prompts", experiment())  # only the reference is there
@@ -167,7 +167,7 @@ def test_networks_give_an_ablation_fid_and_fvd(experiment, tmp_path, monkeypatch
     assert all(row["fvd"] > 0 for row in found.values()) and len(seen) == 2 * n
     text = ablation.markdown(report)
     assert "2 missing: FID | 2 missing: FVD" in text and "FID: network fid.pt." in text
-    monkeypatch.setattr(ablation, "fit", None)  # what is kept is of these networks
+    monkeypatch.setattr("copedit_training.experiments.experiment.fit", None)  # what is kept is of these networks
     assert ablation.ablate("identity", experiment(runs=1, networks=with_networks.networks)) == report
     assert "networks" not in ablation.ablate("identity", experiment(runs=1))
 
@@ -302,14 +302,14 @@ def test_what_is_refused(experiment, tmp_path):
         experiment("patch=4,4")
     with pytest.raises(CopeditError, match="its tokenizer is not the one of preset"):
         experiment(config=replace(made.config, image=(32, 32, 8)), where=tmp_path / "other")
-    assert Variant("x", "x", {}).changes == {}
+    assert DenoiserVariant("x", "x", {}).changes == {}
     refused = CliRunner().invoke(app, ["ablate", "depth", "-o", str(tmp_path / "o")])
     assert refused.exit_code == 1 and "prompts, injection, backbone" in refused.stderr
 
 
 def test_the_command_hands_over_data_and_device(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(ablation, "Experiment", lambda *given, **more: seen.update(more, given=given))
+    monkeypatch.setattr(ablation, "DenoiserExperiment", lambda *given, **more: seen.update(more, given=given))
     monkeypatch.setattr(ablation, "ablate", lambda kind, experiment: seen.update(kind=kind) or {})
     monkeypatch.setattr(ablation, "markdown", lambda report: "")
     monkeypatch.setattr(ablation, "write_report", lambda report, folder: [])

@@ -12,8 +12,8 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.evaluation.features import Networks
-from copedit_training.experiments import ablation, pretext
-from copedit_training.experiments.pretext import VARIANTS, Experiment, Seen, parameters, score
+from copedit_training.experiments import pretext
+from copedit_training.experiments.pretext import VARIANTS, Seen, TokenizerExperiment, parameters, score
 from tests.training.experiments.test_ablation import networks_in, smooth
 
 FAST = (
@@ -24,7 +24,7 @@ FAST = (
 
 @pytest.fixture(autouse=True)
 def no_phantoms(monkeypatch):
-    monkeypatch.setattr(ablation, "phantom_images", smooth)
+    monkeypatch.setattr("copedit_training.experiments.experiment.phantom_images", smooth)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def experiment(model_folder, tmp_path):
 
     def build(*overrides, **options):
         options = {"runs": 1, "test_subjects": 3, "config": config} | options
-        return Experiment(tmp_path / "run", "demo-brain", (*FAST, *overrides), **options)
+        return TokenizerExperiment(tmp_path / "run", "demo-brain", (*FAST, *overrides), **options)
 
     return build
 

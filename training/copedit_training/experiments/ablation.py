@@ -8,44 +8,37 @@ said about a difference is said beside its standard error and the difference und
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
-from rich.console import Console
 from torch import Tensor, nn
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
 from copedit_rt.networks.denoiser import MDiT3D, UNet
 from copedit_rt.networks.sampler import sample
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.prior import PRIOR, Prior
 from copedit_rt.schedule import begun, noise
 from copedit_rt.task import Task
-from copedit_training.data import layouts
-from copedit_training.data.prepared import HELD_OUT, folder_images, held_out_images, phantom_images
 from copedit_training.evaluation.beside import paired
-from copedit_training.evaluation.compare import Pair
 from copedit_training.evaluation.evaluate import missing_patterns
-from copedit_training.evaluation.features import Networks, said
+from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
 from copedit_training.evaluation.report import difference, number, table, write
 from copedit_training.experiments.analysis import check_prior
-from copedit_training.stages.checkpoints import claim
+from copedit_training.experiments.experiment import Experiment, Variant, distances, held_out_words, look, looked
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.prior import fit_prior
-from copedit_training.stages.settings import DenoiserSettings, Settings, load_settings
-from copedit_training.stages.trainer import check_subjects, fit
+from copedit_training.stages.settings import DenoiserSettings, load_settings
+from copedit_training.stages.trainer import check_subjects
 
 Ablation = Literal["prompts", "injection", "backbone", "prior", "identity"]
 
@@ -66,60 +59,55 @@ REDUCED = (
 NETWORK = {"width": 96, "heads": 3, "blocks": 4}
 NUMBERS = {"width": 1, "heads": 1, "blocks": 1, "patch": 3}  # what of the network can be set, and in how many numbers
 IDLE = ("image_weight", "validate_every", "validate_subjects")  # settings that have no effect here
-REDUCED_RUNS, FULL_RUNS = 2, 3  # seeds per variant
-TEST_SUBJECTS = 16
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A row of a table. changes: what it has in place of the reference's, fields of `DenoiserConfig`; a width is a
-    multiple of the reference's. start: where its sampling does, see `DiffusionConfig`. trained: whether it is, or as it
-    is built, when a network with a prior returns the fill."""
+class DenoiserVariant(Variant):
+    """changes: what it has in place of the reference's, fields of `DenoiserConfig`; a width is a multiple of the
+    reference's. start: where its sampling does, see `DiffusionConfig`. Not trained, a network with a prior returns the
+    fill."""
 
-    name: str
-    label: str
     changes: Mapping[str, Any]
     start: float = 1.0
-    trained: bool = True
 
 
 # The first row of each is the reference, the paper's choice.
-VARIANTS: dict[Ablation, tuple[Variant, ...]] = {
+VARIANTS: dict[Ablation, tuple[DenoiserVariant, ...]] = {
     "prompts": (
-        Variant("full", "all prompts (CoPeDiT)", {}),
-        Variant("no-count", "without p^d (how many)", {"prompts": "no-count"}),
-        Variant("no-position", "without p^p (which)", {"prompts": "no-position"}),
-        Variant("no-contrast", "without p^s (what)", {"prompts": "no-contrast"}),
-        Variant("none", "without prompts", {"prompts": "none"}),
-        Variant("mask", "mask codes", {"prompts": "mask"}),
+        DenoiserVariant("full", "all prompts (CoPeDiT)", {}),
+        DenoiserVariant("no-count", "without p^d (how many)", {"prompts": "no-count"}),
+        DenoiserVariant("no-position", "without p^p (which)", {"prompts": "no-position"}),
+        DenoiserVariant("no-contrast", "without p^s (what)", {"prompts": "no-contrast"}),
+        DenoiserVariant("none", "without prompts", {"prompts": "none"}),
+        DenoiserVariant("mask", "mask codes", {"prompts": "mask"}),
     ),
     "injection": (
-        Variant("full", "across (modal / spatial)", {}),
-        Variant("within", "within (spatial / planar)", {"injection": "within"}),
-        Variant("both", "both", {"injection": "both"}),
+        DenoiserVariant("full", "across (modal / spatial)", {}),
+        DenoiserVariant("within", "within (spatial / planar)", {"injection": "within"}),
+        DenoiserVariant("both", "both", {"injection": "both"}),
     ),
     "backbone": (
-        Variant("full", "MDiT3D", {}),
-        Variant("dit3d", "DiT-3D", {"backbone": "dit3d"}),
-        Variant("dit3d-wide", "DiT-3D, twice as wide", {"backbone": "dit3d", "width": 2}),
-        Variant("dit", "DiT", {"backbone": "dit"}),
-        Variant("unet", "UNet", {"backbone": "unet"}),
+        DenoiserVariant("full", "MDiT3D", {}),
+        DenoiserVariant("dit3d", "DiT-3D", {"backbone": "dit3d"}),
+        DenoiserVariant("dit3d-wide", "DiT-3D, twice as wide", {"backbone": "dit3d", "width": 2}),
+        DenoiserVariant("dit", "DiT", {"backbone": "dit"}),
+        DenoiserVariant("unet", "UNet", {"backbone": "unet"}),
     ),
     "identity": (
-        Variant("full", "sine and cosine of the index (CoPeDiT)", {}),
-        Variant("orthogonal", "orthogonal directions", {"identity": "orthogonal"}),
+        DenoiserVariant("full", "sine and cosine of the index (CoPeDiT)", {}),
+        DenoiserVariant("orthogonal", "orthogonal directions", {"identity": "orthogonal"}),
     ),
     "prior": (
-        Variant("full", "from noise (CoPeDiT)", {}),
-        Variant("fill", "the fill alone", {"prior": True}, trained=False),
-        Variant("prior", "the fill beside the noise, corrected", {"prior": True}),
-        Variant("noised", "the same, from the noised fill", {"prior": True}, start=0.3),
+        DenoiserVariant("full", "from noise (CoPeDiT)", {}),
+        DenoiserVariant("fill", "the fill alone", {"prior": True}, trained=False),
+        DenoiserVariant("prior", "the fill beside the noise, corrected", {"prior": True}),
+        DenoiserVariant("noised", "the same, from the noised fill", {"prior": True}, start=0.3),
     ),
 }
 METRICS = ("psnr", "ssim", "mse")
 
 
-def variant_config(config: ModelConfig, variant: Variant) -> ModelConfig:
+def variant_config(config: ModelConfig, variant: DenoiserVariant) -> ModelConfig:
     """The reference's configuration with a variant's changes; heads keep their dimension."""
     changes = dict(variant.changes)
     if wider := changes.pop("width", 0):
@@ -131,8 +119,10 @@ def variant_config(config: ModelConfig, variant: Variant) -> ModelConfig:
 # -------------------------------------------------------------------------------------------------------- training
 
 
-class Experiment:
-    """What all variants of a folder share: data, latents, tokenizer, settings, held-out subjects."""
+class DenoiserExperiment(Experiment[DenoiserVariant, DenoiserSettings, DenoiserTask]):
+    """Variants of stage II: they share latents and tokenizer, too."""
+
+    stage = "denoiser"
 
     def __init__(
         self,
@@ -142,13 +132,11 @@ class Experiment:
         *,
         data: str = "phantom",
         full: bool = False,
-        runs: int | None = None,
-        test_subjects: int = TEST_SUBJECTS,
         config: ModelConfig | None = None,
-        networks: Networks | None = None,
+        **shared: Any,
     ) -> None:
-        """config replaces the preset's model. networks: for FID and FVD. Raises CopeditError for settings that do not
-        exist, a tokenizer of another model and a folder that holds other settings."""
+        """config replaces the preset's model; the rest as in `Experiment`. Raises CopeditError for settings that do
+        not exist, a tokenizer of another model and a folder that holds other settings."""
         for item in overrides:
             if item.partition("=")[0] in IDLE:
                 raise CopeditError(f"--set {item}: an ablation trains the denoiser alone and measures it at the end")
@@ -165,34 +153,21 @@ class Experiment:
             network[key] = numbers if wanted > 1 else numbers[0]
         base = config or ModelConfig.preset(preset)
         check_prior(base)
-        self.config = replace(base, denoiser=replace(base.denoiser, **network))
         # The decoder stays the same for all: what differs is the denoiser.
-        self.settings = load_settings("denoiser", preset, (*(() if full else REDUCED), *rest, "image_weight=0"))
-        self.folder, self.data, self.test_subjects, self.networks = folder, data, test_subjects, networks
-        self.seeds = [self.settings.seed + i for i in range(runs or (FULL_RUNS if full else REDUCED_RUNS))]
-        self.source = self.settings.tokenizer or preset
-        trained, self.tokenizer, digest = checkpoint.load_tokenizer(checkpoint.locate(self.source))
+        settings = load_settings("denoiser", preset, (*(() if full else REDUCED), *rest, "image_weight=0"))
+        source = settings.tokenizer or preset
+        trained, self.tokenizer, digest = checkpoint.load_tokenizer(checkpoint.locate(source))
         if (trained.tokenizer, trained.elements, trained.image) != (base.tokenizer, base.elements, base.image):
             raise CopeditError(
-                f"{self.source}: its tokenizer is not the one of preset {preset}; name another with "
-                f"--set tokenizer=FOLDER"
+                f"{source}: its tokenizer is not the one of preset {preset}; name another with --set tokenizer=FOLDER"
             )
-        described = {
-            "stage": "ablation",
-            "settings": dataclasses.asdict(self.settings),
-            "model": self.config.to_dict(),
-            "tokenizer": digest,
-            "data": data if data == "phantom" else str(Path(data).resolve()),
-            "test_subjects": test_subjects,
-        }
-        claim(folder, described, resume=True)
-        self.described = described
-        self.console = Console(stderr=True)
-        self.images, self.held_out = images_of(self)
+        model = replace(base, denoiser=replace(base.denoiser, **network))
+        described = {"stage": "ablation", "tokenizer": digest}
+        super().__init__(folder, model, settings, described, data=data, full=full, **shared)
         self._first: dict[int, dict[str, Tensor]] = {}
         self._prior: Prior | None = None
 
-    def task(self, variant: Variant, seed: int) -> DenoiserTask:
+    def task(self, variant: DenoiserVariant, seed: int) -> DenoiserTask:
         """Stage II of a variant, before its first step."""
         config = variant_config(self.config, variant)
         whiten = 0.0 if config.denoiser.backbone == "unet" else self.settings.whiten
@@ -217,26 +192,16 @@ class Experiment:
     def _reference(self, seed: int) -> dict[str, Tensor]:
         """First weights of the reference under a seed."""
         if seed not in self._first:
-            reference = self.task(Variant("full", "", {}), seed).denoiser
+            reference = self.task(DenoiserVariant("full", "", {}), seed).denoiser
             self._first[seed] = {name: p.detach().clone() for name, p in reference.named_parameters()}
         return self._first[seed]
 
-    def run(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """Train and score a variant under a seed; a finished one is read from its folder, a begun one goes on."""
-        folder = self.folder / f"{variant.name}-seed{seed}"
-        path = folder / "scores.json"
-        if stored := scored(path, self.networks):
-            return stored
-        task, networks = self.task(variant, seed), self.networks and self.networks.again()
-        described = {"stage": "denoiser", "settings": dataclasses.asdict(task.settings), "model": task.config.to_dict()}
-        claim(folder, described, resume=True)
-        prior = self.prior() if task.config.denoiser.prior else None
-        log = []
-        if variant.trained:
-            fit(f"{variant.name}, seed {seed}", folder, task, resume=True, held_out=None, console=self.console)
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        start = time.perf_counter()
-        scores = {
+    def scores(
+        self, variant: DenoiserVariant, task: DenoiserTask, log: Sequence[Mapping[str, Any]], networks: Networks | None
+    ) -> dict[str, Any]:
+        """Parameters, costs, and of each held-out subject what `score` says."""
+        start, prior = time.perf_counter(), self.prior() if task.config.denoiser.prior else None
+        return {
             "parameters": sum(p.numel() for p in task.denoiser.parameters()),
             "gflop": gflop(task),
             "seconds_per_step": float(np.median([x["seconds"] for x in log])) if log else 0.0,
@@ -245,73 +210,8 @@ class Experiment:
                 score(task.average, self.tokenizer, task.config, task.settings, images, i, prior, networks)
                 for i, images in enumerate(self.held_out)
             ],
-        } | frechet(networks)
-        scores["seconds_of_scoring"] = time.perf_counter() - start
-        write_atomically(path, (json.dumps(scores, indent=1) + "\n").encode())
-        return scores
-
-
-def scored(path: Path, networks: Networks | None) -> dict[str, Any] | None:
-    """The scores of a finished run; None where there are none, or none by these networks."""
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if networks and stored.get("networks") != networks.digests:
-        return None
-    return stored or None
-
-
-def frechet(networks: Networks | None) -> dict[str, Any]:
-    """Of a run's scores, what networks say of all that they have seen: of each key FID and FVD."""
-    if not networks:
-        return {}
-    return {"networks": networks.digests, "frechet": {key: row["model"] for key, row in networks.summary().items()}}
-
-
-def look(networks: Networks, key: str, element: str, image: np.ndarray, truth: np.ndarray, joint: bool) -> None:
-    """Show networks an image [H, W, D] of a subject and its truth, on the model's grid; joint: a slab of a heart, of
-    which there are axial slices alone."""
-    slices = tuple(range(image.shape[2])) if joint else None
-    networks.add(key, Pair("model", element, image, truth.astype(np.float32), slices), first=True)
-
-
-def distances(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, float | None]:
-    """FID and FVD under a key, as far as there are networks: means over the seeds."""
-    rows = [run["frechet"].get(key, {}) for run in runs]
-    named = [name for name in ("fid", "fvd") if name in runs[0]["networks"]]
-    found = {name: [row[name] for row in rows if row.get(name) is not None] for name in named}
-    return {name: float(np.mean(values)) if len(values) == len(runs) else None for name, values in found.items()}
-
-
-class Described(Protocol):
-    """An experiment, as far as its images depend on it."""
-
-    config: ModelConfig
-    folder: Path
-    data: str
-    test_subjects: int
-    console: Console
-
-    @property
-    def settings(self) -> Settings: ...
-
-
-def images_of(experiment: Described, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Training images and those of held-out subjects, kept in the experiment's folder: of phantoms, or of a data set.
-
-    Raises CopeditError for a data set of whose held-out subjects fewer than `least` can be used.
-    """
-    config, folder = experiment.config, experiment.folder
-    if experiment.data == "phantom":
-        images = phantom_images(config, experiment.settings.subjects, folder / "phantom.npy")
-        return images, phantom_images(config, experiment.test_subjects, folder / "held-out.npy", first=HELD_OUT)
-    found = layouts.find(Path(experiment.data), config)
-    images = folder_images(config, found, folder, say=experiment.console.print)
-    held_out = held_out_images(config, found, folder, experiment.test_subjects)
-    if len(held_out) < least:
-        raise CopeditError(
-            f"{experiment.data}: {len(held_out)} of the held-out subjects can be used, and this ablation needs "
-            f"{least} or more; add studies"
-        )
-    return images, held_out
+            "seconds_of_scoring": time.perf_counter() - start,
+        }
 
 
 def share_weights(net: nn.Module, first: Mapping[str, Tensor]) -> None:
@@ -513,7 +413,7 @@ def visible(task: DenoiserTask, samples: int = 256) -> float:
     return ((correlation < 0.5) == missing).float().mean().item()
 
 
-def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> dict[str, Any]:
+def ablate(kind: Ablation, experiment: DenoiserExperiment, only: Sequence[str] = ()) -> dict[str, Any]:
     """Train what is not there yet, and report; JSON-able. only: names of variants (the reference is always there)."""
     wanted = [v for v in VARIANTS[kind] if not only or v.name in only or not v.changes]
     if unknown := set(only) - {v.name for v in VARIANTS[kind]}:
@@ -523,10 +423,7 @@ def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> 
         raise CopeditError(
             f"{experiment.config.name}: the ablation of the prior is of brains; choose a preset of a brain"
         )
-    runs: dict[str, list[dict[str, Any]]] = {v.name: [] for v in wanted}
-    for seed in experiment.seeds:  # a whole table under the first seed comes before any of the second
-        for variant in wanted:
-            runs[variant.name].append(experiment.run(variant, seed))
+    runs = experiment.runs(wanted)
     costs = ("parameters", "gflop", "seconds_per_step", "training_mse")
     report: dict[str, Any] = {
         "ablation": kind,
@@ -538,23 +435,15 @@ def ablate(kind: Ablation, experiment: Experiment, only: Sequence[str] = ()) -> 
         },
         "table": summarise(runs, wanted[0].name),
         **experiment.described,
+        **experiment.named_networks(),
     }
     if experiment.networks:
         counts = [c for c in report["table"][wanted[0].name] if c != "all"]
-        report["networks"] = {name: str(path) for name, path in experiment.networks.files.items() if path}
         for v in wanted:
             report["variants"][v.name]["frechet"] = {c: distances(runs[v.name], c) for c in counts}
     if kind == "prompts":
         report["visible"] = visible(experiment.task(wanted[0], experiment.seeds[0]))
     return report
-
-
-def looked(report: Mapping[str, Any]) -> list[str]:
-    """Which networks FID and FVD are by; nothing without any."""
-    if not (files := report.get("networks")):
-        return []
-    names = " ".join(said({name: Path(path) for name, path in files.items()}))
-    return [f"{names} Of whole images, means over the seeds; they grow as samples get fewer.", ""]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -571,8 +460,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{report['model']['name']}, {where}: {settings['steps']} steps of {settings['batch_size']} "
         + (f"crops of {settings['crop']} voxels" if settings["crop"] else "subjects")
         + f", width {network['width']}, {network['blocks']} blocks, "
-        f"patch {' x '.join(map(str, network['patch']))}, {settings['subjects']} training subjects, "
-        f"{report['test_subjects']} held-out subjects, seeds {', '.join(map(str, report['seeds']))}. Mean ± standard "
+        f"patch {' x '.join(map(str, network['patch']))}, {held_out_words(report)} Mean ± standard "
         "deviation over subjects" + (", PSNR and SSIM inside the brain." if brain else "."),
         "",
     ]

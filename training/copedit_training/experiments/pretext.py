@@ -7,8 +7,6 @@ seed, the weight of one task, or of all, set to 0. What is said of a difference 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,35 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_training.evaluation.beside import paired
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
 from copedit_training.evaluation.report import number, save_figure, table, write
-from copedit_training.experiments.ablation import (
-    FULL_RUNS,
-    REDUCED_RUNS,
-    TEST_SUBJECTS,
-    distances,
-    frechet,
-    images_of,
-    look,
-    looked,
-    paired,
-    scored,
-)
 from copedit_training.experiments.analysis import KINDS, Grouped, Probe, distribution, separation
-from copedit_training.stages.checkpoints import claim
-from copedit_training.stages.settings import load_settings
+from copedit_training.experiments.experiment import Experiment, Variant, distances, held_out_words, look, looked
+from copedit_training.stages.settings import TokenizerSettings, load_settings
 from copedit_training.stages.tokenizer_task import TokenizerTask
-from copedit_training.stages.trainer import check_subjects, fit
+from copedit_training.stages.trainer import check_subjects
 
 # A short budget, a twentieth of the demo's steps; without `--full` these replace the preset's own.
 REDUCED = (
@@ -62,20 +47,18 @@ IDLE = ("count_weight", "position_weight", "contrast_weight", "validate_every", 
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A row of a table: which of the tasks `KINDS` are left out."""
+class TokenizerVariant(Variant):
+    """without: which of the tasks `KINDS` are left out."""
 
-    name: str
-    label: str
     without: tuple[int, ...]
 
 
 VARIANTS = (
-    Variant("full", "all tasks (CoPeVAE)", ()),
-    Variant("no-count", "without task 1 (how many)", (0,)),
-    Variant("no-position", "without task 2 (which)", (1,)),
-    Variant("no-contrast", "without task 3 (what)", (2,)),
-    Variant("none", "without pretext tasks", (0, 1, 2)),
+    TokenizerVariant("full", "all tasks (CoPeVAE)", ()),
+    TokenizerVariant("no-count", "without task 1 (how many)", (0,)),
+    TokenizerVariant("no-position", "without task 2 (which)", (1,)),
+    TokenizerVariant("no-contrast", "without task 3 (what)", (2,)),
+    TokenizerVariant("none", "without pretext tasks", (0, 1, 2)),
 )
 
 
@@ -97,8 +80,10 @@ def observed_patterns(config: ModelConfig) -> torch.Tensor:
     return torch.tensor([[e not in missing for e in config.elements] for missing in every])
 
 
-class Experiment:
-    """What all variants of a folder share: data, settings, held-out subjects."""
+class TokenizerExperiment(Experiment[TokenizerVariant, TokenizerSettings, TokenizerTask]):
+    """Variants of stage I."""
+
+    stage = "tokenizer"
 
     def __init__(
         self,
@@ -108,65 +93,43 @@ class Experiment:
         *,
         data: str = "phantom",
         full: bool = False,
-        runs: int | None = None,
-        test_subjects: int = TEST_SUBJECTS,
         config: ModelConfig | None = None,
-        networks: Networks | None = None,
+        **shared: Any,
     ) -> None:
-        """config replaces the preset's model. networks: for FID and FVD of reconstructions. Raises CopeditError for
-        settings that do not exist or are what is compared, and for a folder that holds other settings."""
+        """config replaces the preset's model; the rest as in `Experiment`. Raises CopeditError for settings that do
+        not exist or are what is compared, and for a folder that holds other settings."""
         for item in overrides:
             if item.partition("=")[0] in IDLE:
                 raise CopeditError(f"--set {item}: an ablation of the pretext tasks sets it itself; leave it out")
         check_subjects(data, overrides)
-        self.config = config or ModelConfig.preset(preset)
-        self.settings = load_settings("tokenizer", preset, (*(() if full else REDUCED), *overrides))
-        self.folder, self.data, self.test_subjects, self.networks = folder, data, test_subjects, networks
-        self.seeds = [self.settings.seed + i for i in range(runs or (FULL_RUNS if full else REDUCED_RUNS))]
-        self.described = {
-            "stage": "pretext",
-            "settings": dataclasses.asdict(self.settings),
-            "model": self.config.to_dict(),
-            "data": data if data == "phantom" else str(Path(data).resolve()),
-            "test_subjects": test_subjects,
-        }
-        claim(folder, self.described, resume=True)
-        self.console = Console(stderr=True)
-        self.images, self.held_out = images_of(self, least=2)
+        config = config or ModelConfig.preset(preset)
+        settings = load_settings("tokenizer", preset, (*(() if full else REDUCED), *overrides))
+        super().__init__(folder, config, settings, {"stage": "pretext"}, data=data, full=full, least=2, **shared)
 
-    def task(self, variant: Variant, seed: int) -> TokenizerTask:
+    def task(self, variant: TokenizerVariant, seed: int) -> TokenizerTask:
         """Stage I of a variant, before its first step."""
-        weights = {f"{KINDS[i]}_weight": 0.0 for i in variant.without}
+        weights: dict[str, Any] = {f"{KINDS[i]}_weight": 0.0 for i in variant.without}
         torch.manual_seed(seed)
         return TokenizerTask(self.config, replace(self.settings, seed=seed, **weights)).on(self.images)
 
-    def run(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """Train and score a variant under a seed; a finished one is read from its folder, a begun one goes on."""
-        folder = self.folder / f"{variant.name}-seed{seed}"
-        path = folder / "scores.json"
-        if stored := scored(path, self.networks):
-            return stored
-        task, networks = self.task(variant, seed), self.networks and self.networks.again()
-        described = {
-            "stage": "tokenizer",
-            "settings": dataclasses.asdict(task.settings),
-            "model": task.config.to_dict(),
-        }
-        claim(folder, described, resume=True)
-        fit(f"{variant.name}, seed {seed}", folder, task, resume=True, held_out=None, console=self.console)
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    def scores(
+        self,
+        variant: TokenizerVariant,
+        task: TokenizerTask,
+        log: Sequence[Mapping[str, Any]],
+        networks: Networks | None,
+    ) -> dict[str, Any]:
+        """Parameters, seconds, how prompts lie (`separation`), and of each held-out subject what `score` says."""
         seen = Seen(self.config, task.tokenizer, self.held_out)
-        found = separation(Grouped.of(seen))
-        scores = {
+        groups = separation(Grouped.of(seen))
+        return {
             "parameters": parameters(task.tokenizer, variant),
             "seconds_per_step": float(np.mean([x["seconds"] for x in log])),
             "separation": {
-                kind: {label: v["nearest_neighbours"] for label, v in x.items()} for kind, x in found.items()
+                kind: {label: v["nearest_neighbours"] for label, v in x.items()} for kind, x in groups.items()
             },
             "subjects": [score(seen, i, networks) for i in range(len(self.held_out))],
-        } | frechet(networks)
-        write_atomically(path, (json.dumps(scores, indent=1) + "\n").encode())
-        return scores
+        }
 
     def figure(self, seed: int) -> Path:
         """Figure 1c: t-SNE of the prompts with the pretext tasks above, without them below."""
@@ -189,7 +152,7 @@ class Experiment:
         return self.folder / "pretext.png"
 
 
-def parameters(vae: CoPeVAE, variant: Variant) -> int:
+def parameters(vae: CoPeVAE, variant: TokenizerVariant) -> int:
     """Weights and codes of a tokenizer without the encoders and heads of what is left out."""
     parts: list[nn.Module] = [x[i] for i in variant.without for x in (vae.prompt_encoders, vae.heads)]
     idle = sum(p.numel() for part in parts for p in part.parameters())
@@ -221,7 +184,7 @@ def score(seen: Seen, subject: int, networks: Networks | None = None) -> dict[st
     }
 
 
-def ablate(experiment: Experiment) -> dict[str, Any]:
+def ablate(experiment: TokenizerExperiment) -> dict[str, Any]:
     """Train what is not there yet, and report; JSON-able. Raises CopeditError without the extra `train`."""
     try:
         import matplotlib
@@ -229,10 +192,7 @@ def ablate(experiment: Experiment) -> dict[str, Any]:
     except ImportError as error:
         raise CopeditError(f"this ablation needs {error.name}: pip install -c constraints.txt -e '.[train]'") from error
     matplotlib.use("Agg")
-    runs: dict[str, list[dict[str, Any]]] = {v.name: [] for v in VARIANTS}
-    for seed in experiment.seeds:
-        for variant in VARIANTS:
-            runs[variant.name].append(experiment.run(variant, seed))
+    runs = experiment.runs(VARIANTS)
     values = {
         name: {key: np.array([[x[key] for x in run["subjects"]] for run in own]) for key in ("psnr", "ssim")}
         for name, own in runs.items()
@@ -255,10 +215,14 @@ def ablate(experiment: Experiment) -> dict[str, Any]:
             cell["frechet"] = distances(own, "all")
         rows[v.name] = cell | {k: float(np.mean([run[k] for run in own])) for k in ("parameters", "seconds_per_step")}
     figure = experiment.figure(experiment.seeds[0]).name
-    report = {"ablation": "pretext", "seeds": experiment.seeds, "figure": figure, "table": rows, **experiment.described}
-    if experiment.networks:
-        report["networks"] = {name: str(path) for name, path in experiment.networks.files.items() if path}
-    return report
+    return {
+        "ablation": "pretext",
+        "seeds": experiment.seeds,
+        "figure": figure,
+        "table": rows,
+        **experiment.described,
+        **experiment.named_networks(),
+    }
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -269,8 +233,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "# Ablation: pretext",
         "",
         f"{report['model']['name']}, {where}: {settings['steps']} steps, {settings['readout_steps']} of the read-out, "
-        f"{settings['subjects']} training subjects, {report['test_subjects']} held-out subjects, seeds "
-        f"{', '.join(map(str, report['seeds']))}. Reconstruction: mean ± standard deviation over subjects; differences "
+        f"{held_out_words(report)} Reconstruction: mean ± standard deviation over subjects; differences "
         "to all tasks on the same subjects ± standard error, resolved where it is more than two of them from zero and "
         "the seeds agree.",
         "",

@@ -33,9 +33,9 @@ from copedit_rt.images.study import Study
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, phantom
 from copedit_training.data.prepared import HELD_OUT, model_images, phantom_subject
+from copedit_training.evaluation.beside import paired
 from copedit_training.evaluation.report import costs, table, write
 from copedit_training.experiments import beside as methods
-from copedit_training.experiments.ablation import paired
 from copedit_training.experiments.analysis import check_prior
 
 Progress = Callable[[int, int], None]
