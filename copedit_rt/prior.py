@@ -20,10 +20,12 @@ from copedit_rt.files import write_atomically
 from copedit_rt.images.prepare import Prepared
 
 PRIOR = "prior.safetensors"
-WINDOWS = (3, 7)  # voxels; of the local means and deviations
+WINDOWS = (3, 7, 15, 31)  # voxels; of the local means and deviations
 LOCAL = 1 + 2 * len(WINDOWS)  # numbers of an image at a voxel
+PLACE = 2 + len(WINDOWS)  # and of where it is in the head
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of what an image shows; they tell one protocol from another
 ROWS = 1 << 16  # voxels at a time: activations stay in the cache
+WHOLE = (slice(None),) * 3
 
 Array = NDArray[np.float32]
 
@@ -91,9 +93,30 @@ def shown(image: Array) -> Array:
     return np.quantile(values, QUANTILES).astype(np.float32) if values.size else np.zeros(len(QUANTILES), np.float32)
 
 
-def views(images: Array) -> tuple[Array, Array]:
-    """What the fill looks at: of images [m, X, Y, Z] themselves, their local means and their local standard deviations
-    [m, LOCAL, X, Y, Z], and of each the quantiles [m, quantiles]."""
+@dataclass(frozen=True)
+class Views:
+    """What the fill looks at in images [m, X, Y, Z].
+
+    local [m, LOCAL, X, Y, Z]: themselves, their local means and their local standard deviations. place [PLACE, X, Y,
+    Z]: how far a voxel is to the side, to the front and up, -1 to 1 in what the images show, the side without a sign;
+    and how much of the larger windows they show. quantiles [m, quantiles]: of what each shows.
+    """
+
+    local: Array
+    place: Array
+    quantiles: Array
+
+
+def views(images: Array) -> Views:
+    """Of images [m, X, Y, Z] in 0..1; of one that shows nothing all is 0."""
+    shows: NDArray[np.bool_] = np.asarray((images > 0).any(0))
+    place = np.zeros((PLACE, *shows.shape), np.float32)
+    for axis in range(3):
+        extent = _extent(np.moveaxis(shows, axis, 0))
+        along = np.linspace(-1, 1, extent.stop - extent.start, dtype=np.float32)
+        np.moveaxis(place[axis], axis, 0)[extent] = (np.abs(along) if axis == 0 else along)[:, None, None]
+    for i, window in enumerate(WINDOWS[1:], 3):
+        place[i] = box_mean(np.asarray(shows, np.float32), window)
     local = np.zeros((len(images), LOCAL, *images.shape[1:]), np.float32)
     for image, numbers in zip(images, local, strict=True):
         if not image.any():
@@ -103,19 +126,17 @@ def views(images: Array) -> tuple[Array, Array]:
             numbers[i] = box_mean(image, window)
             spread = box_mean(image * image, window) - numbers[i] ** 2
             numbers[i + len(WINDOWS)] = np.sqrt(np.maximum(spread, 0))
-    return local, np.stack([shown(image) for image in images])
+    return Views(local, place, np.stack([shown(image) for image in images]))
 
 
-def features(local: Array, quantiles: Array, observed: NDArray[np.bool_]) -> Array:
-    """One row a voxel [N, m (LOCAL + quantiles + 1)]; what is not observed is 0 in it.
-
-    local [m, LOCAL, N] and quantiles [m, quantiles] of all elements (those of missing ones are not read),
-    observed [m].
-    """
-    seen = observed.astype(np.float32)
-    near = np.where(observed[:, None, None], local, np.float32(0)).reshape(-1, local.shape[-1])
-    whole = np.concatenate((np.where(observed[:, None], quantiles, np.float32(0)).ravel(), seen))
-    return np.concatenate((near.T, np.broadcast_to(whole, (local.shape[-1], len(whole)))), axis=1)
+def features(seen: Views, observed: NDArray[np.bool_], where: NDArray[np.int64]) -> Array:
+    """One row a voxel [N, m (LOCAL + quantiles + 1) + PLACE] of these flat indices [N]; what is not observed [m] is 0
+    in it, and not read."""
+    local, place = (x.reshape(*x.shape[:-3], -1)[..., where] for x in (seen.local, seen.place))
+    near = np.where(observed[:, None, None], local, np.float32(0)).reshape(-1, len(where))
+    quantiles = np.where(observed[:, None], seen.quantiles, np.float32(0))
+    whole = np.concatenate((quantiles.ravel(), observed), dtype=np.float32)
+    return np.concatenate((near.T, np.broadcast_to(whole, (len(where), len(whole))), place.T), axis=1)
 
 
 class Prior:
@@ -134,7 +155,7 @@ class Prior:
     def load(cls, folder: Path, config: ModelConfig) -> Prior:
         """Of a model folder. Raises CopeditError for a file that is missing, damaged or of another model."""
         m = len(config.elements)
-        rows = m * (LOCAL + len(QUANTILES) + 1)
+        rows = m * (LOCAL + len(QUANTILES) + 1) + PLACE
         tensors = read(folder, {"mean": (rows,), "scale": (rows,)}, config)
         shapes: dict[str, tuple[int | None, ...]] = {}
         for w, b in ("wb", "vc"):
@@ -179,33 +200,33 @@ class Prior:
             made = np.concatenate((made, 1 / (1 + np.exp(-(x @ weight + bias)))), axis=1)
         return made
 
-    def fill(self, images: Array, observed: NDArray[np.bool_], quantiles: Array | None = None) -> Array:
+    def fill(self, images: Array, observed: NDArray[np.bool_], within: tuple[slice, slice, slice] = WHOLE) -> Array:
         """Images of the missing elements [missing, 1, H, W, D]; 0 where no observed image shows anything.
 
-        images [m, 1, H, W, D] in 0..1, observed [m]; images of missing elements are not read. quantiles
-        [m, quantiles]: of the whole images where these are crops.
+        images [m, 1, H, W, D] in 0..1, observed [m]; images of missing elements are not read. within: of these only
+        what lies here, as it is in the whole.
         """
-        return self._made(images, observed, quantiles)[0]
+        return self._made(images, observed, within)[0]
 
-    def _made(self, images: Array, observed: NDArray[np.bool_], quantiles: Array | None = None) -> Array:
+    def _made(self, images: Array, observed: NDArray[np.bool_], within: tuple[slice, slice, slice] = WHOLE) -> Array:
         """What `fill` says, and the chances of brightness if there are any [1 or 2, missing, 1, H, W, D]."""
         given = np.where(observed[:, None, None, None], images[:, 0], np.float32(0))
         wanted = np.concatenate([~observed] * (2 if self.bright else 1))
         out = np.zeros((int(wanted.sum()), *given.shape[1:]), np.float32)
         shows: NDArray[np.bool_] = np.asarray((given > 0).any(0))
         box = tuple(_extent(np.moveaxis(shows, axis, 0)) for axis in range(3))
-        local, whole = views(given[:, *box])
-        quantiles = whole if quantiles is None else quantiles
-        local, where = local.reshape(*local.shape[:2], -1), np.flatnonzero(shows[box])
-        filled = np.zeros((len(out), shows[box].size), np.float32)
+        seen, asked = views(given[:, *box]), np.zeros_like(shows)
+        asked[within] = shows[within]
+        where = np.flatnonzero(asked[box])
+        filled = np.zeros((len(out), asked[box].size), np.float32)
         for start in range(0, len(where), ROWS):
             some = where[start : start + ROWS]
-            filled[:, some] = self(features(local[..., some], quantiles, observed))[:, wanted].T
-        out[:, *box] = filled.reshape(len(out), *shows[box].shape)
-        return out.reshape(2 if self.bright else 1, -1, 1, *given.shape[1:])
+            filled[:, some] = self(features(seen, observed, some))[:, wanted].T
+        out[:, *box] = filled.reshape(len(out), *asked[box].shape)
+        return out[:, *within].reshape(2 if self.bright else 1, -1, 1, *asked[within].shape)
 
 
 def _extent(there: NDArray[np.bool_]) -> slice:
     """Along the first axis, from the first to the last of what is there."""
-    found = np.flatnonzero(there.reshape(len(there), -1).any(1))
-    return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0)
+    found = np.flatnonzero(there.any(axis=tuple(range(1, there.ndim))))
+    return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0)

@@ -14,13 +14,13 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import prepare
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.sampler import Plan, sample
-from copedit_rt.prior import LOCAL, PRIOR, QUANTILES, WINDOWS, Prior, features, shown, views
+from copedit_rt.prior import LOCAL, PLACE, PRIOR, QUANTILES, WINDOWS, Prior, features, shown, views
 from copedit_rt.schedule import begun as noised_fill
 from copedit_rt.synthesizer import Synthesizer
 
 MODEL = replace(BRAIN, name="tiny-prior", denoiser=replace(BRAIN.denoiser, prior=True))
 M = len(MODEL.elements)
-WIDTH = M * (LOCAL + len(QUANTILES) + 1)
+WIDTH = M * (LOCAL + len(QUANTILES) + 1) + PLACE
 OBSERVED = np.array([True, False, True, False])
 
 
@@ -50,13 +50,28 @@ def images(seed: int = 0) -> np.ndarray:
 def test_local_means_and_deviations_are_those_of_naive_sums(window):
     given, half, i = images()[:, 0], window // 2, WINDOWS.index(window)
     padded = np.pad(given.astype(np.float64), [(0, 0)] + 3 * [(half, half)])
-    cubes = np.stack(
-        [padded[:, x : x + window, y : y + window, z : z + window] for x, y, z in np.ndindex(given[0].shape)]
-    )
-    local = views(given)[0].reshape(M, LOCAL, -1)
-    np.testing.assert_allclose(local[:, 1 + i].T, cubes.mean((2, 3, 4)), atol=1e-6)
-    np.testing.assert_allclose(local[:, 1 + len(WINDOWS) + i].T, cubes.std((2, 3, 4)), atol=1e-4)
-    assert np.array_equal(local[:, 0], given.reshape(M, -1)) and not views(np.zeros_like(given))[0].any()
+    local = views(given).local
+    for x, y, z in np.ndindex(given[0].shape):
+        if window <= 7 or (x + y + z) % 11 == 0:
+            cubes = padded[:, x : x + window, y : y + window, z : z + window]
+            np.testing.assert_allclose(local[:, 1 + i, x, y, z], cubes.mean((1, 2, 3)), atol=1e-6)
+            np.testing.assert_allclose(local[:, 1 + len(WINDOWS) + i, x, y, z], cubes.std((1, 2, 3)), atol=1e-4)
+    assert np.array_equal(local[:, 0], given) and not views(np.zeros_like(given)).local.any()
+
+
+def test_a_place_is_relative_to_the_head_and_tells_how_much_of_it_is_near():
+    given = np.zeros((M, 12, 10, 9), np.float32)
+    given[1, 2:9, 1:6, 3:] = 0.5  # 7 x 5 x 6 voxels
+    place = views(given).place
+    assert place.shape == (PLACE, 12, 10, 9)
+    np.testing.assert_allclose(place[0, 2:9, 4, 4], [1, 2 / 3, 1 / 3, 0, 1 / 3, 2 / 3, 1], atol=1e-6)
+    np.testing.assert_allclose(place[1, 4, 1:6, 4], [-1, -0.5, 0, 0.5, 1], atol=1e-6)
+    np.testing.assert_allclose(place[2, 4, 4, 3:], np.linspace(-1, 1, 6), atol=1e-6)
+    assert not place[0, :2].any() and not place[1, :, 6:].any() and not place[2, :, :, :3].any()
+    np.testing.assert_allclose(place[3, 5, 3, 6], 7 * 5 * 6 / 7**3, rtol=1e-5)
+    np.testing.assert_allclose(place[5, 5, 3, 6], 7 * 5 * 6 / 31**3, rtol=1e-5)
+    np.testing.assert_allclose(views(given[:, ::-1]).place[:, ::-1], place, atol=1e-6, err_msg="left and right alike")
+    assert not views(np.zeros_like(given)).place.any()
 
 
 def test_quantiles_are_of_what_an_image_shows():
@@ -77,21 +92,21 @@ def test_what_is_missing_is_never_read():
 def test_the_fill_is_the_perceptron_of_each_voxel():
     given, prior = images(), perceptron()
     x, y, z = 6, 5, 4
-    local, quantiles = views(given[:, 0])
-    row = features(local[..., x, y, z, None], quantiles, OBSERVED)
+    row = features(views(given[:, 0]), OBSERVED, np.array([np.ravel_multi_index((x, y, z), given.shape[2:])]))
     w = {name: value.astype(np.float64) for name, value in prior.weights.items()}
     hidden = np.maximum((row[0] - w["mean"]) * w["scale"] @ w["w0"] + w["b0"], 0)
     expected = np.clip(hidden @ w["w1"] + w["b1"], 0, 1)
     np.testing.assert_allclose(prior.fill(given, OBSERVED)[:, 0, x, y, z], expected[~OBSERVED], atol=1e-5)
 
 
-def test_background_stays_empty_and_a_crop_takes_the_quantiles_of_the_whole():
+def test_background_stays_empty_and_a_part_is_that_of_the_whole():
     given, prior = images(), perceptron()
     whole = prior.fill(given, OBSERVED)
     assert not whole[..., :3, :, :].any()
-    quantiles = np.stack([shown(image[0]) for image in given])
-    crop = prior.fill(given[..., 1:, :, :], OBSERVED, quantiles)
-    np.testing.assert_allclose(crop[..., 4:, :, :], whole[..., 5:, :, :], atol=1e-6)  # beyond the reach of the windows
+    within = slice(1, 7), slice(2, 10), slice(0, 9)
+    part = prior.fill(given, OBSERVED, within)
+    assert part.shape == (2, 1, 6, 8, 9) and part.any()
+    np.testing.assert_allclose(part, whole[..., *within], atol=1e-6)
 
 
 def test_what_shows_next_to_nothing_is_filled_there_alone():

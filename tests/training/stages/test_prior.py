@@ -3,7 +3,7 @@
 import numpy as np
 
 from copedit_rt.images.grids import fill_slices, nearest_matrices
-from copedit_rt.prior import LOCAL, features, views
+from copedit_rt.prior import LOCAL, PLACE, features, views
 from copedit_training.data.prepared import draw_run
 from copedit_training.stages.prior import JITTER, _Pool, _Sample, fit_prior, fit_slice_prior, stack_of
 
@@ -69,7 +69,7 @@ def test_voxels_are_drawn_as_a_fill_sees_them():
     studies[~there] = 0
     pool = _Pool([_Sample.of(x, t, share, rng) for x, t, share in zip(studies, there, (1, 3), strict=True)])
     rows, values, asked = pool.draw(4000, rng)
-    seen = rows[:, -4:] > 0
+    seen = rows[:, -4 - PLACE : -PLACE] > 0
     own = values[:, 1] > 0  # only the first study shows something there
     assert abs(own.mean() - 0.25) < 0.03 and not (asked & seen).any()
     assert np.array_equal(asked | seen, np.where(own[:, None], *there))
@@ -77,10 +77,9 @@ def test_voxels_are_drawn_as_a_fill_sees_them():
         found = np.bincount(asked[study].sum(1), minlength=4)
         assert all(abs(found[n] / study.sum() - 1 / len(counts)) < 0.06 for n in counts) and not found[0]
     for i in np.flatnonzero(own)[:20]:
-        local, quantiles = views(studies[0])
         x, y, z = np.unravel_index(np.abs(studies[0] - values[i][:, None, None, None]).sum(0).argmin(), (6, 6, 6))
         np.testing.assert_allclose(values[i], studies[0][:, x, y, z], atol=1e-3)
-        expected = features(local[:, :, x, y, z, None], quantiles, seen[i])[0]
+        expected = features(views(studies[0]), seen[i], np.array([np.ravel_multi_index((x, y, z), (6, 6, 6))]))[0]
         np.testing.assert_allclose(rows[i, : 4 * LOCAL], expected[: 4 * LOCAL], atol=2e-3)
         assert np.abs(rows[i] - expected).max() < 6 * JITTER
 

@@ -21,7 +21,7 @@ from copedit_rt.images.prepare import observed_slabs
 from copedit_rt.networks.denoiser import MDiT3D, build_denoiser
 from copedit_rt.networks.sampler import add_noise, sample
 from copedit_rt.networks.tokenizer import CoPeVAE, Decoder
-from copedit_rt.prior import Prior, shown
+from copedit_rt.prior import WHOLE, Prior
 from copedit_rt.prior_heart import SlicePrior
 from copedit_rt.schedule import alpha_bar, begun
 from copedit_training.data.prepared import draw_observed, draw_run
@@ -120,8 +120,6 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
             self.latents, self.prompts = None, self._prompts(images, cache)
         else:
             self.latents, self.prompts = self._encode(images, cache)
-        if isinstance(prior, Prior):
-            self.quantiles = np.stack([[shown(x[0].astype(np.float32)) for x in subject] for subject in images])
         if settings.image_weight:
             self._prepare_decoder()
         if settings.crop:
@@ -222,11 +220,13 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
             images = self.load(subjects, mirrored)
             if isinstance(self.prior, SlicePrior):
                 observed, fill = self._runs(images, [draw_run(rng, stack_of(x).shape[-1]) for x in images.numpy()])
-            if corner is not None:
-                images, fill = (x if x is None else self._cut(x, corner) for x in (images, fill))
         if isinstance(self.prior, Prior):
             assert images is not None
-            fill = self._fill(images, observed, list(self.quantiles[subjects]))
+            fill = self._fill(images, observed, corner)
+        elif fill is not None and corner is not None:
+            fill = self._cut(fill, corner)
+        if images is not None and corner is not None:
+            images = self._cut(images, corner)
         if self.latents is not None and not self.augmentation:
             latents = self._latents(rows, corner)
         if not self.augmentation:
@@ -247,14 +247,16 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
             h, w = rows * p, columns * q
         return batch, len(self.config.elements), self.config.tokenizer.latent_channels, h, w, d
 
-    def _fill(self, images: Tensor, observed: Tensor, quantiles: Sequence[np.ndarray | None]) -> Tensor:
-        """What the prior makes of the missing elements of images [B, m, 1, H, W, D], zeros elsewhere; quantiles of the
-        whole images [B, m, quantiles] where these are crops."""
+    def _fill(self, images: Tensor, observed: Tensor, corner: Tensor | None = None) -> Tensor:
+        """What the prior makes of the missing elements of images [B, m, 1, H, W, D], zeros elsewhere, or the crops of
+        it that begin at corner [B, 2] (in tokens)."""
         assert isinstance(self.prior, Prior)
-        fill = torch.zeros_like(images)
-        for out, x, there, whole in zip(fill, images.numpy(), observed.numpy(), quantiles, strict=True):
-            out[~there] = torch.from_numpy(self.prior.fill(x, there, whole))
-        return fill
+        fill = []
+        for x, there, within in zip(images.numpy(), observed.numpy(), self._crops(corner, len(images)), strict=True):
+            made = np.zeros_like(x[:, :, *within])
+            made[~there] = self.prior.fill(x, there, within)
+            fill.append(made)
+        return torch.from_numpy(np.stack(fill))
 
     def _runs(self, images: Tensor, runs: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Of hearts [B, m, 1, H, W, D] without these of their slices: which slabs count as observed [B, m], and the
@@ -270,11 +272,18 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
             fills.append(np.split(self.prior.fill_stack(stack, missing) @ inward.T, m, axis=-1))
         return torch.from_numpy(np.stack(observed)), torch.from_numpy(np.array(fills))[:, :, None]
 
-    def _cut(self, images: Tensor, corner: Tensor) -> Tensor:
-        """Of images [B, m, 1, H, W, D] the crops that begin at corner [B, 2] (in tokens)."""
+    def _crops(self, corner: Tensor | None, count: int) -> list[tuple[slice, slice, slice]]:
+        """Where the crops of so many images lie that begin at corner [count, 2] (in tokens; None: they are whole)."""
+        if corner is None:
+            return [WHOLE] * count
         (a, b, _), (p, q, _), size = self.config.tokenizer.compression, self.config.denoiser.patch, self.settings.crop
         starts = [(a * p * int(i), b * q * int(j)) for i, j in corner]
-        return torch.stack([x[..., i : i + size, j : j + size, :] for x, (i, j) in zip(images, starts, strict=True)])
+        return [(slice(i, i + size), slice(j, j + size), slice(None)) for i, j in starts]
+
+    def _cut(self, images: Tensor, corner: Tensor) -> Tensor:
+        """Of images [B, m, 1, H, W, D] the crops that begin at corner [B, 2] (in tokens)."""
+        crops = self._crops(corner, len(images))
+        return torch.stack([x[..., *within] for x, within in zip(images, crops, strict=True)])
 
     def loss(self, batch: Noised) -> tuple[Tensor, Terms]:
         settings, observed, z0, prompts = self.settings, batch.observed, batch.latents, batch.prompts
@@ -381,7 +390,7 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
                 there = observed[:, :, None, None, None, None]
                 prior = None
                 if self.prior:
-                    fill = self._fill(torch.from_numpy(subject[None]).float(), observed.cpu(), [None]).to(self.device)
+                    fill = self._fill(torch.from_numpy(subject[None]).float(), observed.cpu()).to(self.device)
                     prior = torch.where(there, vae.normalise(z), self._encode_alone(fill))
                 begin = torch.where(there, vae.normalise(z), begun(self.config.diffusion, noise, prior))
                 with self.autocast():

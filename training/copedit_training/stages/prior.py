@@ -25,7 +25,7 @@ VOXELS = 4096  # of each study
 JITTER = 0.08  # of quantiles: a protocol is more than its quantiles, and without it simulated ones are learnt by heart
 PHANTOMS = 40  # with their left and right exchanged as many again
 VIEWS, PATIENTS = 24, 0.15  # of each patient; share of the draws that are patients'
-HIDDEN = (96, 96)
+HIDDEN = (192, 192)
 STEPS, BATCH, LR, DECAY = 8000, 4096, 3e-3, 0.01  # voxels in a step
 BRIGHT, BRIGHT_HIDDEN, BRIGHT_STEPS = 0.9, 32, 0.4  # grey value; width of the layer that tells it; share of the steps
 NEAR, STRIDE = 22, 2  # voxels in the plane: how far from the heart's centre, and every which one, is fitted
@@ -39,10 +39,11 @@ Centres = Sequence[tuple[float, float] | None]
 
 @dataclass(frozen=True)
 class _Sample:
-    """Voxels of a study: their `views` local [VOXELS, m, LOCAL] (float16) and quantiles [m, quantiles], the elements
-    that it has [m], and how often it is drawn."""
+    """Voxels of a study: their `views` local [VOXELS, m, LOCAL] and place [VOXELS, PLACE] (float16) and quantiles
+    [m, quantiles], the elements that it has [m], and how often it is drawn."""
 
     local: np.ndarray
+    place: np.ndarray
     quantiles: np.ndarray
     there: np.ndarray
     share: float
@@ -51,21 +52,24 @@ class _Sample:
     def of(cls, images: np.ndarray, there: np.ndarray, share: float, rng: np.random.Generator) -> _Sample:
         """Of images [m, H, W, D]: half of the voxels drawn evenly from what any of them shows, half in proportion to
         their distance from the mean grey, so that what is rare (fluid, lesions, vessels) counts."""
-        near, whole = views(images.astype(np.float32))
+        seen = views(images.astype(np.float32))
         where = np.flatnonzero((images > 0).any(0))
-        values = near[:, 0].reshape(len(images), -1)[:, where]
+        values = seen.local[:, 0].reshape(len(images), -1)[:, where]
         far = np.abs(values - values.mean(1, keepdims=True)).max(0) + 1e-6
         chosen = np.concatenate((rng.choice(where, VOXELS // 2), rng.choice(where, VOXELS // 2, p=far / far.sum())))
-        local = near.reshape(*near.shape[:2], -1)[..., chosen].transpose(2, 0, 1)
-        return cls(local.astype(np.float16), whole, there, share)
+        local, place = (
+            np.moveaxis(x.reshape(*x.shape[:-3], -1)[..., chosen], -1, 0).astype(np.float16)
+            for x in (seen.local, seen.place)
+        )
+        return cls(local, place, seen.quantiles, there, share)
 
 
 class _Pool:
     """The voxels of all studies."""
 
     def __init__(self, samples: Sequence[_Sample]):
-        self.local, self.quantiles, self.there = (
-            np.stack([getattr(sample, name) for sample in samples]) for name in ("local", "quantiles", "there")
+        self.local, self.place, self.quantiles, self.there = (
+            np.stack([getattr(sample, name) for sample in samples]) for name in ("local", "place", "quantiles", "there")
         )
         shares = np.array([sample.share for sample in samples])
         self.share = shares / shares.sum()
@@ -77,7 +81,8 @@ class _Pool:
         missing is uniform, then which.
         """
         study = rng.choice(len(self.share), count, p=self.share)
-        local = self.local[study, rng.integers(0, self.local.shape[1], count)].astype(np.float32)
+        voxel = rng.integers(0, self.local.shape[1], count)
+        local = self.local[study, voxel].astype(np.float32)
         quantiles = self.quantiles[study]
         quantiles = np.clip(quantiles + JITTER * rng.standard_normal(quantiles.shape, np.float32), 0, 1)
         there = self.there[study]
@@ -85,7 +90,7 @@ class _Pool:
         asked = there & (order < rng.integers(1, there.sum(1))[:, None])
         seen = there & ~asked
         rows = [(x * seen[..., None]).reshape(count, -1) for x in (local, quantiles)]
-        return np.concatenate((*rows, seen), axis=1, dtype=np.float32), local[..., 0], asked
+        return np.concatenate((*rows, seen, self.place[study, voxel]), axis=1, dtype=np.float32), local[..., 0], asked
 
 
 def phantoms_of(config: ModelConfig, settings: TokenizerSettings) -> list[np.ndarray]:
