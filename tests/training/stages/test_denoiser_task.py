@@ -256,12 +256,31 @@ def test_a_heart_may_lack_any_run_and_its_error_is_relative_to_the_fills(crop):
     assert len(gaps) > 1 and stack_of(images[0]).shape[-1] == 6
 
 
-def brain_task():
+def brain_task(crop=0):
     torch.manual_seed(0)
     with_prior = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=True))
     vae, images = CoPeVAE(TINY.tokenizer, len(TINY.elements)).eval(), smooth(TINY, 4)
-    made = settings("denoiser", "batch_size=4", "crop=0")
+    made = settings("denoiser", "batch_size=4", f"crop={crop}")
     return DenoiserTask(with_prior, made, images, vae, prior=fit_prior(images, steps=20)), images
+
+
+def test_a_crop_is_filled_as_in_the_whole_head():
+    task, images = brain_task(crop=8)
+    corners = set()
+    for step in range(4):
+        batch = task.draw(step, 0)
+        assert batch.fill.shape == batch.images.shape and batch.images.shape[-3:-1] == (8, 8)
+        for subject, observed, (i, j), crop, fill in zip(
+            batch.subjects, batch.observed.numpy(), batch.corner.tolist(), batch.images, batch.fill, strict=True
+        ):
+            corners.add((i, j))
+            within = slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8), slice(None)
+            whole = torch.from_numpy(images[subject]).float()
+            head = next(x for x in (whole, whole.flip(2)) if torch.equal(x[..., *within], crop))
+            expected = np.zeros_like(crop)
+            expected[~observed] = task.prior.fill(head.numpy(), observed)[..., *within]
+            np.testing.assert_allclose(fill, expected, atol=1e-6)
+    assert len(corners) > 1
 
 
 @pytest.mark.parametrize("begun", [brain_task, lambda: heart_task("crop=0")], ids=["brain", "heart"])
