@@ -110,6 +110,10 @@ class Views:
     place: Array
     quantiles: Array
 
+    def at(self, where: NDArray[np.int64]) -> tuple[Array, Array]:
+        """local [m, LOCAL, N] and place [PLACE, N] of voxels, by their flat indices [N]."""
+        return self.local.reshape(*self.local.shape[:2], -1)[..., where], self.place.reshape(PLACE, -1)[:, where]
+
 
 def views(images: Array) -> Views:
     """Of images [m, X, Y, Z] in 0..1; of one that shows nothing all is 0."""
@@ -136,7 +140,7 @@ def views(images: Array) -> Views:
 def features(seen: Views, observed: NDArray[np.bool_], where: NDArray[np.int64]) -> Array:
     """One row a voxel [N, m (LOCAL + quantiles + 1) + PLACE] of these flat indices [N]; what is not observed [m] is 0
     in it, and not read."""
-    local, place = (x.reshape(*x.shape[:-3], -1)[..., where] for x in (seen.local, seen.place))
+    local, place = seen.at(where)
     near = np.where(observed[:, None, None], local, np.float32(0)).reshape(-1, len(where))
     quantiles = np.where(observed[:, None], seen.quantiles, np.float32(0))
     whole = np.concatenate((quantiles.ravel(), observed), dtype=np.float32)

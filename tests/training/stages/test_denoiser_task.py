@@ -279,7 +279,7 @@ def test_a_crop_is_filled_as_in_the_whole_head():
             head = next(x for x in (whole, whole.flip(2)) if torch.equal(x[..., *within], crop))
             expected = np.zeros_like(crop)
             expected[~observed] = task.prior.fill(head.numpy(), observed)[..., *within]
-            np.testing.assert_allclose(fill, expected, atol=1e-6)
+            np.testing.assert_allclose(fill, expected, atol=1e-5)  # products of other shapes round otherwise
     assert len(corners) > 1
 
 

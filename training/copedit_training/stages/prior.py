@@ -57,10 +57,7 @@ class _Sample:
         values = seen.local[:, 0].reshape(len(images), -1)[:, where]
         far = np.abs(values - values.mean(1, keepdims=True)).max(0) + 1e-6
         chosen = np.concatenate((rng.choice(where, VOXELS // 2), rng.choice(where, VOXELS // 2, p=far / far.sum())))
-        local, place = (
-            np.moveaxis(x.reshape(*x.shape[:-3], -1)[..., chosen], -1, 0).astype(np.float16)
-            for x in (seen.local, seen.place)
-        )
+        local, place = (np.moveaxis(x, -1, 0).astype(np.float16) for x in seen.at(chosen))
         return cls(local, place, seen.quantiles, there, share)
 
 
