@@ -48,7 +48,7 @@ def test_the_fit_beats_interpolation_on_other_hearts_and_is_the_same_again():
             assert error[0] < 0.95 * error[1], missing
 
 
-def test_a_brain_s_prior_tells_values_and_which_voxels_are_bright():
+def test_a_brain_s_prior_tells_values_and_which_voxels_are_bright(capfd):
     """The second image is the first turned over, and bright where the third is dark, which its value does not show."""
     rng = np.random.default_rng(0)
     first, third = rng.random((2, 8, 1, 16, 16, 16)) * 0.6 + 0.2
@@ -61,6 +61,8 @@ def test_a_brain_s_prior_tells_values_and_which_voxels_are_bright():
     assert np.square(made - second[0, 0])[~dark].mean() < 0.01
     assert chance[dark].mean() > 3 * chance[~dark].mean() and chance[~dark].mean() < 0.1
     assert np.array_equal(prior.fill(image, observed)[0, 0], made)
+    said = capfd.readouterr().err
+    assert "study 8 of 8" in said and "fitting the prior: step 600 of 600" in said and "step 240 of 240" in said
 
 
 def test_voxels_are_drawn_as_a_fill_sees_them():

@@ -184,7 +184,6 @@ class DenoiserExperiment(Experiment[DenoiserVariant, DenoiserSettings, DenoiserT
         """The fill that all variants with a prior share, fitted to the training images."""
         if self._prior is None:
             if not (self.folder / PRIOR).exists():
-                self.console.print("fitting the prior: minutes on one core")
                 fit_prior(self.images, self.settings.seed).save(self.folder)
             self._prior = Prior.load(self.folder, self.config)
         return self._prior

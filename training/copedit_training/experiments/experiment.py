@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from rich.console import Console
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
@@ -22,6 +21,7 @@ from copedit_training.evaluation.compare import Pair
 from copedit_training.evaluation.features import Networks, said
 from copedit_training.stages.checkpoints import claim
 from copedit_training.stages.denoiser_task import DenoiserTask
+from copedit_training.stages.progress import terminal
 from copedit_training.stages.settings import Settings
 from copedit_training.stages.tokenizer_task import TokenizerTask
 from copedit_training.stages.trainer import fit
@@ -75,7 +75,7 @@ class Experiment(ABC, Generic[V, S, T]):
             "test_subjects": test_subjects,
         }
         claim(folder, self.described, resume=True)
-        self.console = Console(stderr=True)
+        self.console = terminal()
         self.images, self.held_out = self._images(data, test_subjects, least)
 
     def _images(self, data: str, test_subjects: int, least: int) -> tuple[np.ndarray, np.ndarray]:

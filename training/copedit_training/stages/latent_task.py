@@ -16,6 +16,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.data.prepared import Files, grow, mapped
+from copedit_training.stages.progress import counted
 from copedit_training.stages.settings import Settings
 from copedit_training.stages.task import Batch, Task
 
@@ -90,7 +91,8 @@ class LatentTask(Task[S, B]):
         def make(rows: range) -> Iterator[Sequence[np.ndarray]]:
             return ([x.numpy() for x in (row if latents else row[1:])] for row in self._rows(images, rows, views))
 
-        grow({**latents, alone: (prompts, np.float32)}, make, of=bytes(key.tolist()).hex())
+        with counted("encoding", "view") as progress:
+            grow({**latents, alone: (prompts, np.float32)}, make, progress, bytes(key.tolist()).hex())
         made = torch.from_numpy(np.array(mapped(alone)))
         checkpoint.write_tensors(beside, {"prompts": made, "tokenizer": key})
         alone.unlink()

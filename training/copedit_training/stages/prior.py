@@ -19,6 +19,7 @@ from copedit_rt.prior_heart import FEATURES, Class, SlicePrior, blurs
 from copedit_rt.prior_heart import features as slice_features
 from copedit_training.data.patients import Patient, varied
 from copedit_training.data.prepared import model_images
+from copedit_training.stages.progress import counted
 from copedit_training.stages.settings import TokenizerSettings
 
 VOXELS = 4096  # of each study
@@ -120,7 +121,6 @@ def fit_prior(
     phantoms: Sequence[np.ndarray] = (),
     phantoms_share: float = 0.0,
     steps: int = STEPS,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Prior:
     """The fill with the least squared error on images [studies, m, 1, H, W, D], over all missing patterns.
 
@@ -132,10 +132,10 @@ def fit_prior(
     real = [patient for patient in patients if patient.there.sum() > 1]
     share, phantoms_share = share if real else 0.0, phantoms_share if len(phantoms) else 0.0
     samples, every = [], np.ones(images.shape[1], bool)
-    for i, study in enumerate(images):
-        samples.append(_Sample.of(study[:, 0], every, (1 - share - phantoms_share) / len(images), rng))
-        if progress:
-            progress(i + 1, len(images))
+    with counted("reading for the prior", "study") as progress:
+        for done, study in enumerate(images, 1):
+            samples.append(_Sample.of(study[:, 0], every, (1 - share - phantoms_share) / len(images), rng))
+            progress(done, len(images))
     samples += [_Sample.of(study[:, 0], every, phantoms_share / len(phantoms), rng) for study in phantoms]
     for patient in real:
         shown = (varied(patient, rng, view) for view in range(VIEWS))
@@ -154,7 +154,8 @@ def _train(samples: Sequence[_Sample], rng: np.random.Generator, steps: int) -> 
     def squared(x: np.ndarray, y: np.ndarray) -> Tensor:
         return (net(torch.from_numpy((x - mean) * scale)) - torch.from_numpy(y)).square()
 
-    _descend(net, squared, pool, rng, steps)
+    with counted("fitting the prior", "step") as progress:
+        _descend(net, squared, pool, rng, steps, progress)
     weights = {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32), **_layers(net, "w", "b")}
     prior = Prior(weights)
     chances = _perceptron((HIDDEN[-1], BRIGHT_HIDDEN, y.shape[1]), -3.0, generator)
@@ -163,7 +164,8 @@ def _train(samples: Sequence[_Sample], rng: np.random.Generator, steps: int) -> 
         bright = torch.from_numpy((y > BRIGHT).astype(np.float32))
         return F.binary_cross_entropy_with_logits(chances(torch.from_numpy(prior.hidden(x))), bright, reduction="none")
 
-    _descend(chances, crossed, pool, rng, math.ceil(BRIGHT_STEPS * steps))
+    with counted("fitting the prior, what is bright", "step") as progress:
+        _descend(chances, crossed, pool, rng, math.ceil(BRIGHT_STEPS * steps), progress)
     return Prior(weights | _layers(chances, "v", "c"))
 
 
@@ -173,6 +175,7 @@ def _descend(
     pool: _Pool,
     rng: np.random.Generator,
     steps: int,
+    progress: Callable[[int, int], None],
 ) -> None:
     """Train a network by its error [N, m] on rows of features and their values, where they are asked for."""
     optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=DECAY)
@@ -184,6 +187,7 @@ def _descend(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        progress(step + 1, steps)
 
 
 def _layers(net: nn.Sequential, weight: str, bias: str) -> dict[str, np.ndarray]:

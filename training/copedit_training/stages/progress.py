@@ -10,8 +10,22 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from copedit_training.stages import distributed
+
 Advance = Callable[[int, int, str], None]  # done, of how many, a note
 PAUSE = 10.0  # seconds between two lines
+
+
+def terminal() -> Console:
+    """Where a run says how it gets on; of several processes the first one's says it."""
+    return Console(stderr=True, quiet=distributed.rank() > 0)
+
+
+@contextmanager
+def counted(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """`shown` on the terminal, of what has no notes: to be called with how many are done, and of how many."""
+    with shown(terminal(), what, unit) as advance:
+        yield lambda done, total: advance(done, total, "")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from copedit_training.stages.losses import (
     scale_prompts,
     weigh,
 )
+from copedit_training.stages.progress import counted
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.task import (
     Batch,
@@ -306,10 +307,12 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
         """Fit the prompt encoders' linear layers and the heads to the pooled features of all training subjects, and of
         varied views of the patients where there are any."""
         features = []
-        for subject in self.images:
-            x = torch.from_numpy(subject[None]).to(self.device).float()
-            for view in (x, x.flip(3)) if self.config.task.mirrored else (x,):
-                features.append(self.pooled(view))
+        with counted("reading out", "subject") as progress:
+            for done, subject in enumerate(self.images, 1):
+                x = torch.from_numpy(subject[None]).to(self.device).float()
+                for view in (x, x.flip(3)) if self.config.task.mirrored else (x,):
+                    features.append(self.pooled(view))
+                progress(done, len(self.images))
         complete = len(features)
         there = torch.ones(complete, len(self.config.elements), dtype=torch.bool)
         rng = np.random.default_rng(self.settings.seed)

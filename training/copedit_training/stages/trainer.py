@@ -48,7 +48,7 @@ from copedit_training.data.prepared import (
 from copedit_training.stages import distributed, memory, prior
 from copedit_training.stages.checkpoints import claim, cut_log, finished, restore, store
 from copedit_training.stages.denoiser_task import DenoiserTask, check
-from copedit_training.stages.progress import shown
+from copedit_training.stages.progress import counted, shown, terminal
 from copedit_training.stages.settings import (
     DenoiserSettings,
     MethodSettings,
@@ -117,7 +117,7 @@ def fit_prior_alone(
     check_prior(config, settings)
     patients = read_patients(Path(settings.patients), config) if settings.patients else ()
     vae, digest = load_tokenizer(preset, config, tokenizer)
-    found, console = source(data, config), Console(stderr=True)
+    found, console = source(data, config), terminal()
     described = describe(settings, config, data, found)
     claim(output, described | {"stage": "prior", "tokenizer": digest}, resume)
     images = _images(config, settings, found, output, console)
@@ -167,7 +167,7 @@ def carry_out(
 ) -> Path:
     """A run whose settings have been checked: claim the folder, prepare images (most: of a data set's studies at most
     so many), make the task of them, and train."""
-    console = Console(stderr=True, quiet=distributed.rank() > 0)
+    console = terminal()
     console.print_json(data=described["settings"])
     with distributed.first():
         if not distributed.rank():
@@ -267,11 +267,7 @@ def _images(
     config: ModelConfig, settings: Settings, found: Source, output: Path, console: Console, most: int | None = None
 ) -> np.ndarray:
     """The training images, prepared or from an earlier start; of a data set at most so many."""
-    with _ended_by_sigterm(), shown(console, "preparing images", "subject") as advance:
-
-        def progress(done: int, total: int) -> None:
-            advance(done, total, "")
-
+    with _ended_by_sigterm(), counted("preparing images", "subject") as progress:
         if isinstance(found, Labels):
             return simulated_images(config, found, settings.subjects, output / "simulated.npy", progress)
         if found is None:
