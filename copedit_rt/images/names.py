@@ -7,7 +7,7 @@ T2_star are never taken for what they begin with: what is not understood is said
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +140,11 @@ FOREIGN = re.compile(r"\.(?:mgz|mgh|nrrd|nhdr|mha|mhd|mnc|hdr|img(?:\.gz)?)$", r
 PLAIN = "plain"  # what chooses a file without any mark
 
 
+def meant(named: Set[str]) -> Set[str]:
+    """Of what words name, all but the modalities whose word stands beside another's: T2 FLAIR is FLAIR."""
+    return named - {other for name in named & _ROWS.keys() for other in _ROWS[name].beside}
+
+
 def modality(name: str) -> str:
     """The modality that a name stands for in any spelling, e.g. "T1Gd" -> "t1ce"; CopeditError if none."""
     found = _read(name.strip())
@@ -203,8 +208,7 @@ def _read(stem: str) -> _Read | None:
     while first > 0 and (_WORD.fullmatch(words[first - 1][0]) or _PROTOCOL.fullmatch(words[first - 1][0])):
         first -= 1
     named = [m for word in words[first : last + 1] if (m := _WORD.fullmatch(word[0]))]
-    elements = {str(m.lastgroup) for m in named}
-    elements -= {absorbed for e in elements for absorbed in _ROWS[e].beside}
+    elements = meant({str(m.lastgroup) for m in named})
     before = words[first - 1][0] if first else ""
     if len(elements) != 1 or (first > 1 and _OTHER.fullmatch(before)):
         return None

@@ -15,6 +15,7 @@ from copedit_kernels.dispatch import register, use_triton
 from copedit_kernels.launch import INTERPRETED, check_contiguous_last, check_device, check_dtype, on
 from copedit_kernels.rotary import HALVES
 
+PLAIN = "COPEDIT_KERNELS=reference computes it in plain PyTorch"
 LARGEST = 128  # rows of a tile at most, whose offsets are int32
 
 
@@ -26,9 +27,11 @@ def _check(qkv: Tensor, rope: Tensor | None, axis: str) -> None:
         raise ValueError(f"{op}: qkv {tuple(qkv.shape)} must be [B, m, T, 3, heads, D]")
     m, T, D = qkv.shape[1], qkv.shape[2], qkv.shape[5]
     if D not in HALVES:
-        raise ValueError(f"{op}: qkv {tuple(qkv.shape)} has head dimension {D}, not one of 32, 48, 64, 96")
+        raise ValueError(
+            f"{op}: qkv {tuple(qkv.shape)} has head dimension {D}, not one of {', '.join(map(str, HALVES))}; {PLAIN}"
+        )
     if axis == "element" and m > 8:
-        raise ValueError(f"{op}: qkv {tuple(qkv.shape)} has {m} elements to attend over, more than 8")
+        raise ValueError(f"{op}: qkv {tuple(qkv.shape)} has {m} elements to attend over, more than 8; {PLAIN}")
     check_dtype(op, "qkv", qkv)
     if qkv.dtype == torch.bfloat16 and INTERPRETED and qkv.is_cpu:
         raise ValueError(f"{op}: qkv is bfloat16, whose products Triton's interpreter gets wrong")

@@ -1,6 +1,7 @@
 """The command line end to end, with tiny models whose weights are random."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -91,6 +92,18 @@ def test_quiet_and_verbose(tmp_path, brain_model):
     assert "a: tiny-brain by torch on cpu in float32; 2 steps of ddim, 1 samples, seed 0; missing t1ce" in told
     assert "a: kept, " in run(*command, "-o", tmp_path / "two", "--verbose").stderr
     assert run("inspect", tmp_path / "in" / "b", "--model", brain_model, "-q").exit_code in (1, 3)
+
+
+@pytest.mark.parametrize(("own", "used"), [(None, "1"), ("0", "0")])
+def test_the_command_asks_torch_for_huge_pages_where_nothing_else_is_said(monkeypatch, own, used):
+    name = "THP_MEM_ALLOC_ENABLE"
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "app", lambda: None)
+    monkeypatch.setattr(cli.gc, "set_threshold", lambda *_: None)
+    cli.main()
+    assert os.environ[name] == used
 
 
 def test_completion_for_a_shell(monkeypatch):

@@ -8,12 +8,12 @@ as diffusion, or words of two modalities, is left out with the reason; whoever k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from itertools import pairwise
 
 from copedit_rt.images.dicom.headers import Header
 from copedit_rt.images.dicom.series import Series
-from copedit_rt.images.names import TABLE
+from copedit_rt.images.names import TABLE, meant
 from copedit_rt.task import STACK
 
 SYNTHETIC, BY_DESCRIPTION = "synthetic", "by its description"
@@ -72,13 +72,12 @@ def judge(series: Series) -> tuple[str | None, str]:
     return None, "its description says no modality"
 
 
-def _one(found: set[str], text: str, series: Series) -> tuple[str | None, str]:
+def _one(found: Set[str], text: str, series: Series) -> tuple[str | None, str]:
     """The modality that the words of a description mean, or why that is not certain."""
     timed = by_times(series.first)
     if series.echo and found == {"pd", "t2"} and timed in found:
         return timed, "by its description and echo time"
-    if "flair" in found:
-        found = found - {"t2"}
+    found = meant(found)
     if STACK in found and len(found) > 1:
         found = found - {STACK} if series.first.body_part in _HEAD else {STACK}
     if STACK not in found and series.first.body_part in _CHEST:

@@ -7,6 +7,7 @@ pytest.importorskip("pydicom", reason="needs the extra dicom")
 from dataclasses import replace
 from pathlib import Path
 
+from copedit_rt.images import names
 from copedit_rt.images.dicom import match
 from copedit_rt.images.dicom.headers import MR, Header
 from copedit_rt.images.dicom.match import by_times, judge
@@ -113,6 +114,13 @@ def test_times(times, element):
     repetition, echo, inversion = times
     one = series("axial head", repetition_time=repetition, echo_time=echo, inversion_time=inversion)
     assert by_times(one.first) == element and judge(one)[0] == element
+
+
+def test_a_word_beside_another_is_of_the_row_that_says_so(monkeypatch):
+    """As in names of files: any row of the table may say so, not FLAIR's alone."""
+    assert judge(series("T2 PD"))[0] is None
+    monkeypatch.setitem(names._ROWS, "pd", replace(names._ROWS["pd"], beside=("t2",)))
+    assert judge(series("T2 PD"))[0] == "pd"
 
 
 def test_contrast_agent_and_protocol():

@@ -449,7 +449,13 @@ def _spin(name: str, t1: np.ndarray, t2: np.ndarray, pd: np.ndarray, t: Mapping[
 
 
 # TR, TE ms. A contrast is a row; but for FLAIR, a spin echo.
-_TIMING = {"t1": (500, 11), "t1ce": (500, 11), "t2": (4200, 100), "flair": (9000, 115), "pd": (3200, 18)}
+_TIMING = {
+    "t1": (500, 11),
+    "t1ce": (500, 11),
+    "t2": (4200, 100),
+    "flair": (9000, 115),
+    "pd": (3200, 18),
+}
 BRAIN_CONTRASTS = tuple(_TIMING)
 
 

@@ -310,7 +310,13 @@ def _draw_pd(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     return Protocol("turbo spin echo", {"tr": u(2000, 9000), "te": u(8, 30)}, True, u(0, 0.15))
 
 
-_SEQUENCES = {"t1": _draw_t1, "t1ce": _draw_t1, "t2": _draw_t2, "flair": _draw_flair, "pd": _draw_pd}
+_SEQUENCES = {
+    "t1": _draw_t1,
+    "t1ce": _draw_t1,
+    "t2": _draw_t2,
+    "flair": _draw_flair,
+    "pd": _draw_pd,
+}
 CONTRASTS = tuple(_SEQUENCES)
 
 _BOUND = {"white": 1.0, "cerebellar white": 1.0, "brainstem": 0.9, "cortex": 0.6, "hippocampus": 0.6, "caudate": 0.65}
