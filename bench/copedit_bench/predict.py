@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from copedit_bench.models.cost import flops
 from copedit_bench.models.sampler import operations
 from copedit_bench.operators.cases import OPERATORS, directions, floor
 from copedit_kernels import attention_token, convolution
@@ -185,12 +185,8 @@ def convolutions(config: ModelConfig) -> tuple[float, float]:
     with torch.device("meta"):
         vae = CoPeVAE(config.tokenizer, m).eval()
         images, codes = torch.empty(1, m, 1, *config.image), torch.empty(1, m, len(vae.latent_mean), *config.latent)
-    found = []
-    for call in (lambda: vae.encode(images), lambda: vae.decode(codes, config.task.joint)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            call()
-        found.append(counter.get_total_flops() / m)
-    return found[0], found[1]
+    encode, decode = flops(lambda: vae.encode(images)), flops(lambda: vae.decode(codes, config.task.joint))
+    return encode["total"] / m, decode["total"] / m
 
 
 def tokenizing(config: ModelConfig, encoded: int, decoded: int, gpu: Gpu) -> float:
