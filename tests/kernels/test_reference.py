@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from checks import normal
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -24,10 +25,6 @@ from copedit_kernels import (
 B, M, T, HEADS, D = 2, 3, 6, 2, 8
 C = 10
 LOW = (torch.bfloat16, torch.float16)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def angles(tokens: int = T, pairs: int = D // 2) -> Tensor:
