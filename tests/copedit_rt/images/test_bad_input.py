@@ -3,11 +3,11 @@
 import gzip
 import os
 import re
-import struct
 
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,14 +33,6 @@ def save(path, data=None, affine=None):
         nib.Nifti1Image(image() if data is None else data, np.diag([2, 2, 5, 1.0]) if affine is None else affine),
         path,
     )
-    return path
-
-
-def patch(path, offset, form, *values):
-    """Overwrite part of an uncompressed file's header."""
-    content = bytearray(path.read_bytes())
-    struct.pack_into(form, content, offset, *values)
-    path.write_bytes(content)
     return path
 
 

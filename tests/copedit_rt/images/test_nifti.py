@@ -4,7 +4,6 @@ import gzip
 import importlib.util
 import json
 import os
-import struct
 import subprocess
 import sys
 import tracemalloc
@@ -12,6 +11,7 @@ import tracemalloc
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,13 +35,6 @@ def save(path, data=None, affine=GRID):
     nifti.set_qform(affine, 1)
     nifti.set_sform(affine, 1)
     nib.save(nifti, path)
-    return path
-
-
-def patch(path, offset, form, *values):
-    content = bytearray(path.read_bytes())
-    struct.pack_into(form, content, offset, *values)
-    path.write_bytes(content)
     return path
 
 
