@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from copedit_bench.models.cost import flops
 from copedit_bench.models.sampler import operations
+from copedit_bench.models.side_by_side import seconds as text
 from copedit_bench.operators.cases import OPERATORS, directions, floor
 from copedit_kernels import attention_token, convolution
 from copedit_kernels.dispatch import using
@@ -219,11 +220,6 @@ def training(config: ModelConfig, batch: int, gpu: Gpu) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
-
-
-def text(value: float) -> str:
-    """Seconds in the unit that fits."""
-    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
 
 
 def operator_table(batch: int) -> list[str]:
