@@ -307,7 +307,6 @@ def _summarise(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 @app.command()
 def inspect(
-    ctx: typer.Context,
     more: More = None,
     inputs: Input = None,
     file: Files = None,

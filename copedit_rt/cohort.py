@@ -66,9 +66,9 @@ def synthesise(
     inputs, explicit, task, select and labels are those of `find_studies`; model, device, engine, dtype and max_memory
     those of `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and
     resample those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that
-    are there and complete (`is_complete`), which are kept otherwise, with a note on what has changed since (`changes`).
-    preview: also write a PNG per study; report: a page per study that a browser opens, and of several an index.html.
-    dicom: of DICOM studies also write each image as a derived series (`Study.write`).
+    are there and complete (`complete_sidecar`), which are kept otherwise, with a note on what has changed since
+    (`changes`). preview: also write a PNG per study; report: a page per study that a browser opens, and of several an
+    index.html. dicom: of DICOM studies also write each image as a derived series (`Study.write`).
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. While one is computed, the next study is

@@ -15,6 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from copedit_rt import __version__
 from copedit_rt.engines.engine import ENGINES, TORCHLESS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def diagnose() -> dict[str, Any]:
     """JSON-able: copedit, python, platform, packages, devices, bfloat16, kernels, models, extras, problems."""
     problems: list[str] = []
     report: dict[str, Any] = {
-        "copedit": _own_version(),
+        "copedit": __version__,
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -71,12 +72,6 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _own_version() -> str:
-    from copedit_rt import __version__
-
-    return __version__
 
 
 def _pip(requirements: list[str]) -> str:

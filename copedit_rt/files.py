@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -110,10 +111,6 @@ def _new_folder(part: Path, mode: int = 0o777) -> int:
     return os.open(part, os.O_RDONLY)
 
 
-def _new_private(part: Path) -> int:
-    return _new_folder(part, 0o700)
-
-
 def _lock(handle: int) -> bool:
     """Whether nobody else holds it; where nothing can be locked, nothing is a leftover."""
     try:
@@ -140,7 +137,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     """
     try:
         _sweep_once(parent)
-        with _claimed(parent / "copedit", _new_private) as (part, _):
+        with _claimed(parent / "copedit", partial(_new_folder, mode=0o700)) as (part, _):
             yield part
     except OSError as error:
         raise unwritable(parent, error) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import copedit_kernels
+from copedit_rt.doctor import version
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "flash-attn", "xformers", "numpy", "monai", "onnxruntime", "openvino")
@@ -39,7 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "name": _processor(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "kernels": copedit_kernels.implementation(),
         "commit": _command("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "changed": bool(_command("git", "-C", str(ROOT), "status", "--porcelain", "--", *SOURCES)),
@@ -112,13 +112,6 @@ def _cpuinfo(name: str) -> str | None:
     except OSError:
         return None
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _command(*words: str) -> str | None:

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from copedit_bench.models.cost import flops
 from copedit_bench.models.sampler import operations
+from copedit_bench.models.side_by_side import seconds as text
 from copedit_bench.operators.cases import OPERATORS, directions, floor
 from copedit_kernels import attention_token, convolution
 from copedit_kernels.dispatch import using
@@ -185,12 +186,8 @@ def convolutions(config: ModelConfig) -> tuple[float, float]:
     with torch.device("meta"):
         vae = CoPeVAE(config.tokenizer, m).eval()
         images, codes = torch.empty(1, m, 1, *config.image), torch.empty(1, m, len(vae.latent_mean), *config.latent)
-    found = []
-    for call in (lambda: vae.encode(images), lambda: vae.decode(codes, config.task.joint)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            call()
-        found.append(counter.get_total_flops() / m)
-    return found[0], found[1]
+    encode, decode = flops(lambda: vae.encode(images)), flops(lambda: vae.decode(codes, config.task.joint))
+    return encode["total"] / m, decode["total"] / m
 
 
 def tokenizing(config: ModelConfig, encoded: int, decoded: int, gpu: Gpu) -> float:
@@ -223,11 +220,6 @@ def training(config: ModelConfig, batch: int, gpu: Gpu) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
-
-
-def text(value: float) -> str:
-    """Seconds in the unit that fits."""
-    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
 
 
 def operator_table(batch: int) -> list[str]:
@@ -313,9 +305,7 @@ def beside(folder: Path) -> list[str]:
             continue
         gpu = next((g for name, g in GPUS.items() if name in report["machine"]["name"]), GPUS["H100"])
         for row in report["timings"]:
-            if row["contestant"] == "ours" and row.get("mode") != "eager":
-                body.append(compared(row, gpu))
-            elif row["contestant"] == "ours" and report["machine"]["device"] != "cuda":
+            if row["contestant"] == "ours" and (row.get("mode") != "eager" or report["machine"]["device"] != "cuda"):
                 body.append(compared(row, gpu))
     header = ["", "measured", "expected", "measured / expected", "of peak"]
     return table(header, body, 1) if body else ["Nothing of ours has been measured."]

@@ -189,8 +189,8 @@ class Study:
         DICOM also a derived series, in a folder (`..._dicom`) that is there as a whole or not at all. Headers are the
         reference's but for data type, description and (brain) display range. A cardiac stack keeps its type, scaling
         and every number of its present slices. The sidecar is written last and holds the images' sha256: what was
-        interrupted, or written by two at once, is not complete (`is_complete`). Existing files are replaced, inputs
-        never. Returns the images' paths.
+        interrupted, or written by two at once, is not complete (`complete_sidecar`). Existing files are replaced,
+        inputs never. Returns the images' paths.
         """
         written = []
         for element in (name for name in self.volumes if name in self.synthetic):
@@ -286,13 +286,9 @@ class Study:
         return raw
 
 
-def is_complete(path: Path) -> bool:
-    """Whether an output is there with the sidecar of the same run: its sha256, and that of the SD map if it has one."""
-    return complete_sidecar(path) is not None
-
-
 def complete_sidecar(path: Path) -> dict[str, Any] | None:
-    """The sidecar of a complete output; None where the output `is_complete` not."""
+    """The sidecar of an output that is there with that of the same run, which holds its sha256, and that of the SD map
+    if it has one; None otherwise."""
     try:
         sidecar: dict[str, Any] = json.loads(path.with_name(f"{stem_of(path)}.json").read_text(encoding="utf-8"))
         images = [(path, sidecar["sha256"])]

@@ -111,7 +111,7 @@ class Desk:
         """The folder of what `copedit synth` would have written. Raises CopeditError, Fault where it is ours."""
         with self.counts.stage("read"):
             files = asked.study()
-            models, _ = self._models(asked, files)
+            models = self._models(asked, files)
             self._check_size(files)
             sampler = {**asked.sampler, "progress": ticket.check}
             wanted = (asked.preview, asked.report)
@@ -133,23 +133,21 @@ class Desk:
         """What `copedit inspect --json` says of the study."""
         with self.counts.stage("read"):
             files = asked.study()
-            models, _ = self._models(asked, files)
+            models = self._models(asked, files)
             self._check_size(files)
         with self.counts.stage("compute"):
             (report,) = inspection.inspect([files], models, asked.reading.get("missing_slices"))
         return _public(report.to_dict(), asked.folder)
 
-    def _models(self, asked: Asked, files: StudyFiles) -> tuple[Models, ModelConfig]:
+    def _models(self, asked: Asked, files: StudyFiles) -> Models:
         """Those with the one model that was asked for, or that fits, as `Models.choose` would choose."""
         if asked.model is not None:
-            name = self._names[self.models.index(asked.model)]
-            return self._mine.place[name], self.configs[name]
+            return self._mine.place[self._names[self.models.index(asked.model)]]
         for_task = {name: config for name, config in self.configs.items() if config.task == files.task}
         if not for_task:
             raise CopeditError(f"{files.name} is a {files.task} study, for which no model is served here")
         knows = (n for n, c in for_task.items() if c.task.joint or set(files.files) <= set(c.elements))
-        name = next(knows, next(iter(for_task)))
-        return self._mine.place[name], self.configs[name]
+        return self._mine.place[next(knows, next(iter(for_task)))]
 
     def _check_size(self, files: StudyFiles) -> None:
         """Refused for images too large; what is wrong with a file is told where it is read."""

@@ -1,5 +1,6 @@
 """The command line and studies for it, some of which it refuses."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ def slices(width: int, count: int) -> np.ndarray:
 def save(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Volume.from_array(data, affine).save(path)
+    return path
+
+
+def patch(path: Path, offset: int, form: str, *values: float) -> Path:
+    """Overwrite part of an uncompressed file's header."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into(form, content, offset, *values)
+    path.write_bytes(content)
     return path
 
 

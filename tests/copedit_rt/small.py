@@ -96,6 +96,12 @@ def write(given: Study, folder: Path) -> Path:
     return folder / given.name
 
 
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def check_batch(engine: Engine, config: ModelConfig) -> None:
     """Two studies with other patterns at once come out as each by itself, images and prompts to the bit."""
     draw, m, c = np.random.default_rng(4), len(config.elements), config.tokenizer

@@ -21,7 +21,7 @@ from small import BRAIN, saved
 
 from copedit_rt import cohort, files
 from copedit_rt.config import DiffusionConfig
-from copedit_rt.images.study import is_complete
+from copedit_rt.images.study import complete_sidecar
 from copedit_rt.listener import Listener
 from copedit_rt.synthesizer import Synthesizer
 
@@ -137,7 +137,7 @@ def test_killed_at_every_point_of_writing(tmp_path, model, loaded, monkeypatch, 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             Killer(patch, at)
             run(source, output, model, **options)
-        done = [path for path in output.rglob("*.nii.gz") if is_complete(path)]
+        done = [path for path in output.rglob("*.nii.gz") if complete_sidecar(path)]
         assert all(expected[p.relative_to(output).as_posix()] == p.read_bytes() for p in done), "complete and wrong"
         summary = run(source, output, model, **options)
         kept = [path for e in summary["studies"] for k, path in e["outputs"].items() if _kept(e, k)]
@@ -186,7 +186,7 @@ def test_twenty_kills_of_a_cohort_lose_nothing_and_leave_nothing(tmp_path, model
         assert process.exitcode == -signal.SIGKILL
         found = content(output)
         assert all(found.get(name) == old for name, old in done.items()), "lost what was complete"
-        done = {name: found[name] for name in found if name.endswith(".json") or is_complete(output / name)}
+        done = {name: found[name] for name in found if name.endswith(".json") or complete_sidecar(output / name)}
         assert all(expected[name] == there for name, there in done.items())
     last = forked(source, output, model)
     last.join()

@@ -76,10 +76,6 @@ def test_timesteps_stride_the_training_schedule(steps: int) -> None:
         assert gaps.max() - gaps.min() <= 1, "uneven strides"
 
 
-def test_all_training_steps_are_all_timesteps() -> None:
-    assert timesteps(CONFIG, 500).tolist() == list(range(499, -1, -1))
-
-
 @pytest.mark.parametrize("steps", [0, -1, 501])
 def test_impossible_step_counts_are_refused(steps: int) -> None:
     with pytest.raises(CopeditError, match=str(steps)):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from copedit_bench.operators.cases import OPERATORS, Fill
+from copedit_kernels.dispatch import using
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(
@@ -22,14 +23,6 @@ interpreted = pytest.mark.skipif(
     reason="needs the Triton interpreter: triton and no GPU in sight (with a GPU, CUDA_VISIBLE_DEVICES=)",
 )
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
-
-
-@contextmanager
-def using(choice: str) -> Iterator[None]:
-    """COPEDIT_KERNELS = choice."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COPEDIT_KERNELS", choice)
-        yield
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import Layout, Recorder, compare, inputs_of, interpreted, layouts, normal, once, strided, using
+from checks import Layout, Recorder, compare, inputs_of, interpreted, layouts, normal, once, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.autograd import gradcheck
 import copedit_kernels as ops
 from copedit_bench.operators.cases import OPERATORS
 from copedit_kernels import norm, reference
+from copedit_kernels.dispatch import using
 from copedit_rt.config import PRESETS
 
 pytestmark = interpreted

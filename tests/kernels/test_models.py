@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import Recorder, assert_rule, interpreted, normal, poisoned_memory, using
+from checks import Recorder, assert_rule, interpreted, normal, poisoned_memory
 from torch import Tensor, nn
 
 import copedit_kernels as ops
 from copedit_kernels import convolution
+from copedit_kernels.dispatch import using
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.networks.denoiser import MDiT3D
 from copedit_rt.networks.tokenizer import CoPeVAE, ResidualUnit

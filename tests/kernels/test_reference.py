@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+from checks import normal
 from torch import Tensor
 from torch.autograd import gradcheck
 
-import copedit_kernels as ops
 from copedit_kernels import (
     ada_norm,
     axis_attention,
@@ -24,10 +24,6 @@ from copedit_kernels import (
 B, M, T, HEADS, D = 2, 3, 6, 2, 8
 C = 10
 LOW = (torch.bfloat16, torch.float16)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def angles(tokens: int = T, pairs: int = D // 2) -> Tensor:
@@ -345,19 +341,6 @@ def test_partial_step_refuses() -> None:
     for x0, observed in ((torch.zeros(B, M, 5), OBSERVED), (torch.zeros(B, M, 4), OBSERVED[:, :2])):
         with pytest.raises(ValueError, match="observed"):
             partial_ddim_step_(z, x0, observed, TABLE, 0)
-
-
-# The choice of implementation
-
-
-def test_implementation_is_never_a_silent_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COPEDIT_KERNELS", raising=False)
-    assert ops.implementation() == "auto"
-    monkeypatch.setenv("COPEDIT_KERNELS", "reference")
-    assert ops.implementation() == "reference"
-    monkeypatch.setenv("COPEDIT_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="fastest"):
-        ops.implementation()
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 100.0])

@@ -259,7 +259,7 @@ class _Bench:
             for direction in ("forward", "both") if operator.learn else ("forward",):
                 try:
                     with _within(contestant, direction):
-                        step = _step(contestant.call, operator, [sample], direction, [])
+                        step = _step(contestant.call, [sample], direction, [])
                         for _ in range(3):
                             step(0)
                         times = []
@@ -339,7 +339,7 @@ class _Setting:
         context = partial(_within, contestant, direction)
         with context():
             retained = [_tuple(call(*s.arguments)) for s in self.samples] if direction == "backward" else []
-            step = _step(call, self.operator, self.samples, direction, retained)
+            step = _step(call, self.samples, direction, retained)
             step(0)
             peak = self.watch.peak(lambda: step(0))
         once = self.watch.sample(Lap(partial(step, 0), 1, context))
@@ -391,7 +391,6 @@ def _sample(
 
 def _step(
     call: Callable[..., Any],
-    operator: Operator,
     samples: Sequence[_Sample],
     direction: str,
     retained: Sequence[tuple[Tensor, ...]],

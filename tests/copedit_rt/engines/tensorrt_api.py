@@ -120,13 +120,11 @@ class Checker(ast.NodeVisitor):
                 return value and Instance(value)
         return None
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
+    def visit_Attribute(self, node: ast.Attribute | ast.Call) -> None:
         self.resolve(node)
         self.generic_visit(node)
 
-    def visit_Call(self, node: ast.Call) -> None:
-        self.resolve(node)
-        self.generic_visit(node)
+    visit_Call = visit_Attribute
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)

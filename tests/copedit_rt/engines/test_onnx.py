@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import BRAIN, check_batch, exported, saved, study, write
+from small import BRAIN, check_batch, damage, exported, saved, study, write
 
 from copedit_rt import checkpoint, cli, cohort, schedule, synthesizer
 from copedit_rt.config import ModelConfig
@@ -405,12 +405,6 @@ def test_a_real_study_comes_out_as_on_torch(real_data, tmp_path):
 
 
 # ---- what is refused
-
-
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def rewrite(path: Path, **changes) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import BRAIN, HEART, check_batch, exported, study
+from small import BRAIN, HEART, check_batch, damage, exported, study
 
 from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
@@ -266,12 +266,6 @@ def test_an_interrupted_build_stops(fresh, tensorrt):
 
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def foreign(folder: Path) -> None:

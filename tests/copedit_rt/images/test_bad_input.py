@@ -3,11 +3,11 @@
 import gzip
 import os
 import re
-import struct
 
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,14 +33,6 @@ def save(path, data=None, affine=None):
         nib.Nifti1Image(image() if data is None else data, np.diag([2, 2, 5, 1.0]) if affine is None else affine),
         path,
     )
-    return path
-
-
-def patch(path, offset, form, *values):
-    """Overwrite part of an uncompressed file's header."""
-    content = bytearray(path.read_bytes())
-    struct.pack_into(form, content, offset, *values)
-    path.write_bytes(content)
     return path
 
 
@@ -182,17 +174,20 @@ def test_unknown_data_type(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_more_voxels_than_memory(tmp_path, compressed):
-    path = patch(save(tmp_path / "A_t1.nii"), DIMS, "<4h", 3, 32000, 32000, 32000)
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((32000, 32000, 32000), "header promises {} voxels, which take .* GiB to read and fill in, more than"),
+        ((300, 300, 100), "truncated or its header is damaged: it promises {} voxels"),
+    ],
+)
+def test_more_voxels_than_memory_or_the_file_can_hold(tmp_path, shape, sentence, compressed):
+    path = patch(save(tmp_path / "A_t1.nii"), DIMS, "<4h", 3, *shape)
     if compressed:
         content = path.read_bytes()
         path.unlink()
         (tmp_path / "A_t1.nii.gz").write_bytes(gzip.compress(content, mtime=0))
-    refuses(
-        "header promises 32000 x 32000 x 32000 voxels, which take .* GiB to read and fill in, more than",
-        Study.read,
-        tmp_path,
-    )
+    refuses(sentence.format("{} x {} x {}".format(*shape)), Study.read, tmp_path)
 
 
 def test_memory_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
@@ -203,16 +198,6 @@ def test_memory_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(nifti, "available_memory", lambda: needed - 1)
     monkeypatch.setattr(nifti, "_read_content", None)
     refuses("more than the .* GiB of memory available", Study.read, tmp_path)
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-def test_more_voxels_than_the_file_can_hold(tmp_path, compressed):
-    path = patch(save(tmp_path / "A_t1.nii"), DIMS, "<4h", 3, 300, 300, 100)
-    if compressed:
-        content = path.read_bytes()
-        path.unlink()
-        (tmp_path / "A_t1.nii.gz").write_bytes(gzip.compress(content, mtime=0))
-    refuses("truncated or its header is damaged: it promises 300 x 300 x 100 voxels", Study.read, tmp_path)
 
 
 def test_some_memory_is_available():

@@ -30,7 +30,7 @@ from copedit_rt.images.dicom.studies import dicom_studies
 from copedit_rt.images.dicom.write import Made as Output
 from copedit_rt.images.dicom.write import stored, write_series
 from copedit_rt.images.find import find_studies
-from copedit_rt.images.study import Study, is_complete
+from copedit_rt.images.study import Study, complete_sidecar
 
 RECORD = {"sampler": {"method": "ddim", "steps": 2, "samples": 1, "seed": 0}}
 
@@ -305,7 +305,7 @@ def test_what_is_complete_is_kept(outputs, hospital, brain_model, tmp_path):
     command = ["synth", hospital, "-o", out, "--model", brain_model, "--resample"]
     assert "kept" in run(*command).stdout and "changed" not in run(*command).stderr
     (out / "case_t1ce_dicom" / "0005.dcm").unlink()
-    assert not is_complete(out / "case_t1ce.nii.gz")
+    assert not complete_sidecar(out / "case_t1ce.nii.gz")
     assert "t1ce written" in run(*command).stdout and files(out) == files(outputs)
     shutil.rmtree(out / "case_t1ce_dicom")
     (out / "case_t1ce_dicom").mkdir()

@@ -4,7 +4,6 @@ import gzip
 import importlib.util
 import json
 import os
-import struct
 import subprocess
 import sys
 import tracemalloc
@@ -12,6 +11,7 @@ import tracemalloc
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.images import nifti
 from copedit_rt.images.nifti import Volume, read_outline, read_volume
 from copedit_rt.images.prepare import prepare
-from copedit_rt.images.study import Study, is_complete
+from copedit_rt.images.study import Study, complete_sidecar
 
 GRID = np.diag([4, 4, 5, 1.0])
 DIM, UNITS, PIXDIM, SLOPE, CODES, SROWS = 40, 123, 76, 112, 252, 280  # offsets in a NIfTI-1 header
@@ -35,13 +35,6 @@ def save(path, data=None, affine=GRID):
     nifti.set_qform(affine, 1)
     nifti.set_sform(affine, 1)
     nib.save(nifti, path)
-    return path
-
-
-def patch(path, offset, form, *values):
-    content = bytearray(path.read_bytes())
-    struct.pack_into(form, content, offset, *values)
-    path.write_bytes(content)
     return path
 
 
@@ -222,15 +215,15 @@ def test_an_output_is_complete_with_the_sidecar_of_its_own_run(tmp_path, monkeyp
     study = Study.read(save(tmp_path / "A_t1.nii.gz"))
     (out,) = write(study, tmp_path / "o", std={"t2": image(seed=3)})
     sd, sidecar = out.with_name("A_t2_sd.nii.gz"), out.with_name("A_t2.json")
-    assert is_complete(out)
+    assert complete_sidecar(out)
     for damaged in (sd, sidecar, out):
         kept = damaged.read_bytes()
         damaged.write_bytes(kept[:-3])
-        assert not is_complete(out)
+        assert not complete_sidecar(out)
         damaged.unlink()
-        assert not is_complete(out)
+        assert not complete_sidecar(out)
         damaged.write_bytes(kept)
-    assert is_complete(out)
+    assert complete_sidecar(out)
     # A second run that dies between any two of its files leaves nothing that counts as done.
     other = study.with_synthetic({"t2": image(seed=7)})
     replace = os.replace
@@ -245,10 +238,10 @@ def test_an_output_is_complete_with_the_sidecar_of_its_own_run(tmp_path, monkeyp
         monkeypatch.setattr(os, "replace", dies)
         with pytest.raises(CopeditError):
             other.write(tmp_path / "o", model="m", std={"t2": image(seed=8)})
-        assert not is_complete(out)
+        assert not complete_sidecar(out)
     monkeypatch.undo()
     other.write(tmp_path / "o", model="m")
-    assert is_complete(out) and "sd" not in json.loads(sidecar.read_text())
+    assert complete_sidecar(out) and "sd" not in json.loads(sidecar.read_text())
 
 
 @pytest.mark.parametrize("slope", [1e-38, 3e38])

@@ -6,11 +6,7 @@ import pytest
 from copedit_rt.images.grids import fill_slices, nearest_matrices
 from copedit_rt.images.nifti import Volume
 from copedit_rt.images.prepare import empty_border, prepare
-from tests.copedit_rt.images.test_grids import RAS, heart, heart_config, unit_image
-
-
-def stack(count, seed=0):
-    return unit_image((16, 24, count), seed)
+from tests.copedit_rt.images.test_grids import RAS, heart, heart_config, stack
 
 
 def blanked(count, missing, data=None):

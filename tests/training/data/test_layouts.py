@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from copedit_rt import checkpoint, cli
-from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Preprocessing, TokenizerConfig
+from copedit_rt.config import ModelConfig, Preprocessing
 from copedit_rt.errors import CopeditError
 from copedit_rt.images import grids, nifti
 from copedit_rt.images.nifti import Volume, read_volume
@@ -23,24 +23,13 @@ from copedit_rt.synthesizer import Synthesizer
 from copedit_rt.trained import TrainedOn
 from copedit_training.data import layouts, prepared
 from copedit_training.stages import trainer
+from tests.training.stages.tiny import TINY
 
-BRAIN = ModelConfig(
-    "brain",
-    "brain",
-    ("t1", "t1ce", "t2", "flair"),
-    (16, 16, 8),
-    TokenizerConfig(
-        channels=(8, 8),
-        strides=((2, 2, 2), (2, 2, 2)),
-        residual_units=1,
-        residual_channels=8,
-        codes=32,
-        prompt_channels=(8, 8),
-        prompt_dim=16,
-        contrast_dim=8,
-    ),
-    DenoiserConfig(width=32, heads=2, blocks=2, patch=(1, 1, 1)),
-    DiffusionConfig(steps=4),
+BRAIN = dataclasses.replace(
+    TINY,
+    name="brain",
+    elements=("t1", "t1ce", "t2", "flair"),
+    denoiser=dataclasses.replace(TINY.denoiser, patch=(1, 1, 1)),
     preprocessing=Preprocessing(field_of_view=(16.0, 16.0, 16.0)),
 )
 IXI = dataclasses.replace(BRAIN, name="ixi", elements=("t1", "t2", "pd"))

@@ -127,6 +127,6 @@ def test_a_shift_moves_the_image_by_that_many_millimetres():
 
 def test_noise_is_rician():
     scan = physics.Scan((1.0,) * 3, 0.0, (0.0,) * 3, 0.1, 0.0, 0, 1.0, 0.0, (0.0,) * 3, False)
-    image = physics.acquire(torch.zeros(40, 40, 40), scan, (2.0,) * 3, 1.0, True, np.random.default_rng(0))
+    image = physics.acquire(torch.zeros(40, 40, 40), scan, (2.0,) * 3, True, np.random.default_rng(0))
     # Without signal Rician noise is Rayleigh's, of mean sigma sqrt(pi / 2); 64000 samples know it to 0.3 %.
     assert float(image.mean()) == pytest.approx(0.1 * np.sqrt(np.pi / 2), rel=0.01)

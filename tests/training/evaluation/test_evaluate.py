@@ -1,6 +1,5 @@
 import json
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -82,8 +81,8 @@ class Perfect:
 def test_evaluation_of_a_perfect_model(task, request, tmp_path):
     model = request.getfixturevalue(task)
     seen = []
-    options = {"subjects": 1, "patterns": 1, "fit_subjects": 2, "progress": lambda *p: seen.append(p)}
-    found = ev.evaluate(Perfect(model), **options)
+    options = {"patterns": 1, "fit_subjects": 2, "progress": lambda *p: seen.append(p)}
+    found = ev.evaluate(Perfect(model), subjects.Phantoms(model.config, 1), **options)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     for rows in found["by_count"].values():
         baselines = [row for method, row in rows.items() if method != "model"]
@@ -164,7 +163,8 @@ def test_sweep(task, request, tmp_path):
                 )
             return result
 
-    found = ev.sweep(Shifted(), steps=[3, 1, 3], subjects=1, patterns=1, progress=lambda *p: seen.append(p))
+    cohort = subjects.Phantoms(model.config, 1)
+    found = ev.sweep(Shifted(), cohort, steps=[3, 1, 3], patterns=1, progress=lambda *p: seen.append(p))
     assert seen == [(1, 3), (2, 3), (3, 3)] and len(calls) == 3 * 4
     rows = {(row["solver"], row["steps"]): row for row in found["sweep"]}
     assert list(rows) == [("ddim", 1), ("ddim", 3), ("dpm2m", 1), ("dpm2m", 3)]
@@ -173,7 +173,7 @@ def test_sweep(task, request, tmp_path):
     for metric in ("psnr", "ssim", "mae", "converged"):  # the first step of both is the same
         assert rows["ddim", 1][metric] == rows["dpm2m", 1][metric]
     # By hand, for one row: the model's own score in an evaluation of the same studies.
-    whole = ev.evaluate(model, steps=3, solver="ddim", subjects=1, patterns=1, fit_subjects=2)
+    whole = ev.evaluate(model, cohort, steps=3, solver="ddim", patterns=1, fit_subjects=2)
     images = [row["model"] for row in whole["by_pattern"].values()]
     mean = np.average([row["psnr"]["mean"] for row in images], weights=[row["images"] for row in images])
     assert rows["ddim", 3]["psnr"]["mean"] == pytest.approx(mean)
@@ -185,9 +185,8 @@ def test_sweep(task, request, tmp_path):
 
 
 def test_evaluation_keeps_off_the_training_seeds(brain):
-    for run in (ev.evaluate, partial(ev.sweep, steps=[1])):
-        with pytest.raises(CopeditError, match="held-out"):
-            run(brain, first_seed=5)
+    with pytest.raises(CopeditError, match="held-out"):
+        subjects.Phantoms(brain.config, first_seed=5)
 
 
 def test_heads_count_what_is_right():

@@ -134,6 +134,10 @@ def noise(element: str, shape: tuple[int, ...]) -> np.ndarray:
     return noise_of(0, "somebody", element, shape)
 
 
+def observed_of(*rows) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.bool)
+
+
 def stir(net: torch.nn.Module, std: float = 0.1) -> None:
     """Layers that start at zero hide what comes in."""
     torch.manual_seed(1)

@@ -12,7 +12,7 @@ from copedit_training.methods import hyper_gae
 from copedit_training.methods.base import parameters
 from copedit_training.methods.guidance import Guidance
 from copedit_training.stages.settings import load_settings
-from tests.training.methods.small import BRAIN, HEART, noise, smooth, task
+from tests.training.methods.small import BRAIN, HEART, noise, observed_of, smooth, task
 
 NONE = torch.zeros(1, 0)
 
@@ -24,10 +24,6 @@ def network(guidance=3, elements=3, stride=(2, 2, 2)):
 
 def images(batch=1, elements=3, depth=8):
     return torch.rand(batch, elements, 1, 8, 12, depth) * 2 - 1
-
-
-def observed_of(*rows):
-    return torch.tensor(rows, dtype=torch.bool)
 
 
 def test_its_size():

@@ -11,7 +11,7 @@ from copedit_training.methods import mmt
 from copedit_training.methods.base import parameters, to_slices
 from copedit_training.methods.guidance import Guidance
 from copedit_training.stages.settings import load_settings
-from tests.training.methods.small import BRAIN, task
+from tests.training.methods.small import BRAIN, observed_of, task
 
 SMALL = mmt.MMTSettings(1, 1, 1.0, width=8, heads=2, stages=2, window=2, patch=2, stem=3)
 
@@ -27,10 +27,6 @@ def network(elements=3):
 
 def drawn(net, batch=2, size=(16, 16)):
     return torch.rand(batch, 3, *size).double(), torch.randn(batch, 8 + 16).double()
-
-
-def observed_of(*rows):
-    return torch.tensor(rows, dtype=torch.bool)
 
 
 def test_its_size():

@@ -589,10 +589,7 @@ def _place(head: HeadMap, rng: np.random.Generator, stripped: bool) -> Place:
     aligned = rng.random() < (0.85 if stripped else 0.3)
     u, _, vt = np.linalg.svd(head.to_mni[:3, :3])
     turn = (u @ vt).T if aligned else np.eye(3)
-    if stripped:
-        turn = turn @ rotation(rng.normal(0, (4, 2.5, 2.5)))
-    else:
-        turn = turn @ rotation(rng.normal(0, (8, 4, 5)))
+    turn = turn @ rotation(rng.normal(0, (4, 2.5, 2.5) if stripped else (8, 4, 5)))
     # 8 % between people (adult brain volume varies by about 10 % about its mean, Allen et al. 2002), 3 % an axis.
     scale = np.clip(rng.normal(1, 0.05), 0.88, 1.12) * rng.uniform(0.96, 1.04, 3)
     flip = np.diag([rng.choice([-1.0, 1.0]), 1.0, 1.0])

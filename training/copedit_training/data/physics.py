@@ -442,10 +442,8 @@ def _gaussian(source: np.ndarray, target: np.ndarray, sigma: float) -> np.ndarra
     return (weight / np.maximum(total, 1e-9)).astype(np.float32)
 
 
-def acquire(
-    clean: Tensor, scan: Scan, spacing: Sequence[float], white: float, magnitude: bool, rng: np.random.Generator
-) -> Tensor:
-    """A signed volume [X, Y, Z] through the scanner: float32 >= 0, in units where white matter is about `white`."""
+def acquire(clean: Tensor, scan: Scan, spacing: Sequence[float], magnitude: bool, rng: np.random.Generator) -> Tensor:
+    """A signed volume [X, Y, Z] through the scanner: float32 >= 0, in units where white matter is about 1."""
     for axis in range(3):
         n = clean.shape[0]
         matrix = blur_matrix(n, spacing[axis], scan.voxel[axis], scan.spread, scan.offset[axis], scan.shift[axis])
@@ -460,6 +458,6 @@ def acquire(
         half = clean.shape[scan.ghost_axis] // 2
         clean = clean + scan.ghost * torch.roll(clean, half, scan.ghost_axis)
     generator = torch.Generator(clean.device).manual_seed(int(rng.integers(2**62)))
-    noise = torch.randn((2, *clean.shape), generator=generator, device=clean.device) * (scan.noise * white)
+    noise = torch.randn((2, *clean.shape), generator=generator, device=clean.device) * scan.noise
     image = torch.hypot(clean + noise[0], noise[1])  # Rician (Gudbjartsson and Patz 1995)
-    return white * (image / white) ** scan.gamma
+    return image**scan.gamma

@@ -212,7 +212,7 @@ class Simulator:
     ) -> Tensor:
         scan = physics.draw_scan(rng, name, occupied is None)
         own = gain * float(np.exp(rng.normal(0, 0.5)))
-        image = own * physics.acquire(clean, scan, self.spacing, 1.0, sequence.magnitude, rng)
+        image = own * physics.acquire(clean, scan, self.spacing, sequence.magnitude, rng)
         if scan.floor:
             tissue = image[(mask if occupied is None else occupied) > 0.5]
             image = (image - scan.floor * _darkest(tissue)).clamp(min=0)

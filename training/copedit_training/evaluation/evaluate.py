@@ -16,7 +16,6 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.inspection import contradictions
 from copedit_rt.perception import Perception
 from copedit_rt.task import Task
-from copedit_training.data.prepared import HELD_OUT
 from copedit_training.evaluation.baselines import (
     LinearRegression,
 )
@@ -145,10 +144,8 @@ class Heads:
 
 def evaluate(
     model: Synthesizer,
-    cohort: Cohort | None = None,
+    cohort: Cohort,
     *,
-    subjects: int = 16,
-    first_seed: int = HELD_OUT,
     steps: int | None = None,
     seed: int = 0,
     patterns: int | None = None,
@@ -161,7 +158,7 @@ def evaluate(
     budget: Mapping[str, Any] | None = None,
     seeds: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate on a cohort (None: `subjects` held-out phantoms from `first_seed` on); JSON-able.
+    """Evaluate on a cohort; JSON-able.
 
     patterns: at most that many missing patterns per count (None: all). fit_subjects: how many training subjects of the
     cohort the regression baseline is fitted on. progress: called with studies done and studies in all. samples: with
@@ -172,7 +169,6 @@ def evaluate(
     Raises CopeditError where no study of the cohort can be used.
     """
     config = model.config
-    cohort = cohort or Phantoms(config, subjects, first_seed)
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
     by_count, by_pattern, reconstruction, every = Scores(), Scores(), Scores(), Scores()
     heads, calibration, differences = Heads(), Calibration(), Differences()
@@ -263,11 +259,9 @@ def evaluate(
 
 def sweep(
     model: Synthesizer,
-    cohort: Cohort | None = None,
+    cohort: Cohort,
     *,
     steps: Sequence[int],
-    subjects: int = 16,
-    first_seed: int = HELD_OUT,
     seed: int = 0,
     patterns: int | None = None,
     progress: Progress | None = None,
@@ -278,7 +272,6 @@ def sweep(
     solver makes in the most steps, the best estimate of where all of them lead. The rest as in `evaluate`.
     """
     config = model.config
-    cohort = cohort or Phantoms(config, subjects, first_seed)
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
     settings = [(solver, n) for n in sorted(set(steps), reverse=True) for solver in reversed(get_args(Solver))]
     scores, seconds, done, people = Scores(), dict.fromkeys(settings, 0.0), 0, set()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+WINDOW, SIGMA = 11, 1.5  # voxels, of the SSIM
+
 
 def psnr(a: np.ndarray, b: np.ndarray, data_range: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB over all voxels; infinite where a equals b."""
@@ -20,8 +22,8 @@ def mae(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
 
 
-def ssim_map(a: np.ndarray, b: np.ndarray, data_range: float = 1.0, window: int = 11, sigma: float = 1.5) -> np.ndarray:
-    """Structural similarity at every voxel of two volumes [X, Y, Z], float64.
+def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Structural similarity at every voxel of two volumes [X, Y, Z] on 0..1, float64.
 
     Wang et al. 2004: Gaussian window, K1 = 0.01, K2 = 0.03, population variances; borders mirrored. On an
     axis with fewer voxels than the window, the window shrinks to the largest odd number that fits. What lies further
@@ -31,43 +33,24 @@ def ssim_map(a: np.ndarray, b: np.ndarray, data_range: float = 1.0, window: int 
     if a.shape != b.shape:
         raise ValueError(f"shapes {a.shape} and {b.shape} differ")
     out = np.ones(a.shape)
-    shown = _box((a != 0) | (b != 0), window)
-    sizes = _windows(a.shape, window)
+    shown = _box((a != 0) | (b != 0), WINDOW)
+    sizes = [min(WINDOW, n - 1 + n % 2) for n in a.shape]
     a, b = a[shown], b[shown]
     if not a.size:
         return out
 
     def blur(x: np.ndarray) -> np.ndarray:
         for axis, size in enumerate(sizes):
-            taps = np.exp(-0.5 * ((np.arange(size) - size // 2) / sigma) ** 2)
+            taps = np.exp(-0.5 * ((np.arange(size) - size // 2) / SIGMA) ** 2)
             x = ndimage.correlate1d(x, taps / taps.sum(), axis=axis, mode="mirror")
         return x
 
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b = np.maximum(blur(a * a) - mu_a**2, 0), np.maximum(blur(b * b) - mu_b**2, 0)
     covariance = blur(a * b) - mu_a * mu_b
     out[shown] = (2 * mu_a * mu_b + c1) * (2 * covariance + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
     return out
-
-
-def ssim3d(
-    a: np.ndarray,
-    b: np.ndarray,
-    data_range: float = 1.0,
-    *,
-    slices: Sequence[int] | None = None,
-    axis: int = 2,
-    window: int = 11,
-    sigma: float = 1.5,
-) -> float:
-    """Mean of `ssim_map` over the volume, borders included, as torchmetrics has it.
-
-    slices: average over these slices along `axis` only. The map is still that of the whole stack, so the
-    window sees the neighbouring slices too.
-    """
-    values = ssim_map(a, b, data_range, window, sigma)
-    return float((values if slices is None else values.take(list(slices), axis)).mean())
 
 
 def measure(
@@ -93,10 +76,6 @@ def measure(
             "mae_inside": mae(a, b),
         }
     return found
-
-
-def _windows(shape: Sequence[int], window: int) -> list[int]:
-    return [min(window, n - 1 + n % 2) for n in shape]
 
 
 def _box(shown: np.ndarray, margin: int) -> tuple[slice, ...]:

@@ -23,7 +23,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import Block
 from copedit_rt.networks.tokenizer import ResidualUnit
 from copedit_training.data.augmentation import Augmentation
-from copedit_training.evaluation.metrics import psnr, ssim3d
+from copedit_training.evaluation.metrics import psnr, ssim_map
 from copedit_training.stages import distributed
 from copedit_training.stages.settings import Settings
 
@@ -162,7 +162,7 @@ def compare(result: Tensor, truth: np.ndarray) -> tuple[float, float]:
     """PSNR and SSIM of volumes [N, 1, H, W, D], the slabs of a heart [m, 1, H, W, D] each by itself."""
     pairs = list(zip(result.float().clamp(0, 1).cpu().numpy(), truth.astype(np.float32), strict=True))
     noise = float(np.mean([min(psnr(a[0], b[0]), 100.0) for a, b in pairs]))
-    return noise, float(np.mean([ssim3d(a[0], b[0]) for a, b in pairs]))
+    return noise, float(np.mean([ssim_map(a[0], b[0]).mean() for a, b in pairs]))
 
 
 def picture(rows: Sequence[np.ndarray]) -> np.ndarray:
