@@ -297,15 +297,20 @@ def lines() -> Iterator[str]:
 
 
 def beside(folder: Path) -> list[str]:
-    """A table of what was measured of ours beside what was expected of that GPU (an H100 if its name is unknown)."""
+    """A table of what was measured of ours beside what was expected of that GPU (an H100 if its name is unknown).
+
+    Rows of cpu.json, which have no batch, are left out: nothing is expected of a processor.
+    """
     body: list[list[str]] = []
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text("utf-8"))
         if not isinstance(report, dict) or "timings" not in report:
             continue
         gpu = next((g for name, g in GPUS.items() if name in report["machine"]["name"]), GPUS["H100"])
-        for row in report["timings"]:
-            if row["contestant"] == "ours" and (row.get("mode") != "eager" or report["machine"]["device"] != "cuda"):
+        for row in (
+            row for row in report["timings"] if row["contestant"] == "ours" and ("op" in row or "batch" in row)
+        ):
+            if row.get("mode") != "eager" or report["machine"]["device"] != "cuda":
                 body.append(compared(row, gpu))
     header = ["", "measured", "expected", "measured / expected", "of peak"]
     return table(header, body, 1) if body else ["Nothing of ours has been measured."]

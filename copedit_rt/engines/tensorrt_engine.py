@@ -140,7 +140,7 @@ def build(
             # Where no fused kernel fits (float32), from products and a softmax.
             layer.__class__ = trt.IAttentionBoundaryLayer
             layer.attention.decomposable = True
-    cache = _timing(trt, config, timing)
+    cache = _timing(config, timing)
     monitor = _monitor(trt, graph.stem, progress)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
@@ -152,7 +152,7 @@ def build(
     return bytes(plan), timing if after is None else bytes(after)
 
 
-def _timing(trt: Any, config: trt.IBuilderConfig, timing: bytes) -> trt.ITimingCache | None:
+def _timing(config: trt.IBuilderConfig, timing: bytes) -> trt.ITimingCache | None:
     """The timing cache that the configuration uses from now on, None where TensorRT gives none."""
     for content in (timing, b""):
         cache = config.create_timing_cache(content)

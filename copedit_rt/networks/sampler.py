@@ -71,8 +71,6 @@ class Plan:
     Latents are kept in float32 (float64 for a float64 network) whatever the network's dtype. Modulation takes
     steps * (6 * width * (within-blocks + batch * across-blocks) + 2 * width) values, for the paper's brain model at 200
     steps, batch 1 and bfloat16 30 MB. Rounding may differ from `sample`, as products have other sizes.
-
-    The graph path has not been run on a GPU yet.
     """
 
     @torch.no_grad()

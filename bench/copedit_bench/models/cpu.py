@@ -1,4 +1,4 @@
-"""The body of `copedit bench cpu`: the built-in models stage by stage, on one and two threads, beside all that could
+"""The body of `copedit bench cpu`: the demo models stage by stage, on one and two threads, beside all that could
 compute them; how time and memory grow; the command line from file to file; what importing costs; and, where asked for,
 one step of the paper's brain model."""
 
@@ -48,7 +48,7 @@ from copedit_training.evaluation.report import table
 MODELS = ("demo-brain", "demo-cardiac")
 COMPILED = "demo-brain"  # compilers take a minute for a model and a number of threads
 LARGE = "brain-brats"
-STEPS = (1,)  # the default of the built-in models
+STEPS = (1,)  # their default
 THREADS = (1, 2)
 CELL, QUICK_CELL = 0.6, 0.1  # seconds of samples a contestant
 REPEATS = 2

@@ -30,7 +30,7 @@ from copedit_training.stages.wavelets import start_as_wavelets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER, LEAN = "brain-brats", "brain-lean"
+PAPER = "brain-brats"
 ENTRY = 16  # channels: the eight wavelets of 2 x 2 x 2 voxels with both signs
 # Channels, residual units, channels within them, by level. An entry is a level without units.
 DESIGNS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {

@@ -111,7 +111,7 @@ class Method(LatentTask[M, Drawn], Generic[M]):
 
     def __init__(self, config: ModelConfig, settings: M, tokenizer: CoPeVAE | None = None):
         """tokenizer: of a method on latents or with prompts. Raises CopeditError for settings that are not for it."""
-        check(type(self), config, settings)
+        check(type(self), settings)
         super().__init__(config, settings)
         if tokenizer is not None:
             self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
@@ -301,8 +301,8 @@ class Method(LatentTask[M, Drawn], Generic[M]):
             checkpoint.write_tensors(folder / checkpoint.TOKENIZER, self.tokenizer.state_dict())
 
 
-def check(kind: type[Method[Any]], config: ModelConfig, settings: MethodSettings) -> None:
-    """Raises CopeditError for settings that a method does not have, or that do not go with a model."""
+def check(kind: type[Method[Any]], settings: MethodSettings) -> None:
+    """Raises CopeditError for settings that a method does not have."""
     for name, idle in (("crop", 0), ("augment", False), ("checkpointing", False)):
         if (value := getattr(settings, name)) != idle:
             raise CopeditError(f"{name} = {value}: {kind.title} is trained without; leave it at {idle}")
