@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -348,18 +349,25 @@ def of_row(row: Mapping[str, Any], gpu: Gpu) -> float | None:
 
 
 def main(arguments: list[str]) -> int:
-    if "--write" in arguments or "--check" in arguments:
+    parser = ArgumentParser("copedit_bench.predict", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    one = parser.add_mutually_exclusive_group()
+    for flag in ("--write", "--check"):
+        one.add_argument(flag, action="store_true")
+    one.add_argument("folder", nargs="?", type=Path)
+    asked = parser.parse_args(arguments)
+    if asked.write or asked.check:
         old = DOCUMENT.read_text("utf-8")
         new = MARKED.sub(lambda _: "\n".join(["<!-- predictions -->", "", *lines(), "", "<!-- end -->"]), old)
-        if "--write" in arguments:
+        if asked.write:
             write_atomically(DOCUMENT, new.encode())
-        return int("--check" in arguments and new != old)
-    if not arguments:
+        return int(asked.check and new != old)
+    if not asked.folder:
         print("\n".join(lines()))
         return 0
-    folder = Path(arguments[0])
-    found = ["# Measured beside expected", "", *beside(folder)]
-    write_atomically(folder / "predictions.md", ("\n".join(found) + "\n").encode())
+    if not asked.folder.is_dir():
+        parser.error(f"{asked.folder}: no such folder; name one with the JSON files of copedit bench")
+    found = ["# Measured beside expected", "", *beside(asked.folder)]
+    write_atomically(asked.folder / "predictions.md", ("\n".join(found) + "\n").encode())
     print("\n".join(found))
     return 0
 

@@ -59,6 +59,15 @@ def test_the_document_is_up_to_date():
     assert predict.main(["--check"]) == 0
 
 
+@pytest.mark.parametrize("wrong", ["--wirte", "missing", "--write --check", "--write ."])
+def test_what_it_does_not_know_is_refused(tmp_path, monkeypatch, capsys, wrong):
+    """Any word was a folder to be made: `--help` wrote its predictions into one of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(wrong.split())
+    assert not list(tmp_path.iterdir()) and wrong.split()[0] in capsys.readouterr().err
+
+
 def test_beside_what_was_measured(tmp_path, capsys):
     timings = [
         {"op": "swiglu", "sizes": {"B": 1, "m": 4, "T": 576, "F": 2048}, "direction": "forward", "dtype": "bfloat16"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,12 @@ def filled(text: str, found: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    parser = ArgumentParser("copedit_bench.operators.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="end with 1 where the document is not up to date")
+    check = parser.parse_args(arguments).check
     text = DOCUMENT.read_text("utf-8")
     new = filled(text, runs())
-    if "--check" in arguments:
+    if check:
         return int(new != text)
     write_atomically(DOCUMENT, new.encode())
     return 0
