@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def run(
             if parts.commands:
                 for name, folder in folders.items():
                     progress(f"{name}, commands")
-                    _commands(bench, name, folder, set() if missing[name] else set(TORCHLESS), Path(temporary))
+                    _commands(bench, name, None if missing[name] else folder, Path(temporary))
                 progress("imports")
                 _imports(bench)
             return bench.report()
@@ -294,16 +295,17 @@ def markdown(report: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------------- commands
 
 
-def _commands(bench: SideBySide, model: str, onnx: Path, engines: set[str], temporary: Path) -> None:
-    """`copedit synth` on a simulated study: start of Python, files and pictures of progress included. engines: those
-    that take the folder `onnx`."""
+def _commands(bench: SideBySide, model: str, onnx: Path | None, temporary: Path) -> None:
+    """`copedit synth` on a simulated study: start of Python, files and pictures of progress included. onnx: the folder
+    that engines other than torch's take, those of them that are installed (None: it could not be exported)."""
     config = checkpoint.read_config(checkpoint.locate(model))
     truth = compare.as_study(config, prepared.phantom_subject(config, SUBJECT))
     study = temporary / f"{model}-study"
     study.mkdir()
     for name, volume in compare.incomplete(config, truth, [config.elements[1]]).volumes.items():
         volume.save(study / f"subject_{name}.nii.gz")
-    for engine in ("torch", *sorted(engines)):
+    others = [engine for engine in TORCHLESS if onnx and find_spec(engine)]
+    for engine in ("torch", *others):
         which = model if engine == "torch" else onnx
         words = ("synth", "-i", str(study), "-o", str(temporary / "made"), "--model", str(which), "--overwrite")
         command = (sys.executable, "-m", "copedit_rt", *words, "--engine", engine, "--device", "cpu")

@@ -189,6 +189,16 @@ def test_the_commands_and_imports_of_the_benchmark_on_a_cpu(tmp_path, monkeypatc
     print(report["commands"], report["imports"])
 
 
+@pytest.mark.parametrize("exported", [True, False])
+def test_the_commands_of_engines_that_are_not_installed_are_left_out(tmp_path, monkeypatch, exported):
+    """After a quarter of an hour the benchmark ended in the refusal of an engine that had never been installed."""
+    monkeypatch.setattr(cpu, "find_spec", lambda name: name == "onnxruntime")
+    monkeypatch.setattr(cpu, "_repeat", lambda command: ([1.0], [1.0]))
+    one = SideBySide("Test", CPU, {torch.float32}, "of nothing")
+    cpu._commands(one, "demo-cardiac", tmp_path / "onnx" if exported else None, tmp_path)
+    assert [row["engine"] for row in one.extra["commands"]] == ["torch", "onnxruntime"][: 1 + exported]
+
+
 def test_perturbed_networks_are_not_zero():
     net = nn.Linear(4, 4)
     nn.init.zeros_(net.weight)
