@@ -275,7 +275,7 @@ def _certain(element: str, entities: Mapping[str, str]) -> bool:
     if element in _ENHANCED and re.search(r"gd|gad|contrast|enhance|post|\b(?:km|ce?)\b", free, re.I):
         return False
     named = {str(m.lastgroup) for word in free.split() if (m := _WORD.fullmatch(word))}
-    return named <= {element, *_ROWS[element].beside} and entities.get("part", "mag") == "mag"
+    return meant(named | {element}) == {element} and entities.get("part", "mag") == "mag"
 
 
 def folder_modality(folder: Path) -> tuple[str, str] | None:

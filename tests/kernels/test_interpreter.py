@@ -192,7 +192,10 @@ MODULATION = torch.zeros(2, 16)
             lambda k: k.axis_attention(QKV[..., :20], None, "token"),
             "20, not one of 32, 48, 64, 96; COPEDIT_KERNELS=ref",
         ),
-        (lambda k: k.axis_attention(QKV.expand(-1, -1, -1, -1, -1, -1).repeat(1, 3, 1, 1, 1, 1), None, "element"), "9"),
+        (
+            lambda k: k.axis_attention(QKV.expand(-1, -1, -1, -1, -1, -1).repeat(1, 3, 1, 1, 1, 1), None, "element"),
+            "9.*=ref",
+        ),
         (lambda k: k.axis_attention(QKV, None, "modality"), "modality"),
         (lambda k: k.axis_attention(QKV[:, :, :, :2], None, "token"), r"\b2\b"),
         (lambda k: k.axis_attention(QKV, torch.zeros(2, 6, 16), "token"), r"\b6\b"),

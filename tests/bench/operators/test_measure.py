@@ -446,6 +446,13 @@ def test_document_is_up_to_date():
     assert {op for kind, op in marked if kind == "tiles"} == {"axis_attention_token", *tables.TILES}
 
 
+def test_an_unknown_option_writes_nothing(monkeypatch):
+    monkeypatch.setattr(tables, "write_atomically", lambda *_: pytest.fail("written"))
+    for wrong in ("--chekc", "--help", "FOLDER"):
+        with pytest.raises(SystemExit):
+            tables.main([wrong])
+
+
 def test_tiles_come_from_the_modules(monkeypatch):
     monkeypatch.setitem(activation.TILES, 80, activation.TILES[80]._replace(rows=7))
     assert tables.tiles_table("swiglu")[2].startswith("| sm_80 | 7 |")
