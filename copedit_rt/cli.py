@@ -397,6 +397,7 @@ def serve(
         limits=Limits(terminal.size(max_size, "--max-size") or 0, queue, time_limit),
         grace=grace,
         say=terminal.nothing if quiet else terminal.tell,
+        warn=terminal.tell,
         engine=engine,
         dtype=dtype,
         max_memory=terminal.size(max_memory),

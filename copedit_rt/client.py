@@ -36,12 +36,16 @@ class Client:
     """
 
     def __init__(self, address: str, token: str | None = None, *, seconds: float = 900.0, tries: int = 10) -> None:
-        parts = urllib.parse.urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(address)
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:
+            self._host = ""
+        if not self._host or parts.scheme not in ("http", "https"):
             raise CopeditError(f"{address}: expected an address such as http://127.0.0.1:8080")
-        self._https, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._https = parts.scheme == "https"
         self._base, self._seconds, self._tries = parts.path.rstrip("/"), seconds, tries
-        self._token = token if token is not None else os.environ.get("COPEDIT_TOKEN")
+        self._token = (token if token is not None else os.environ.get("COPEDIT_TOKEN", "")).strip()
 
     def synth(self, files: Files, output: str | Path | None = None, **fields: object) -> dict[str, bytes]:
         """What is missing from one study: {name: content} of images, sidecars and what else was asked for.
@@ -53,8 +57,11 @@ class Client:
         Raises ServerError for what the server refuses, CopeditError where it cannot be reached or a file be read.
         """
         packed = self._post("/v1/synth", files, fields)
-        with zipfile.ZipFile(io.BytesIO(packed)) as members:
-            made = {name: members.read(name) for name in members.namelist()}
+        try:
+            with zipfile.ZipFile(io.BytesIO(packed)) as members:
+                made = {name: members.read(name) for name in members.namelist()}
+        except zipfile.BadZipFile as error:
+            raise self._foreign() from error
         if output is not None:
             from copedit_rt.files import write_atomically
 
@@ -65,7 +72,10 @@ class Client:
 
     def inspect(self, files: Files, **fields: object) -> dict[str, Any]:
         """What `copedit inspect --json` says of the study. files, fields and errors are those of `synth`."""
-        return json.loads(self._post("/v1/inspect", files, fields))
+        try:
+            return json.loads(self._post("/v1/inspect", files, fields))
+        except ValueError as error:
+            raise self._foreign() from error
 
     def metrics(self) -> str:
         """What the server counts, in Prometheus's format."""
@@ -74,17 +84,17 @@ class Client:
             raise ServerError(_sentence(content, status), status)
         return content.decode()
 
-    def ready(self) -> bool:
-        """Whether the server is there and its models are loaded."""
+    def ready(self, seconds: float = 10.0) -> bool:
+        """Whether the server is there and its models are loaded, as it says within so many seconds."""
         try:
-            return self._ask("GET", "/ready")[0] == 200
+            return self._ask("GET", "/ready", seconds=seconds)[0] == 200
         except CopeditError:
             return False
 
     def wait(self, seconds: float = 120.0) -> None:
         """Until the server is ready. Raises CopeditError where it is not in time."""
         until = time.monotonic() + seconds
-        while not self.ready():
+        while not self.ready(min(10.0, max(until - time.monotonic(), 0.1))):
             if time.monotonic() > until:
                 raise CopeditError(f"http://{self._host}:{self._port} is not ready after {seconds:g} seconds")
             time.sleep(0.2)
@@ -94,7 +104,8 @@ class Client:
         for left in range(self._tries - 1, -1, -1):
             status, content, headers = self._ask("POST", path, body, {"Content-Type": kind})
             if status == 503 and left and "retry-after" in headers:
-                time.sleep(min(float(headers["retry-after"]), 60.0))
+                after = headers["retry-after"]  # of a proxy it may be a date
+                time.sleep(min(int(after), 60) if after.isdecimal() else 5)
                 continue
             if status != 200:
                 raise ServerError(_sentence(content, status), status)
@@ -102,10 +113,15 @@ class Client:
         return content
 
     def _ask(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        seconds: float | None = None,
     ) -> tuple[int, bytes, dict[str, str]]:
         kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._seconds)
+        connection = kind(self._host, self._port, timeout=min(self._seconds, seconds or self._seconds))
         sent = {**(headers or {}), **({"Authorization": f"Bearer {self._token}"} if self._token else {})}
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before all was sent
@@ -118,6 +134,9 @@ class Client:
             raise CopeditError(f"no answer from {where} ({said}); is copedit serve running?") from error
         finally:
             connection.close()
+
+    def _foreign(self) -> CopeditError:
+        return CopeditError(f"what {self._host}:{self._port} answers is not of copedit serve; is a proxy in between?")
 
 
 def _form(files: Files, fields: Mapping[str, object]) -> tuple[bytes, str]:

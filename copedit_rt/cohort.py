@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import copedit_rt
 from copedit_rt import summary
 from copedit_rt.changes import changes, request
 from copedit_rt.config import ModelConfig
+from copedit_rt.engines.engine import TORCHLESS, choose_engine
 from copedit_rt.errors import CopeditError, failure
 from copedit_rt.files import check_writable, sweep
 from copedit_rt.images import bids
@@ -88,7 +88,7 @@ def synthesise(
     (first, shards), several = shard, len(found) > 1
     mine = found[first % shards :: shards][rank::world]
     listener.found(found, len(mine))
-    where = _own_device(device, world)
+    where = _own_device(device, world, engine)
     models = Models(model, where, max_memory=max_memory, engine=engine, dtype=dtype, listener=listener)
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
     sampler["progress"] = listener.step
@@ -366,9 +366,9 @@ def wait_for_others() -> None:
         distributed.destroy_process_group()
 
 
-def _own_device(device: str, world: int) -> str:
-    """Of several processes each takes the GPU of its number on this machine."""
-    if world == 1 or device not in ("auto", "cuda") or find_spec("torch") is None:
+def _own_device(device: str, world: int, engine: str) -> str:
+    """Of several processes each takes the GPU of its number on this machine, where the engine computes on GPUs."""
+    if world == 1 or device not in ("auto", "cuda") or choose_engine(engine) in TORCHLESS:
         return device
     import torch
 

@@ -106,8 +106,8 @@ def numbers(text: str | None, option: str = "--missing-slices") -> list[int] | N
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if not first <= last <= MOST:
-            raise CopeditError(f"{option} {text}: expected whole numbers up to {MOST} such as 3,4,5 or 3-5")
+        if not first <= last <= MOST or len(found) + last - first > MOST:
+            raise CopeditError(f"{option} {text[:80]}: expected whole numbers up to {MOST} such as 3,4,5 or 3-5")
         found += range(first, last + 1)
     return found
 
@@ -148,14 +148,14 @@ def size(text: str | None, option: str = "--max-memory") -> int | None:
 
 def secret(file: Path | None, variable: str = "COPEDIT_TOKEN") -> str | None:
     """What a file holds, or else a variable of the environment: on a command line, everybody could read it."""
-    if file is None:
-        return os.environ.get(variable) or None
+    if file is None and not os.environ.get(variable):
+        return None
     try:
-        text = file.read_text(encoding="utf-8").strip()
+        text = (file.read_text(encoding="utf-8") if file else os.environ[variable]).strip()
     except (OSError, ValueError) as error:
         raise CopeditError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
     if not text.isprintable() or not text.isascii() or " " in text or not text:
-        raise CopeditError(f"{file} holds no token: one line of letters and digits is expected")
+        raise CopeditError(f"{file or variable} holds no token: one line of letters and digits is expected")
     return text
 
 

@@ -39,15 +39,15 @@ class TritonClient:
             self._library = importlib.import_module(_WAYS[parts.scheme])
         except ImportError as error:
             raise CopeditError(f"{type(self).__name__}: {error}; pip install 'copedit[triton]'") from error
-        self.address, self._model, self._seconds = address, f"{model}-study", seconds
+        self.address, self._model = address, f"{model}-study"
         http = {"connection_timeout": seconds, "network_timeout": seconds} if parts.scheme == "http" else {}
         self._client = self._library.InferenceServerClient(parts.netloc, **http)
-        self._http = bool(http)
+        self._http, self._late = bool(http), {} if http else {"client_timeout": seconds}
 
     def ready(self) -> bool:
         """Whether the server is there and has loaded the model."""
         try:
-            return bool(self._client.is_model_ready(self._model))
+            return bool(self._client.is_model_ready(self._model, **self._late))
         except Exception:  # of the transport; each has its own
             return False
 
@@ -86,8 +86,7 @@ class TritonClient:
                 arrays[name] = _array(value, known[name])
             inputs = [self._input(name, known.get(name, "FP32"), array) for name, array in arrays.items()]
             outputs = [self._library.InferRequestedOutput(name) for name in _OUTPUTS]
-            late = {} if self._http else {"client_timeout": self._seconds}
-            answer = self._client.infer(self._model, inputs, outputs=outputs, **late)
+            answer = self._client.infer(self._model, inputs, outputs=outputs, **self._late)
             return {name: answer.as_numpy(name) for name in _OUTPUTS}
         except (CopeditError, MemoryError):
             raise
@@ -96,7 +95,7 @@ class TritonClient:
 
     def _kinds(self) -> dict[str, str]:
         """Types of the model's inputs by name."""
-        about = self._client.get_model_metadata(self._model)
+        about = self._client.get_model_metadata(self._model, **self._late)
         if self._http:
             return {part["name"]: part["datatype"] for part in about["inputs"]}
         return {part.name: part.datatype for part in about.inputs}

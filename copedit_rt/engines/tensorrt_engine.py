@@ -403,8 +403,6 @@ class PlanFile:
 class TensorRTEngine:
     """See `engine.Engine`."""
 
-    device = "cuda"
-
     def __init__(
         self,
         folder: Path,
@@ -426,6 +424,7 @@ class TensorRTEngine:
             raise CopeditError("max_memory: the engine tensorrt takes whole volumes; leave it out, or use torch")
         version = str(library().__version__)
         self._device = cuda(device)
+        self.device = str(self._device)
         self._manifest = read_manifest(folder)
         self._folder, self._progress = folder, progress
         self.gpu = gpu(self._device)

@@ -168,7 +168,7 @@ def _marked(cut: Image.Image, slices: Sequence[int], count: int) -> Image.Image:
     for z in slices:
         top, bottom = (round((count - i) * cut.height / count) for i in (z + 1, z))
         for left in (0, page.width - 3):
-            pen.rectangle((left, top, left + 2, bottom - 1), fill=SYNTHETIC)
+            pen.rectangle((left, top, left + 2, max(top, bottom - 1)), fill=SYNTHETIC)  # a slice may be no pixel
     return page
 
 

@@ -37,6 +37,7 @@ from copedit_rt.task import STACK, Task
 if TYPE_CHECKING:
     import nibabel as nib
 
+MOST_SLICES = 1000  # of a heart; isotropic ones have some 250, and a model holds all in memory several times over
 STRIPPED = 0.6  # of the voxels are background, where a brain alone is left
 
 
@@ -361,6 +362,9 @@ def _read_stack(study: Study, missing_slices: Sequence[int], check_content: bool
     volume = study.volumes[STACK]
     axis = slice_axis(volume.data.shape, volume.affine)
     count = volume.data.shape[axis]
+    if count > MOST_SLICES:
+        said = f"{volume.called} has {count} slices along its axis {axis}, more than the {MOST_SLICES} of any heart"
+        raise CopeditError(f"{said}; check that it is a short-axis stack")
     if wrong := [index for index in missing_slices if not 0 <= index < count]:
         raise CopeditError(
             f"{volume.called} has no slice {wrong[0]}; it has {count} slices, counted from 0 to {count - 1}"

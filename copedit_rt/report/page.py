@@ -35,6 +35,7 @@ from copedit_rt.synthesizer import Result
 from copedit_rt.task import STACK
 
 LARGEST = 8_000_000  # bytes of a page: larger ones crashed browsers
+STILL = 2_000_000  # bytes of its still picture in base64, the rest of them are for volumes
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,11 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], escape: bool 
 
 
 def _picture(result: Result) -> str:
-    return base64.b64encode(preview.encode(preview.draw(result.study, model=result.record["model"]))).decode()
+    """The preview in base64, at half its size or less where the stack has so many slices that it needs more."""
+    picture = preview.draw(result.study, model=result.record["model"])
+    while len(encoded := base64.b64encode(preview.encode(picture)).decode()) > STILL:
+        picture = picture.reduce(2)
+    return encoded
 
 
 def _quoted(data: Any) -> str:

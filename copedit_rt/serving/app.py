@@ -22,7 +22,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -48,7 +48,8 @@ class Limits:
 
 class Service:
     """The routes' state. token: what requests must bear, None for none. scratch: where files lie while they are worked
-    on, by default the system's temporary folder. log: hears a line for every request, without anything of it."""
+    on, by default the system's temporary folder. log: hears a line for every request, without anything of it; warn:
+    one for every failure of the server's own."""
 
     def __init__(
         self,
@@ -57,8 +58,9 @@ class Service:
         token: str | None = None,
         scratch: Path | None = None,
         log: Callable[[str], None] = lambda line: None,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.desk, self.limits, self.log = desk, limits or Limits(), log
+        self.desk, self.limits, self.log, self.warn = desk, limits or Limits(), log, warn
         self.closing = False
         self.failed: BaseException | None = None  # why no model could be loaded
         self.stop: Callable[[], None] = lambda: None  # called where there is nothing to serve
@@ -83,7 +85,7 @@ class Service:
         warming = asyncio.create_task(asyncio.to_thread(self.desk.warm))
         warming.add_done_callback(self._warmed)
         yield
-        self.closing = True
+        self.closing = self.desk.closing = True
         for ticket in self._tickets:
             ticket.given_up.set()
         with suppress(Exception):
@@ -139,7 +141,7 @@ class Service:
                 response = await _told(request, error)
             except Exception as error:
                 counts.failures.labels(type(error.__cause__ or error).__name__).inc()
-                self.log(f"copedit: {mark} failed: {where(error)}")
+                self.warn(f"copedit: {mark} failed: {where(error)}")
                 response = _error(f"this server failed; its log says where, by the mark {mark}", 500)
             seconds = monotonic() - start
             counts.requests.labels(path, str(response.status_code)).inc()
@@ -234,6 +236,8 @@ class Service:
                         return asked
             except TimeoutError as error:
                 raise Refused("the request did not come in time", 408) from error
+            except ClientDisconnect as error:
+                raise Refused("the client went away", 499) from error
 
     async def _watch(self, request: Request, task: asyncio.Future[Any], ticket: Ticket) -> Any:
         """The result; Refused where the time is up, given up where nobody waits any more."""

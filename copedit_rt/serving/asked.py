@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from copedit_rt import archive, terminal
 from copedit_rt.archive import safe_name
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, Fault
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import MODALITIES, is_nifti, modality
 from copedit_rt.task import STACK, Task
@@ -136,12 +136,13 @@ def keep_files(asked: Asked, files: Iterable[tuple[str, str, BinaryIO]], limit: 
     """Put the files (field, name, content) into the request's folder, zips unpacked.
 
     Fields are modalities, sax, or `file` for files that are known by their names. limit: bytes, of all files unpacked.
-    Raises Refused for no file, fields that do not go together, names that are no names, and more bytes.
+    Raises Refused for no file, fields that do not go together, names that are no names, and more bytes; Fault
+    where they cannot be written.
     """
     said = "the files are larger, unpacked, than this server takes; send fewer or smaller ones"
     try:
         _keep(asked, files, archive.Room(limit, said))
-    except Refused:
+    except (Refused, Fault):
         raise
     except CopeditError as error:
         status = {archive.TooLarge: 413, archive.Damaged: 422}.get(type(error), 400)

@@ -64,6 +64,7 @@ class Desk:
         **options: Any,
     ) -> None:
         self.counts, self.limit, self.ready = Counts(), limit, False
+        self.closing = False  # no more models are loaded
         self._names = list(models) or checkpoint.list_models()
         self.configs = {name: checkpoint.read_config(checkpoint.locate(name)) for name in self._names}
         self.models = [config.name for config in self.configs.values()]
@@ -87,6 +88,8 @@ class Desk:
         """Load every model on every device and let it fill one study, so that the first request finds all in place."""
         for place in self._places:
             for name, models in place.items():
+                if self.closing:
+                    return
                 models.load(name).synthesize(
                     _noise(self.configs[name]), steps=min(1, self.configs[name].diffusion.steps)
                 )
@@ -112,7 +115,7 @@ class Desk:
         with self.counts.stage("read"):
             files = asked.study()
             models = self._models(asked, files)
-            self._check_size(files)
+            self._check_size(files, asked.reading.get("resample", False))
             sampler = {**asked.sampler, "progress": ticket.check}
             wanted = (asked.preview, asked.report)
             job = Job(asked.output, models, asked.target, True, *wanted, False, asked.reading, sampler, Listener())
@@ -149,14 +152,16 @@ class Desk:
         knows = (n for n, c in for_task.items() if c.task.joint or set(files.files) <= set(c.elements))
         return self._mine.place[next(knows, next(iter(for_task)))]
 
-    def _check_size(self, files: StudyFiles) -> None:
-        """Refused for images too large; what is wrong with a file is told where it is read."""
-        needed = 0
+    def _check_size(self, files: StudyFiles, resample: bool = False) -> None:
+        """Refused for images too large, resampled to the largest of them; what is wrong with a file is told where it is
+        read."""
+        voxels = [0]
         if files.source:
-            needed = 4 * sum(files.source.chosen[element][0].voxels for element in files.files)
+            voxels += [files.source.chosen[element][0].voxels for element in files.files]
         for path in files.files.values() if not files.source else ():
             with suppress(CopeditError):
-                needed += 4 * read_outline(path).data.size
+                voxels.append(read_outline(path).data.size)
+        needed = 4 * (max(voxels) * len(files.files) if resample else sum(voxels))
         if needed > self.limit:
             sizes = needed / 2**20, self.limit / 2**20
             said = "its images take {:.0f} MiB in memory, more than the {:.0f} MiB of this server".format(*sizes)

@@ -6,13 +6,16 @@ import ipaddress
 import logging
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from copedit_rt.errors import CopeditError, failure
+from copedit_rt.files import scratch_folder
 
 try:
     import multipart  # noqa: F401
@@ -35,17 +38,22 @@ def serve(
     limits: Limits,
     grace: int,
     say: Callable[[str], None],
+    warn: Callable[[str], None],
     **options: Any,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish what is being worked on, within `grace` seconds.
 
-    port: 0 for a free one, which is said. options: engine, dtype and max_memory of `Models`. Raises CopeditError where
-    the port cannot be had, and for models and devices as `Synthesizer.load` does.
+    port: 0 for a free one, which is said. scratch: for all files of requests, by default the system's temporary folder.
+    say: hears of every request; warn: what goes wrong. options: engine, dtype and max_memory of `Models`. Raises
+    CopeditError where the port cannot be had or `scratch` be written, and for models and devices as `Synthesizer.load`
+    does.
     """
-    desk = Desk(models, devices, limit=limits.size, remark=lambda text: say(f"copedit: {text}"), **options)
-    service = Service(desk, limits, token, scratch, say)
+    say, warn = careful(say), careful(warn)
+    prepare(scratch)
+    desk = Desk(models, devices, limit=limits.size, remark=lambda text: warn(f"copedit: {text}"), **options)
+    service = Service(desk, limits, token, scratch, say, warn)
     if token is None and not _own(host):
-        say(f"copedit: {host} can be reached from other machines, and no token is set: anybody there may use this")
+        warn(f"copedit: {host} can be reached from other machines, and no token is set: anybody there may use this")
     listening = _listen(host, port)
     config = uvicorn.Config(
         service.app(),
@@ -82,6 +90,31 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.closing = True
         super().handle_exit(sig, frame)
+
+
+def careful(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """The same where it can: a log on a full disk must not cost an answer."""
+
+    def told(text: str) -> None:
+        with suppress(OSError):
+            tell(text)
+
+    return told
+
+
+def prepare(scratch: Path | None) -> None:
+    """Uploads and all else go to `scratch`, and what a killed server left there is gone; CopeditError where it cannot
+    be written."""
+    try:
+        if scratch:
+            scratch.mkdir(parents=True, exist_ok=True)
+            tempfile.tempdir = str(scratch.absolute())  # where Starlette puts what comes in
+        with scratch_folder(Path(tempfile.gettempdir())):
+            pass
+    except (OSError, CopeditError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        where = scratch or "the folder for temporary files"
+        raise CopeditError(f"cannot write to {where} ({reason}); choose another folder with --scratch") from error
 
 
 def _own(host: str) -> bool:

@@ -375,6 +375,13 @@ def test_torchrun_does_not_stop_the_others_for_a_study_that_failed(tmp_path, bra
     assert files(tmp_path / "out") == {f"{n}/{n}_t1ce{end}" for n in "aceg" for end in (".nii.gz", ".json")}
 
 
+@pytest.mark.parametrize(("engine", "device"), [("torch", "cuda:1"), ("onnxruntime", "auto"), ("openvino", "auto")])
+def test_a_process_takes_a_gpu_only_where_its_engine_computes_there(monkeypatch, engine, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cohort._own_device("auto", 2, engine) == device
+
+
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("x", "2"), ("²", "3"), ("0", "")])
 def test_a_place_among_processes_that_does_not_exist(tmp_path, brain_model, monkeypatch, rank, world):
     monkeypatch.setenv("RANK", rank)

@@ -426,7 +426,7 @@ def test_a_type_that_cannot_be_had(name, message):
         build(BRAIN, dtype=name)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:x", "cuda:99", "cuda:²"])
+@pytest.mark.parametrize("name", ["gpu", "cpu:", "cpu:1", "cuda:x", "cuda:99", "cuda:²"])
 def test_a_device_that_is_not_there(name):
     with pytest.raises(CopeditError, match=f"device '{name}'"):
         choose_device(name)

@@ -297,6 +297,11 @@ def test_slice_that_is_not_there(tmp_path, index):
     )
 
 
+def test_more_slices_than_any_heart_has(tmp_path):
+    path = save(tmp_path / "heart.nii.gz", np.zeros((40, 40, 1001), np.int8), np.diag([0.5, 0.5, 0.6, 1.0]))
+    refuses("heart.nii.gz has 1001 slices along its axis 2, more than the 1000 of any heart", Study.read, path)
+
+
 def test_every_slice_named_as_missing(tmp_path):
     path = save(tmp_path / "heart.nii.gz")
     refuses("all 6 slices are blank or named as missing", Study.read, path, missing_slices=range(6))

@@ -88,6 +88,11 @@ def test_heart_sliced_along_any_axis(axis):
     assert np.array_equal(np.asarray(preview.draw(turned, model="x")), np.asarray(preview.draw(study, model="x")))
 
 
+def test_slices_thinner_than_a_pixel_are_marked():
+    marked = preview._marked(Image.new("RGB", (50, 20)), range(40), 40)
+    assert share_of(marked, preview.SYNTHETIC) > 0.05
+
+
 def test_constant_and_nan_images_are_drawn():
     study = brain()
     study.volumes["t2"].data[:] = np.nan

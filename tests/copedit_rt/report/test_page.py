@@ -70,12 +70,14 @@ def test_names_are_text(tmp_path, brain_model):
     assert "<script>alert" not in text and "x&lt;script&gt;alert(1)&lt;" in text
 
 
-def test_a_heart_beside_itself(tmp_path, heart_model):
+def test_a_heart_beside_itself(tmp_path, heart_model, monkeypatch):
+    monkeypatch.setattr(page, "STILL", 30_000)  # many slices need more than there is
     stack = slices(16, 12)
     stack[..., 4] = 0
     path = save(tmp_path / "heart.nii.gz", stack, SHORT_AXIS)
     assert run("synth", path, "-o", tmp_path / "out", "--model", heart_model, "--report").exit_code == 0
     text = (tmp_path / "out" / "heart_report.html").read_text(encoding="utf-8")
+    assert 1000 < len(re.search(r"image/png;base64,([^\"]+)", text)[1]) <= 30_000
     given, filled = (np.asarray(unpacked(volume["content"]).dataobj) for volume in volumes(text))
     assert given[..., 4].max() == 0 and filled[..., 4].max() > 0
     assert np.array_equal(np.delete(given, 4, 2), np.delete(filled, 4, 2)) and "slices 4 synthesised" in text

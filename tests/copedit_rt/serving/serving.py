@@ -31,9 +31,10 @@ def served(models: list[Path], scratch: Path, **options: Any) -> Iterator[tuple[
     from copedit_rt.serving.server import _listen
 
     token, log = options.pop("token", None), []
+    heard = (log.append, log.append)
     limits = Limits(**options)
     scratch.mkdir(exist_ok=True)
-    service = Service(Desk([str(m) for m in models], ["cpu"], limit=limits.size), limits, token, scratch, log.append)
+    service = Service(Desk([str(m) for m in models], ["cpu"], limit=limits.size), limits, token, scratch, *heard)
     listening = _listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(service.app(), log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -1,15 +1,19 @@
 """The service over real HTTP, in a thread of the test's process and once in a process of its own."""
 
 import email
+import errno
+import http.server
 import json
 import os
 import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import SHORT_AXIS, files, image, refused, run, save, slices, study
@@ -22,12 +26,15 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
 from serving import get, members, part, post, process, served, zipped
 
+from copedit_rt import archive, terminal
 from copedit_rt.archive import safe_name
 from copedit_rt.client import Client, ServerError
 from copedit_rt.cohort import Job
 from copedit_rt.errors import CopeditError
+from copedit_rt.serving import server
 from copedit_rt.serving.asked import public
-from copedit_rt.serving.desk import where
+from copedit_rt.serving.desk import Desk, where
+from copedit_rt.terminal import secret
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +117,9 @@ def test_the_client(house, case, tmp_path, brain_model):
         client.synth({"t1": "no/such.nii"})
     with pytest.raises(CopeditError, match="is copedit serve running"):
         Client("http://127.0.0.1:1").inspect(paths)
-    with pytest.raises(CopeditError, match="expected an address"):
-        Client("127.0.0.1:80")
+    for address in ("127.0.0.1:80", "http://HOST:PORT"):
+        with pytest.raises(CopeditError, match="expected an address"):
+            Client(address)
 
 
 def hostile(case: dict[str, bytes]) -> list[tuple[int, list[bytes], str]]:
@@ -129,6 +137,7 @@ def hostile(case: dict[str, bytes]) -> list[tuple[int, list[bytes], str]]:
         (400, [*good, part("model", "/etc/passwd")], "is not served here"),
         (400, [*good, part("model", "../../weights")], "is not served here"),
         (400, [*good, part("output", "/tmp/x")], "'output' is unknown"),
+        (400, [*good, part("missing_slices", ",".join(["0-32767"] * 8))], "the field missing_slices 0-32767"),
         (400, [*good, part("seed", "1"), part("seed", "2")], "twice"),
         (400, [part("swi", t1, "a.nii.gz")], "swi"),
         (400, [part("t1", t1, "a.nii.gz"), part("file", t2, "b_t2.nii.gz")], "either all as file"),
@@ -181,7 +190,7 @@ def test_what_inspect_finds_tells_no_path(house, case):
 
 
 def test_broken_bodies_and_other_paths(house, case):
-    port, scratch, _ = house
+    port, scratch, log = house
     assert post(port, "/v1/synth", *sent(case), end=False)[0] == 400
     assert post(port, "/v1/synth", b"no form at all", end=False)[0] == 400
     assert post(port, "/v1/synth", b"{}", Content_Type="application/json")[0] == 415
@@ -193,11 +202,12 @@ def test_broken_bodies_and_other_paths(house, case):
     with socket.create_connection(("127.0.0.1", port)) as raw:
         head = b"Content-Type: multipart/form-data; boundary=edge\r\nContent-Length: 100000\r\n\r\n"
         raw.sendall(b"POST /v1/synth HTTP/1.1\r\nHost: x\r\n" + head + part("file", b"half", "case_t1.nii"))
-    for _ in range(100):  # who goes away leaves nothing
-        if not list(scratch.iterdir()):
+    for _ in range(100):  # who goes away leaves nothing, and is no failure of the server
+        if not list(scratch.iterdir()) and log[-1].split()[3] == "499":
             break
         time.sleep(0.05)
     assert not list(scratch.iterdir()) and get(port, "/health")[0] == 200
+    assert log[-1].split()[3] == "499" and not any("ClientDisconnect" in line for line in log)
 
 
 def test_chunks_are_counted(house):
@@ -287,6 +297,24 @@ def test_the_time_is_limited(brain_model, case, tmp_path, monkeypatch):
         assert not list((tmp_path / "scratch").iterdir())
 
 
+def test_images_are_counted_as_they_will_be_in_memory(house, case, tmp_path):
+    """Resampled, small ones get as large as the largest."""
+    port, _, _ = house
+    large = save(tmp_path / "case_t1.nii.gz", image(grid=(60, 60, 60))).read_bytes()
+    parts = sent(case | {"case_t1.nii.gz": large})
+    assert post(port, "/v1/synth", *parts)[0] == 422
+    status, answer, _ = post(port, "/v1/synth", *parts, part("resample", "true"))
+    assert status == 413 and "its images take 2 MiB in memory" in answer["error"]
+
+
+def test_a_full_disk_is_the_servers_fault(house, case, monkeypatch):
+    port, _, log = house
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(archive, "write", lambda *given: (_ for _ in ()).throw(full))
+    for parts in (sent(case), [part("file", zipped(case), "case.zip")]):
+        assert post(port, "/v1/synth", *parts)[0] == 500 and "failed: OSError at" in log[-2]
+
+
 def test_our_faults_say_nothing_of_the_request(brain_model, case, tmp_path, monkeypatch):
     with served([brain_model], tmp_path / "scratch") as (_, port, log):
         for error in (MemoryError("case_t1"), RuntimeError("secret case_t1 of Jane"), KeyError("case_t1")):
@@ -308,7 +336,15 @@ def test_a_token(brain_model, case, tmp_path):
             assert get(port, "/metrics", **headers)[0] == 401 and get(port, "/health")[0] == 200
         assert post(port, "/v1/synth", *sent(case), Authorization="Bearer s3cret")[0] == 200
         paths = sorted((tmp_path / "in").iterdir())
-        assert Client(f"http://127.0.0.1:{port}", "s3cret").synth(paths)
+        assert Client(f"http://127.0.0.1:{port}", "s3cret\n").synth(paths)
+
+
+def test_a_token_of_the_environment_is_read_as_one_of_a_file(monkeypatch):
+    monkeypatch.setenv("COPEDIT_TOKEN", "s3cret\n")
+    assert secret(None) == "s3cret"
+    monkeypatch.setenv("COPEDIT_TOKEN", "two words")
+    with pytest.raises(CopeditError, match="COPEDIT_TOKEN holds no token"):
+        secret(None)
 
 
 def test_as_a_process(brain_model, case, tmp_path):
@@ -333,13 +369,77 @@ def test_as_a_process(brain_model, case, tmp_path):
         assert not list(scratch.iterdir()) and "case" not in told and "s3cret" not in told
 
 
-def test_what_a_killed_server_leaves_goes_with_the_next(brain_model, case, tmp_path):
-    scratch = tmp_path / "scratch"
+def test_scratch_is_for_all_files_and_what_a_killed_server_left_there_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    scratch = tmp_path / "new" / "scratch"
     left = scratch / f".copedit.{'0' * 16}.part"
     (left / "in").mkdir(parents=True)
-    with served([brain_model], scratch) as (_, port, _log):
-        assert post(port, "/v1/synth", *sent(case))[0] == 200
-    assert not list(scratch.iterdir())
+    server.prepare(scratch)
+    assert not list(scratch.iterdir()) and tempfile.gettempdir() == str(scratch)
+
+
+def test_quiet_hides_no_fault(monkeypatch):
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(server, "serve", lambda **options: given.update(options))
+    assert run("serve", "-q").exit_code == 0
+    assert given["say"] is terminal.nothing and given["warn"] is terminal.tell
+
+
+def test_a_log_that_cannot_be_written_costs_nothing():
+    def full(text: str) -> None:
+        raise OSError(errno.ENOSPC, text)
+
+    server.careful(full)("a line")
+
+
+def test_told_to_end_it_loads_no_more_models(brain_model):
+    desk = Desk([str(brain_model)], ["cpu"])
+    desk.closing = True
+    desk.warm()
+    desk.close()
+    assert not desk.ready
+
+
+@pytest.fixture
+def proxy():
+    """Something before the server: a date as Retry-After at first, then a page; /ready is never answered."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            Handler.asked += 1
+            self.send_response(503 if Handler.asked == 1 else 200)
+            self.send_header("Retry-After", "Wed, 21 Oct 2026 07:28:00 GMT")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def do_GET(self) -> None:
+            time.sleep(3)
+
+        def log_message(self, *said: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.daemon_threads = True
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+def test_the_client_behind_a_proxy(proxy, case, tmp_path, monkeypatch):
+    paths, client = sorted((tmp_path / "in").iterdir()), Client(proxy)
+    start = time.monotonic()
+    with pytest.raises(CopeditError, match=r"not ready after 0\.3 seconds"):
+        client.wait(0.3)
+    assert time.monotonic() - start < 2
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for ask in (client.synth, client.inspect):
+        with pytest.raises(CopeditError, match="is not of copedit serve"):
+            ask(paths)
+    assert slept == [5]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +450,7 @@ def test_what_a_killed_server_leaves_goes_with_the_next(brain_model, case, tmp_p
         (["--port", "1", "--host", "203.0.113.9"], "cannot listen on 203.0.113.9:1"),
         (["--max-size", "big"], "--max-size big"),
         (["--token-file", "no/such"], "no/such"),
+        (["--scratch", __file__], "test_serving.py (File exists); choose another folder with --scratch"),
     ],
 )
 def test_options_that_do_not_work(options, words):
