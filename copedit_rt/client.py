@@ -32,7 +32,7 @@ class Client:
     """Of the server at `address`, http://HOST:PORT; token: what it wants to hear, by default that of COPEDIT_TOKEN.
 
     seconds: how long to wait for an answer. tries: how often to ask a server that has no room, each time as long after
-    as it says. Safe to use from several threads, each call has a connection of its own.
+    as it says, at most a minute. Safe to use from several threads, each call has a connection of its own.
     """
 
     def __init__(self, address: str, token: str | None = None, *, seconds: float = 900.0, tries: int = 10) -> None:

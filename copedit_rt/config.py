@@ -70,7 +70,8 @@ def _numbers(value: Any) -> list[float]:
 class Preprocessing:
     """Deterministic steps from a file to the model grid (Appendix B.1), shared by training and inference.
 
-    field_of_view: crop about the volume's centre in mm along RAS x, y, z; None keeps the whole extent of that axis.
+    field_of_view: crop in mm along RAS x, y, z, about a brain's head or the centre of a stack; None keeps all of that
+    axis.
     percentiles: the intensities that become 0 and 1.
     detail: on the way back, what the grid cannot hold is carried over from the observed images. whole_range: there, the
     brightest voxels are lifted to where those of every training image are.

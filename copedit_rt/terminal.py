@@ -90,7 +90,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="auto|float32|bfloat16|float16",
-        help="Of the large products; auto is float32 on a CPU and bfloat16 on a GPU.",
+        help="Of the large products; auto is float32 on a CPU, and on a GPU bfloat16 where it has that.",
     ),
 ]
 Quiet = Annotated[bool, flag("-q", "--quiet", help="Say nothing but what went wrong.")]

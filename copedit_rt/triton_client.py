@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import json
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,7 @@ class TritonClient:
         solver: str | None = None,
         detail: bool | None = None,
     ) -> Result:
-        """As `Synthesizer.synthesize`: what is missing, on the study's own grid.
+        """As `Synthesizer.synthesize`: what is missing, on the grid of the first image in the model's order.
 
         Raises ServerError for what the server refuses, CopeditError where it cannot be reached.
         """
@@ -70,31 +72,44 @@ class TritonClient:
         options |= {"solver": solver, "target": [modality(name) for name in target] if target else None}
         options["detail"] = None if detail is None else ("none", "guided")[detail]
         options["missing_slices"] = list(study.missing_slices) or None
+        with self._telling():
+            known = self._kinds()
+        # The server's order: affines are told apart by it, and the first image gives grid and range of what is made.
+        order = {name: number for number, name in enumerate(known)}
+        ordered = sorted(study.volumes.items(), key=lambda item: order.get(item[0], len(order)))
+        study = replace(study, volumes=dict(ordered))
         there = {name: volume for name, volume in study.volumes.items() if name not in study.synthetic}
         given: dict[str, np.ndarray] = {name: np.ascontiguousarray(volume.data) for name, volume in there.items()}
         given["affine"] = np.stack([volume.affine for volume in there.values()]) if there else np.eye(4)[None]
-        made = self._ask(given, {name: value for name, value in options.items() if value is not None})
+        made = self._ask(known, given, {name: value for name, value in options.items() if value is not None})
         return _result(study, made)
 
-    def _ask(self, arrays: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The server's outputs by name."""
-        try:
-            known = self._kinds()
-            for name, value in options.items():
-                if name not in known:
-                    raise CopeditError(f"{name}: the model {self._model} takes no such option; leave it out")
-                arrays[name] = _array(value, known[name])
+    def _ask(
+        self, known: dict[str, str], arrays: dict[str, np.ndarray], options: dict[str, Any]
+    ) -> dict[str, np.ndarray]:
+        """The server's outputs by name. known: types of the model's inputs."""
+        for name, value in options.items():
+            if name not in known:
+                raise CopeditError(f"{name}: the model {self._model} takes no such option; leave it out")
+            arrays[name] = _array(value, known[name])
+        with self._telling():
             inputs = [self._input(name, known.get(name, "FP32"), array) for name, array in arrays.items()]
             outputs = [self._library.InferRequestedOutput(name) for name in _OUTPUTS]
             answer = self._client.infer(self._model, inputs, outputs=outputs, **self._late)
             return {name: answer.as_numpy(name) for name in _OUTPUTS}
-        except (CopeditError, MemoryError):
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What goes wrong inside as one of ours."""
+        try:
+            yield
+        except MemoryError:
             raise
         except Exception as error:
             raise self._told(error) from error
 
     def _kinds(self) -> dict[str, str]:
-        """Types of the model's inputs by name."""
+        """Types of the model's inputs by name, in its order."""
         about = self._client.get_model_metadata(self._model, **self._late)
         if self._http:
             return {part["name"]: part["datatype"] for part in about["inputs"]}

@@ -166,8 +166,8 @@ def from_border(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def surroundings(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """What lies around a head: of the voxels that show nothing [X, Y, Z], those that the border leads to.
 
-    A way one voxel wide is followed for three voxels only. Fluid that is 0 in the one observed image is joined to the
-    border by such ways, and what is synthesised there would be cut out: holes deep in the brain of a patient.
+    A way one or two voxels wide is followed for three voxels only. Fluid that is 0 in the one observed image is joined
+    to the border by such ways, and what is synthesised there would be cut out: holes deep in the brain of a patient.
     """
     if empty.flags.f_contiguous and not empty.flags.c_contiguous:
         return surroundings(empty.T).T

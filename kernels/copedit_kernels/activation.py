@@ -18,7 +18,7 @@ from copedit_kernels.launch import cdiv, check_contiguous_last, check_dtype, col
 
 
 class Tiles(NamedTuple):
-    """Rows and columns of a tile: 256 divides 8/3 of every width in use."""
+    """Rows and columns of a tile: 256 divides 8/3 of every width in use but that of heart-3mm."""
 
     rows: int
     columns: int
