@@ -59,6 +59,14 @@ def test_mprage_is_what_a_train_of_pulses_gives():
     np.testing.assert_allclose(physics.mprage(T1, T2, tr, te, ti, flip, echo, count, f), signal, rtol=1e-9)
 
 
+def test_the_train_of_a_drawn_mprage_lies_between_two_inversions():
+    drawn = [physics._draw_t1(np.random.default_rng(seed), None) for seed in range(1000)]
+    trains = [p.values for p in drawn if p.kind == "mprage"]
+    for v in trains:
+        assert v["count"] * v["echo"] / 2 < min(v["ti"], v["tr"] - v["ti"])
+    assert len(trains) > 200 and sum(v["tr"] - v["ti"] < 5 * v["count"] * v["echo"] / 9 for v in trains) > 5
+
+
 def test_texture_rows_are_the_derivatives_of_the_signal():
     tissues = physics.draw_tissues(np.random.default_rng(0), 40.0)
     protocol = physics.draw_sequence("t2", np.random.default_rng(1), tissues)

@@ -254,6 +254,8 @@ def test_a_heart_may_lack_any_run_and_its_error_is_relative_to_the_fills(crop):
         assert loss.item() == pytest.approx((error / (error + RELATIVE_FLOOR)).mean().item(), rel=1e-4)
         assert terms["mse_missing"] == pytest.approx(error.mean().item(), rel=1e-4)
     assert len(gaps) > 1 and stack_of(images[0]).shape[-1] == 6
+    with pytest.raises(CopeditError, match="augment: the prior of tiny-heart takes hearts as they are; leave it false"):
+        heart_task("crop=0", "augment=true")
 
 
 def brain_task(crop=0):

@@ -1,9 +1,9 @@
 """What a step needs is what it is expected to need; computing again changes no gradient."""
 
-import dataclasses
 import gc
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import copedit_kernels
 from copedit_bench.operators.cases import OPERATORS, Fill
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.prior import Prior
 from copedit_training.stages import memory
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
@@ -96,7 +97,7 @@ def tracked(call, folder):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
 def test_the_estimate_is_what_torch_notes_of_a_step(stage, checkpointing, tmp_path):
-    settings = dataclasses.replace(SETTINGS[stage], checkpointing=checkpointing)
+    settings = replace(SETTINGS[stage], checkpointing=checkpointing)
     task = task_of(settings)
     optimizers = optimizers_of(task)
 
@@ -110,6 +111,25 @@ def test_the_estimate_is_what_torch_notes_of_a_step(stage, checkpointing, tmp_pa
     task.module.zero_grad(set_to_none=True)
     found = memory.estimate(CONFIG, settings, kernels="reference")
     assert found["peak"] - found["weights"] == pytest.approx(tracked(step, tmp_path), rel=0.01)
+
+
+class Blank(Prior):
+    """A prior that fills with zeros."""
+
+    def __init__(self):
+        pass
+
+    def fill(self, images, observed, within):
+        return np.zeros_like(images[~observed])
+
+
+def test_the_estimate_of_a_model_with_a_prior_is_what_torch_notes(tmp_path):
+    config, settings = replace(CONFIG, denoiser=replace(CONFIG.denoiser, prior=True)), SETTINGS["denoiser"]
+    images = np.zeros((8, 2, 1, *CONFIG.image), np.float16)
+    task = DenoiserTask(config, settings, images, CoPeVAE(CONFIG.tokenizer, 2), prior=Blank())
+    found = memory.estimate(config, settings, kernels="reference")
+    real = tracked(lambda: gradients(task, task.module, [task.draw(0, 0)]), tmp_path)
+    assert found["peak"] - found["weights"] == pytest.approx(real, rel=0.05)
 
 
 # Bytes that a launcher holds besides its results, of sizes: one sum a row of attention, the norms' partial sums.
@@ -152,7 +172,7 @@ def test_an_operator_takes_what_is_promised(op, tmp_path, monkeypatch):
 # Of a residual unit two feature maps are saved without, one with checkpointing; of a block many and one.
 @pytest.mark.parametrize(("stage", "share"), [("tokenizer", 0.75), ("denoiser", 0.5)])
 def test_checkpointing_saves_memory_and_keeps_gradients(stage, share):
-    both = SETTINGS[stage], dataclasses.replace(SETTINGS[stage], checkpointing=True)
+    both = SETTINGS[stage], replace(SETTINGS[stage], checkpointing=True)
     plain, thrifty = map(task_of, both)
     for task in (plain, thrifty):
         with torch.no_grad():

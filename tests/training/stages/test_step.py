@@ -161,6 +161,11 @@ def test_scaled_losses_move_the_weights_as_others_do_and_an_overflow_is_left_out
     again.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     again.load(optimization.state(), Path("x"))
     assert again.scaler.get_scale() == 2.0**7
+    gradients(task, task.module, [task.draw(3, 0)], again.scaler)
+    again.unscale()
+    again.step()
+    assert again.scaler.get_scale() == 2.0**7
+    assert not all(torch.equal(a, b) for a, b in zip(before, task.module.parameters(), strict=True))
 
 
 def test_float16_is_for_gpus():

@@ -314,6 +314,20 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_subjects(tmp_path, m
     assert all(value.isfinite().all() for value in task.values()), "nothing of that step is kept"
 
 
+def test_a_gradient_of_the_discriminator_that_is_not_finite_stops_too(tmp_path, monkeypatch):
+    original = TokenizerTask.loss
+
+    def broken(self, batch):
+        loss, terms = original(self, batch)
+        if batch.step == 2:
+            next(self.adversary.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+        return loss, terms
+
+    monkeypatch.setattr(TokenizerTask, "loss", broken)
+    with pytest.raises(CopeditError, match="step 2: gradient inf on phantom"):
+        train("tokenizer", tmp_path / "a", "steps=3", "adversarial_from=0", "checkpoint_every=1")
+
+
 def test_a_start_that_cannot_work_is_refused(tmp_path):
     with pytest.raises(CopeditError, match="needs its tokenizer"):
         train("denoiser", tmp_path / "a", "steps=2")

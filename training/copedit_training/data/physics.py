@@ -279,7 +279,9 @@ def _draw_t1(rng: np.random.Generator, tissues: Tissues) -> Protocol:
     # ADNI: 2300/2.98, TI 900, 9 degrees; 2400/3.5, TI 1000, 8 degrees; IR-SPGR 6-12 degrees
     values = {"tr": u(1500, 2600), "te": u(2, 5), "ti": u(750, 1150), "flip": u(7, 13), "echo": u(6, 9.5)}
     values |= {"count": float(rng.integers(110, 190)), "f": u(0.9, 1)}
-    values["count"] = float(min(values["count"], int(1.8 * values["ti"] / values["echo"])))
+    # The train, whose middle is TI, begins after one inversion and ends before the next.
+    longest = min(1.8 * values["ti"], 2 * (values["tr"] - values["ti"]))
+    values["count"] = float(min(values["count"], int(longest / values["echo"])))
     return Protocol(kind, values, bool(rng.random() < 0.8))
 
 

@@ -74,6 +74,8 @@ def check(config: ModelConfig, settings: DenoiserSettings) -> None:
     crop, net = settings.crop, config.denoiser
     if settings.augment and (crop or settings.image_weight):
         raise CopeditError("augment: in stage II it goes neither with crop nor with image_weight; set them to 0")
+    if settings.augment and net.prior and config.task.joint:
+        raise CopeditError(f"augment: the prior of {config.name} takes hearts as they are; leave it false")
     if settings.image_weight and 0 < crop <= 2 * CROP_RIM:
         raise CopeditError(f"crop = {crop}: image_weight needs more than {2 * CROP_RIM} voxels")
     if settings.relative and not net.prior:

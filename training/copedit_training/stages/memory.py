@@ -19,10 +19,10 @@ from copedit_kernels import launch
 from copedit_kernels.dispatch import using
 from copedit_rt.config import ModelConfig
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.stages.denoiser_task import DenoiserTask
+from copedit_training.stages.denoiser_task import DenoiserTask, Noised
 from copedit_training.stages.settings import DenoiserSettings, Settings, TokenizerSettings
 from copedit_training.stages.step import gradients, optimizers_of
-from copedit_training.stages.task import Task
+from copedit_training.stages.task import Batch, Task
 from copedit_training.stages.tokenizer_task import TokenizerTask
 
 
@@ -49,7 +49,7 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
             task.module.zero_grad(set_to_none=True)
             between = alive.now
             alive.peak = 0
-            gradients(task, task.module, (task.draw(step, part) for part in range(settings.accumulate)))
+            gradients(task, task.module, (_drawn(task, step, part) for part in range(settings.accumulate)))
             for optimizer in optimizers:
                 optimizer.step()
         held = sum(p.grad.nbytes for p in task.module.parameters() if p.grad is not None)
@@ -68,6 +68,15 @@ def _task(config: ModelConfig, settings: Settings, images: np.ndarray) -> tuple[
         settings = replace(settings, crop=0, batch_size=max(1, round(settings.batch_size * share)))
     settings = replace(settings, compile=False, whiten=0.0)
     return DenoiserTask(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements))), 0
+
+
+def _drawn(task: Task[Any, Any], step: int, part: int) -> Batch:
+    """A micro-batch, of a model with a prior with images and blank fills, which cost the same as real ones."""
+    batch: Batch = task.draw(step, part)
+    if isinstance(batch, Noised) and task.config.denoiser.prior:
+        shape = len(batch.subjects), *task.images.shape[1:]
+        batch = replace(batch, images=torch.zeros(shape), fill=torch.zeros(shape))
+    return batch
 
 
 def render(found: dict[str, int], settings: Settings) -> str:

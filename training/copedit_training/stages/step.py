@@ -109,7 +109,7 @@ class Optimization:
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if self.scaler.is_enabled() and scale:
-            self.scaler.load_state_dict(scale | {"_growth_tracker": int(scale["_growth_tracker"])})
+            self.scaler.load_state_dict(scale | {k: int(scale[k]) for k in ("growth_interval", "_growth_tracker")})
 
 
 def _belongs(k: str, index: str, name: str, value: Tensor, shapes: Sequence[Sequence[torch.Size]]) -> bool:
@@ -144,12 +144,13 @@ def gradients(
     return dict(zip(each[0].terms, means.tolist(), strict=True)), each
 
 
-def clip(task: Task[Any, Any]) -> float:
-    """Clip the gradients, an adversary's by themselves; returns the norm of the others before."""
+def clip(task: Task[Any, Any]) -> tuple[float, float]:
+    """Clip the gradients, an adversary's by themselves; returns the norm of the others before, and of the adversary's
+    (0 without one)."""
     named = [(name.startswith("adversary."), p) for name, p in task.module.named_parameters() if p.requires_grad]
     groups = ([p for adverse, p in named if adverse is wanted] for wanted in (False, True))
-    norm, _ = (nn.utils.clip_grad_norm_(group, task.settings.clip).item() for group in groups)
-    return norm
+    norm, adverse = (nn.utils.clip_grad_norm_(group, task.settings.clip).item() for group in groups)
+    return norm, adverse
 
 
 def optimizers_of(task: Task[Any, Any]) -> list[torch.optim.Optimizer]:

@@ -329,9 +329,9 @@ def _loop(
             optimization.set_rate(learning_rate(settings, step))
             terms, shares = gradients(task, model, islice(batches, share), optimization.scaler)
             optimization.unscale()
-            norm = clip(task)
-            if not math.isfinite(terms["loss"]) or not (math.isfinite(norm) or optimization.overflowed):
-                _leave(_not_finite(step, norm, shares, study_names(output)))
+            norm, adverse = clip(task)
+            if not math.isfinite(terms["loss"]) or not (math.isfinite(norm + adverse) or optimization.overflowed):
+                _leave(_not_finite(step, norm + adverse, shares, study_names(output)))
             optimization.step()
             terms |= task.after_step(step) | {
                 "gradient": norm,
