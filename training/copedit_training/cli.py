@@ -136,7 +136,7 @@ def evaluate(
     check_writable(output)
     synthesizer = _load(model, device)
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
-    others, budget = _beside(beside or [], synthesizer, model, device)
+    others, budget = _beside(beside or [], synthesizer, model, device, steps=steps, solver=solver)
     seeds = max([seeds, *(len(method.runs) for method in others.values())])
     networks = Networks(fid_network, fvd_network, lpips_network, synthesizer.engine.device)
     options: dict[str, Any] = {"steps": steps, "solver": solver, "seed": seed, "patterns": patterns}
@@ -206,12 +206,14 @@ def sweep(
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
-def _beside(runs: list[str], model: Synthesizer, name: str, device: str) -> tuple[dict[str, Row], dict[str, Any]]:
+def _beside(
+    runs: list[str], model: Synthesizer, name: str, device: str, **sampling: Any
+) -> tuple[dict[str, Row], dict[str, Any]]:
     if not runs:
         return {}, {}
     from copedit_training.experiments import beside
 
-    return beside.load(runs, model, name, device)
+    return beside.load(runs, model, name, device, **sampling)
 
 
 def _load(model: str, device: str) -> Synthesizer:

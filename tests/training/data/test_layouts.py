@@ -435,6 +435,20 @@ def test_the_cache_is_used_again_and_damage_is_told_once(tmp_path):
     assert len(prepared.folder_images(other, layouts.find(root, other), tmp_path / "run", say=said.append)) >= 7
 
 
+def test_who_is_watched_is_noted_and_leaves_half_of_the_held_out_subjects(tmp_path):
+    found = layouts.find(brats(tmp_path / "in", 24), BRAIN)
+    test = layouts.split(found.subjects, tmp_path / "split.json")["test"]
+    assert len(test) > 3
+    for most, count in ((1, 1), (16, len(test) // 2)):
+        images = prepared.watched_images(BRAIN, found, tmp_path, most)
+        assert prepared.watched(tmp_path) == set(test[:count])
+        expected = [layouts.load(BRAIN, e) for e in found.studies if e.subject in test[:count]]
+        assert np.array_equal(images, np.stack(expected))
+    (tmp_path / "watched.json").write_text("{")
+    with pytest.raises(CopeditError, match=r"watched\.json: does not list subjects"):
+        prepared.watched(tmp_path)
+
+
 def test_the_heart_lies_where_its_mask_does(tmp_path):
     mask = np.zeros((12, 14, 11), np.float32)
     mask[7:10, 3:6, 2:5] = 1

@@ -272,10 +272,12 @@ def test_a_folder(brain, model_folder, tmp_path):
     assert json.loads(every.stdout)["subjects"] == 2
     assert "linear regression" not in json.loads(every.stdout)["by_count"]["1"]
     own = tmp_path / "split.json"
-    own.write_text(json.dumps({"train": [], "test": ["BraTS/BraTS2021_00003"]}))
+    own.write_text(json.dumps({"train": [], "test": ["BraTS/BraTS2021_00003", "BraTS/BraTS2021_00002"]}))
+    (tmp_path / "watched.json").write_text(json.dumps(["BraTS/BraTS2021_00002"]))
     before = own.read_bytes()
     chosen = CliRunner().invoke(app, [*command, "--split", str(own)])
-    assert "BraTS2021_00003" in json.loads(chosen.stdout)["studies"] and own.read_bytes() == before
+    studies = json.loads(chosen.stdout)["studies"]
+    assert "BraTS2021_00003" in studies and "BraTS2021_00002" not in studies and own.read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_used(model_folder, tmp_path):

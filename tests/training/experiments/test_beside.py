@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
 
 def test_a_table_of_all_from_the_command(runs, tmp_path):
     command = ["evaluate", "--model", str(runs / "denoiser" / "model"), "-o", str(tmp_path), "--subjects", "2"]
-    command += ["--patterns", "1", "--json", "--device", "cpu"]
+    command += ["--patterns", "1", "--steps", "3", "--json", "--device", "cpu"]
     for name in ("mmgan-0", "mmgan-1", "ldm/model", "diffm4ri", "diffm4ri@resample=2,sampler_steps=2", "denoiser"):
         command += ["--beside", str(runs / name)]
     result = CliRunner().invoke(app, command)
@@ -170,6 +170,8 @@ def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
     refused("must differ in their seed, and in nothing else", runs / "mmgan-0", tmp_path / "wider")
     refused("several runs of MM-GAN must differ in their seed", runs / "mmgan-0", runs / "mmgan-0")
     refused("no run there", tmp_path)
+    monkeypatch.chdir(runs / "ldm")
+    refused("no run there", "mistyped")
     refused("settings of sampling can be given for methods", f"{runs / 'denoiser'}@steps=2")
     refused("expected RUN@KEY=NUMBER, found resample=x", f"{runs / 'diffm4ri'}@resample=x")
     refused("resample: cannot be changed in a trained LDM; what can be is sampler_steps", f"{runs / 'ldm'}@resample=2")
@@ -183,6 +185,7 @@ def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
     train("ldm", tmp_path / "other-tokenizer", BRAIN, f"tokenizer={tmp_path / 'other-vae'}")
     refused("not trained with the same tokenizer", tmp_path / "other-tokenizer")
     refused("its tokenizer is not that of elsewhere", tmp_path / "other-tokenizer", of="elsewhere")
+    monkeypatch.chdir(runs / "mmgan-0")  # the name of a model is not that of a folder
     others, budget = beside.load([str(runs / "mmgan-0")], synthesizer, "elsewhere", "cpu")
     assert list(others) == ["MM-GAN"] and set(budget) == {"space", "parameters"}
 

@@ -1,6 +1,7 @@
 """Segmentation with synthesised images: Dice, regions, and that the comparison is fair."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -103,12 +104,26 @@ def test_labels_of_brats_come_onto_the_models_grid(model_folder, tmp_path):
     write_brats(tmp_path, "BraTS2021_00002", config, 2, labels=False)
     found = layouts.find(tmp_path, config)
     assert len(found.studies) == 2
-    ((images, regions),) = seg.folder_cases(config, found.studies, 5)
+    ((images, regions),) = seg.folder_cases(config, found.studies)
     assert images.shape == (4, *config.image)
     assert np.array_equal(regions[0], wanted > 0) and np.array_equal(regions[2], wanted == 4)
     with pytest.raises(CopeditError, match="has its segmentation"):
         (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz").unlink()
         seg.load_cases(config, tmp_path / "o", str(tmp_path), TINY)
+
+
+def test_cases_are_never_in_memory_all_at_once(tmp_path, monkeypatch):
+    config = replace(ModelConfig.preset("demo-brain"), image=(32, 32, 16))
+    row = np.full((4, 32, 32, 16), 0.5, np.float32), np.ones((3, 32, 32, 16), bool)
+    monkeypatch.setattr(seg, "phantom_cases", lambda config, first, count: (row for _ in range(count)))
+    filler, budget = seg.Filler("", "", lambda images, there, seed, study: images / 2), replace(TINY, train=40)
+    tracemalloc.start()
+    cases = seg.load_cases(config, tmp_path, "phantom", budget)["train"]
+    cases = seg.synthesised("train", cases, filler)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(cases.images) == 40 and cases.regions.all() and (cases.images == 0.5).all()
+    assert (cases.synthesised == 0.25).all() and peak < cases.images.nbytes / 2
 
 
 def test_what_the_network_is_given():
@@ -149,7 +164,7 @@ def test_the_summary_leaves_out_subjects_without_a_region():
 
 
 def test_a_comparison_is_reported_and_kept(model_folder, tmp_path, monkeypatch):
-    drawn = some_cases(5)
+    drawn = some_cases(5, checkpoint.read_config(model_folder("demo-brain")).image)
     source = iter(list(zip(drawn.images.astype(np.float32), drawn.regions, strict=True)))
     monkeypatch.setattr(seg, "phantom_cases", lambda config, first, count: [next(source) for _ in range(count)])
     model = str(model_folder("demo-brain"))

@@ -262,7 +262,7 @@ def test_processes_resume_stop_and_refuse_together(tmp_path, monkeypatch, capfd)
 
 def test_validation_is_logged_and_changes_nothing(tmp_path, monkeypatch):
     held_out = np.random.default_rng(5).random((2, 3, 1, 16, 16, 4)).astype(np.float16)
-    monkeypatch.setattr(trainer, "held_out_images", lambda *_: held_out)
+    monkeypatch.setattr(trainer, "watched_images", lambda *_: held_out)
     config = dataclasses.replace(HEART, diffusion=dataclasses.replace(HEART.diffusion, steps=2))
     plain = train("tokenizer", tmp_path / "a", "steps=4", config=config)
     watched = train("tokenizer", tmp_path / "b", "steps=4", "validate_every=2", config=config)

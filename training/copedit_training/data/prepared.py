@@ -35,6 +35,7 @@ from copedit_training.data.simulated import STRIPPED, Simulator
 
 HELD_OUT = 1_000_000  # first seed of the phantoms that no training run sees
 VALIDATION = 1_500_000  # first seed of those that training is watched on, and `evaluate` does not use
+WATCHED = "watched.json"
 SAFE_ROWS = 20  # subjects between two notes of how many are on the disk
 HEART_LENGTH = 96.0  # mm that a simulated short-axis stack covers, base to apex
 
@@ -305,6 +306,26 @@ def held_out_images(config: ModelConfig, data: DataSet | Labels | None, output: 
         every = (load(config, entry) for entry in data.studies if entry.subject in test)
         found = list(itertools.islice((images for images in every if not isinstance(images, Skipped)), subjects))
     return np.stack(found) if found else np.empty(0, np.float16)
+
+
+def watched_images(config: ModelConfig, data: DataSet | Labels | None, output: Path, subjects: int) -> np.ndarray:
+    """`held_out_images` that a training run is watched on; of a data set, those of at most half of the held-out
+    subjects, who are noted in the run's folder: `evaluate` is to report on the others."""
+    if isinstance(data, DataSet):
+        test = split(data.subjects, output / "split.json")["test"]
+        chosen = test[: min(subjects, len(test) // 2)]
+        write_atomically(output / WATCHED, (json.dumps(chosen, indent=1) + "\n").encode())
+        data = dataclasses.replace(data, studies=[entry for entry in data.studies if entry.subject in chosen])
+    return held_out_images(config, data, output, subjects)
+
+
+def watched(run: Path) -> set[str]:
+    """The subjects that `watched_images` noted in a run's folder; none where it noted none."""
+    path = run / WATCHED
+    try:
+        return set(map(str, read_json(path))) if path.exists() else set()
+    except (OSError, ValueError, TypeError) as error:
+        raise CopeditError(f"{path}: does not list subjects ({error}); restore it") from error
 
 
 def _read_index(index: Path) -> dict[str, Any]:

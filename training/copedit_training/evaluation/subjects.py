@@ -14,7 +14,7 @@ from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_training.data import layouts
 from copedit_training.data.layouts import Skipped
-from copedit_training.data.prepared import HELD_OUT, Labels, phantom_subject
+from copedit_training.data.prepared import HELD_OUT, Labels, phantom_subject, watched
 
 if TYPE_CHECKING:
     from copedit_rt.config import ModelConfig
@@ -106,7 +106,8 @@ class Folder(Cohort):
     """The complete studies of a data set in a published layout; the others are in `skipped`, with the reason.
 
     side: "test" for the subjects that training holds out, "all" for every one (of a model that was trained on others),
-    or the split.json of a training run. subjects: at most so many persons (None: all).
+    or the split.json of a training run, whose `watched` subjects are left out. subjects: at most so many persons
+    (None: all).
     Raises CopeditError as `layouts.find` does, and where nobody is left.
     """
 
@@ -117,7 +118,8 @@ class Folder(Cohort):
             raise CopeditError(f"--split {side}: no such file; give test, all, or the split.json of a training run")
         sides = layouts.split(data.subjects, file, write=False)
         self.folder, self.side = folder, side
-        self.people = data.subjects if side == "all" else sides["test"]
+        away = watched(file.parent) if file else set()
+        self.people = data.subjects if side == "all" else [s for s in sides["test"] if s not in away]
         chosen = set(self.people[:subjects])
         self._entries = [entry for entry in data.studies if entry.subject in chosen]
         self._others = [] if side == "all" else [e for e in data.studies if e.subject in set(sides["train"])]

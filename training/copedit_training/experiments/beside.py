@@ -82,23 +82,24 @@ class Run:
 
 
 def load(
-    specs: Sequence[str], model: Synthesizer, name: str, device: str = "auto"
+    specs: Sequence[str], model: Synthesizer, name: str, device: str = "auto", **sampling: Any
 ) -> tuple[dict[str, Beside], dict[str, Any]]:
     """`rows` as what fills in studies, with what each has cost."""
-    found, budget = rows(specs, model, name, device)
+    found, budget = rows(specs, model, name, device, **sampling)
     return {label: Beside([run.fill for run in runs], cost(runs)) for label, runs in found.items()}, budget
 
 
 def rows(
-    specs: Sequence[str], model: Synthesizer, name: str, device: str = "auto"
+    specs: Sequence[str], model: Synthesizer, name: str, device: str = "auto", **sampling: Any
 ) -> tuple[dict[str, list[Run]], dict[str, Any]]:
     """Runs by their rows, those of several seeds together, and the budget of the model.
 
     specs: run folders, or RUN@KEY=VALUE,... with settings of sampling. name: what the model was loaded from; where that
-    is a run of the denoiser it is held to the same data.
+    is a run of the denoiser it is held to the same data. sampling: steps and solver with which denoisers fill in
+    studies, as the model does; methods have their own.
     Raises CopeditError for what is no finished run, another grid, and unequal data, tokenizers or settings.
     """
-    runs = [_read(spec, device) for spec in specs]
+    runs = [_read(spec, device, sampling) for spec in specs]
     for run in runs:
         for field in ("task", "elements", "image", "preprocessing"):
             if getattr(run.config, field) != getattr(model.config, field):
@@ -107,7 +108,7 @@ def rows(
     said = read_json(own / "run.json") if own else {}
     budget: dict[str, Any] = {"space": "latent", "parameters": _weights(model)}
     if own and said.get("stage") == "denoiser":
-        trained = _denoiser(own, said, model)
+        trained = _denoiser(own, said, model, sampling)
         runs_of_all, budget = [trained, *runs], trained.budget()
     else:
         runs_of_all = runs
@@ -127,7 +128,7 @@ def _weights(model: Synthesizer) -> int:
     return sum(p.numel() for p in engine.denoiser.parameters())
 
 
-def _read(spec: str, device: str) -> Run:
+def _read(spec: str, device: str, sampling: Mapping[str, Any]) -> Run:
     path, _, given = spec.rpartition("@") if "=" in spec.rpartition("@")[2] else (spec, "", "")
     folder = _run_of(path)
     if folder is None:
@@ -140,7 +141,7 @@ def _read(spec: str, device: str) -> Run:
         return _method(folder, said, load_method(folder, device, **changed), changed)
     if changed:
         raise CopeditError(f"--beside {spec}: settings of sampling can be given for methods, not for a denoiser")
-    return _denoiser(folder, said, Synthesizer.load(folder / "model", device))
+    return _denoiser(folder, said, Synthesizer.load(folder / "model", device), sampling)
 
 
 def _changed(spec: str, item: str) -> tuple[str, int]:
@@ -152,7 +153,8 @@ def _changed(spec: str, item: str) -> tuple[str, int]:
 
 def _run_of(name: str) -> Path | None:
     """The run folder that holds a model folder, or is named itself."""
-    return next((f for f in (Path(name), Path(name).resolve().parent) if (f / "run.json").is_file()), None)
+    folders = (Path(name), Path(name).resolve().parent) if Path(name).is_dir() else ()
+    return next((f for f in folders if (f / "run.json").is_file()), None)
 
 
 def _kind(said: Mapping[str, Any]) -> type[Method[Any]] | None:
@@ -170,7 +172,7 @@ def _method(folder: Path, said: Mapping[str, Any], made: Method[Any], changed: M
     return Run(folder, said, label, made.config, said.get("tokenizer"), *fills, made.space, count)
 
 
-def _denoiser(folder: Path, said: Mapping[str, Any], made: Synthesizer) -> Run:
+def _denoiser(folder: Path, said: Mapping[str, Any], made: Synthesizer, sampling: Mapping[str, Any]) -> Run:
     prompts = made.config.denoiser.prompts
     label = "CoPeDiT, trained beside" + ("" if prompts == "full" else f": {prompts}")
     try:
@@ -180,7 +182,7 @@ def _denoiser(folder: Path, said: Mapping[str, Any], made: Synthesizer) -> Run:
     digest = checkpoint.digest(source / checkpoint.TOKENIZER)
 
     def fill(study: Study, seed: int) -> Volumes:
-        result = made.synthesize(study, seed=seed)
+        result = made.synthesize(study, seed=seed, **sampling)
         return {name: volume.data for name, volume in result.study.volumes.items()}
 
     return Run(folder, said, label, made.config, digest, fill, model_on_grid(made), "latent", _weights(made))

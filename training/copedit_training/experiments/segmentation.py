@@ -10,11 +10,11 @@ model's: from the same subjects, with the same noise.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, phantom
-from copedit_training.data.prepared import HELD_OUT, model_images, phantom_subject
+from copedit_training.data.prepared import HELD_OUT, Files, grow, mapped, model_images, phantom_subject
 from copedit_training.evaluation.beside import paired
 from copedit_training.evaluation.report import costs, table, write
 from copedit_training.experiments import beside as methods
@@ -119,13 +119,11 @@ def label_file(entry: layouts.Entry) -> Path | None:
     return next(iter(own or (found if len(found) == 1 else [])), None)
 
 
-def folder_cases(
-    config: ModelConfig, entries: Sequence[layouts.Entry], count: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and regions of the first `count` studies of a data set that have a segmentation."""
+def folder_cases(config: ModelConfig, entries: Sequence[layouts.Entry]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and regions of those studies of a data set that have a segmentation."""
     for entry in entries:
         path = label_file(entry)
-        if path is None or not count:
+        if path is None:
             continue
         study, labels = Study.read(entry.files, resample=True), read_volume(path)
         if not same_grid(labels, study.reference):
@@ -133,7 +131,6 @@ def folder_cases(
         prepared = prepare(study, config, allow_complete=True)
         inside = regions_of(np.rint(labels.data), BRATS).astype(np.float32)
         yield prepared.images[:, 0], np.stack([prepared.frame.to_model(x) > 0.5 for x in inside])
-        count -= 1
 
 
 @dataclass(frozen=True)
@@ -172,42 +169,31 @@ def fillers_of(
 def load_cases(
     config: ModelConfig, folder: Path, data: str, budget: Budget, progress: Progress | None = None
 ) -> dict[str, Cases]:
-    """Cases to train and to test on, which are kept in the folder; nothing is synthesised yet."""
-    sources: dict[str, Iterator[tuple[np.ndarray, np.ndarray]]]
-    if data == "phantom":
-        sources = {
-            "train": phantom_cases(config, TRAINING, budget.train),
-            "test": phantom_cases(config, HELD_OUT, budget.test),
-        }
-    else:
-        found = layouts.find(Path(data), config)
-        sides = layouts.split(found.subjects, folder / "split.json")
-        sources = {
-            side: folder_cases(config, [e for e in found.studies if e.subject in set(sides[side])], n)
-            for side, n in (("train", budget.train), ("test", budget.test))
-        }
-    wanted, cases = {"train": budget.train, "test": budget.test}, {}
-    done, total = 0, budget.train + budget.test
-    for side, source in sources.items():
-        path = folder / f"{side}-{_short(config.name, _origin(data))}-{wanted[side]}.npz"
-        if not path.exists():
-            rows: list[tuple[np.ndarray, ...]] = []
-            for row in source:
-                rows.append(row)
-                done += 1
-                if progress:
-                    progress(done, total)
-            if not rows:
+    """Cases to train and to test on, kept in the folder and mapped from there; nothing is synthesised yet."""
+    found = None if data == "phantom" else layouts.find(Path(data), config)
+    sides = layouts.split(found.subjects, folder / "split.json") if found else {}
+
+    def of(side: str, wanted: int, first: int) -> Cases:
+        path = folder / f"{side}-{_short(config.name, _origin(data))}-{wanted}.npy"
+        outlines = path.with_name(f"{path.stem}-regions.npy")
+        if not (path.exists() and outlines.exists()):
+            count, source = wanted, phantom_cases(config, first, wanted)
+            if found:
+                members = set(sides[side])
+                entries = [e for e in found.studies if e.subject in members and label_file(e)][:wanted]
+                count, source = len(entries), folder_cases(config, entries)
+            if not count:
                 raise CopeditError(
                     f"{data}: no study to {side} on has its segmentation (*_seg.nii.gz, *-seg.nii.gz) beside it"
                 )
-            content = io.BytesIO()
-            images, regions = (np.stack(x) for x in zip(*rows, strict=True))
-            np.savez(content, images=images.astype(np.float16), regions=regions)
-            write_atomically(path, content.getvalue())
-        with np.load(path, allow_pickle=False) as stored:
-            cases[side] = Cases(stored["images"], None, stored["regions"], path)
-    return cases
+            files: Files = {
+                path: ((count, len(config.elements), *config.image), np.float16),
+                outlines: ((count, len(REGIONS), *config.image), np.bool_),
+            }
+            grow(files, lambda rows: islice(source, rows.start, None), progress)
+        return Cases(mapped(path), None, mapped(outlines), path)
+
+    return {"train": of("train", budget.train, TRAINING), "test": of("test", budget.test, HELD_OUT)}
 
 
 def _origin(data: str) -> str:
@@ -223,17 +209,16 @@ def synthesised(side: str, cases: Cases, filler: Filler, progress: Progress | No
     assert cases.path is not None
     path = cases.path.with_name(f"{cases.path.stem}-{_short(filler.digest)}.npy")
     if not path.exists():
-        every, made = ~np.eye(cases.images.shape[1], dtype=bool), np.empty_like(cases.images)
-        for i, images in enumerate(cases.images.astype(np.float32)):
-            for missing, there in enumerate(every):
-                filled = filler.on_grid(images[:, None], there, 0, f"segmentation-{side}-{i}")
-                made[i, missing] = filled[missing, 0]
-            if progress:
-                progress(i + 1, len(made))
-        content = io.BytesIO()
-        np.save(content, made)
-        write_atomically(path, content.getvalue())
-    return replace(cases, synthesised=np.load(path, allow_pickle=False))
+        every = ~np.eye(cases.images.shape[1], dtype=bool)
+
+        def make(rows: range) -> Iterator[Sequence[np.ndarray]]:
+            for i in rows:
+                images = cases.images[i, :, None].astype(np.float32)
+                filled = (filler.on_grid(images, there, 0, f"segmentation-{side}-{i}") for there in every)
+                yield (np.stack([x[missing, 0] for missing, x in enumerate(filled)]),)
+
+        grow({path: (cases.images.shape, np.float16)}, make, progress)
+    return replace(cases, synthesised=mapped(path))
 
 
 # -------------------------------------------------------------------------------------------------------- training

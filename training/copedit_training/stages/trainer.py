@@ -40,10 +40,10 @@ from copedit_training.data.prepared import (
     Labels,
     folder_images,
     heart_centres,
-    held_out_images,
     phantom_images,
     simulated_images,
     study_names,
+    watched_images,
 )
 from copedit_training.stages import distributed, memory, prior
 from copedit_training.stages.checkpoints import claim, cut_log, finished, restore, store
@@ -182,9 +182,9 @@ def carry_out(
     held_out = None
     if settings.validate_every:
         with distributed.first():
-            held_out = held_out_images(config, found, output, settings.validate_subjects)
+            held_out = watched_images(config, found, output, settings.validate_subjects)
         if not len(held_out):
-            console.print("no validation: none of the held-out subjects can be used", highlight=False)
+            console.print("no validation: there are too few held-out subjects that can be used", highlight=False)
             held_out = None
     if isinstance(task, TokenizerTask) and not task.perceptual:
         console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
