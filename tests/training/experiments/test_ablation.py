@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 from copedit_rt import checkpoint
 from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
+from copedit_training.data import layouts
 from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
 from copedit_training.experiments import ablation
 from copedit_training.experiments.ablation import VARIANTS, DenoiserExperiment, DenoiserVariant
+from copedit_training.experiments.experiment import held_out_words
 from copedit_training.stages.prior import fit_prior
 
 FAST = ("steps=3", "warmup=1", "crop=8", "batch_size=4", "subjects=4", "checkpoint_every=2", "dtype=float32")
@@ -288,6 +290,17 @@ def test_noise_shows():
     assert ablation.visible(SimpleNamespace(latents=ramp)) == 1
     rough = torch.randn(3, 4, 2, 16, 8, 4, generator=torch.Generator().manual_seed(0))
     assert ablation.visible(SimpleNamespace(latents=rough)) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_data_set_is_counted_as_it_is(model_folder, tmp_path, monkeypatch):
+    data, folder = layouts.DataSet(tmp_path, [], [], [], {}), model_folder("demo-brain")
+    config, settings = checkpoint.read_config(folder), (*SIZE, f"tokenizer={folder}")
+    made = smooth(config, 7, None)
+    monkeypatch.setattr(layouts, "find", lambda *_: data)
+    for name, images in (("folder_images", made[:5]), ("held_out_images", made[5:])):
+        monkeypatch.setattr(f"copedit_training.experiments.experiment.{name}", lambda *_, x=images, **__: x)
+    experiment = DenoiserExperiment(tmp_path / "set", "demo-brain", settings, data=str(tmp_path), config=config)
+    assert held_out_words(experiment.described | {"seeds": [0]}) == "5 studies to train on, 2 held out, seeds 0."
 
 
 def test_what_is_refused(experiment, tmp_path):

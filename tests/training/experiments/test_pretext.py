@@ -81,6 +81,7 @@ def test_a_whole_ablation_and_its_tables(experiment, tmp_path):
     means = [np.mean([x["psnr"] for x in run["subjects"]]) for run in own]
     assert table["no-count"]["psnr"]["difference"]["mean"] == pytest.approx(means[1] - means[0])
     text = pretext.markdown(report)
+    assert "4 studies to train on, 3 held out, seeds 0." in text
     (without,) = [line for line in text.splitlines() if line.startswith("| without task 1") and "%" in line]
     assert without.split("|")[2].strip() == "-" and without.split("|")[3].strip().endswith("%")
     paths = pretext.write_report(report, tmp_path / "run")
@@ -120,6 +121,14 @@ def test_scores_are_of_what_the_tokenizer_decodes_and_its_heads_say(experiment):
     assert found["count"] == found["which"] == 1 and found["psnr"] == pytest.approx(20, abs=2)
     right[1][: len(missing) // 2] *= -1
     assert score(seen, 1)["which"] == 0.5
+
+
+def test_data_that_cannot_do_leave_no_folder(experiment, tmp_path):
+    with pytest.raises(CopeditError, match="--subjects 1: this ablation needs 2 or more"):
+        experiment(test_subjects=1)
+    with pytest.raises(CopeditError, match="--data brats is not a folder"):
+        TokenizerExperiment(tmp_path / "run", "demo-brain", data="brats")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_compared_cannot_be_set(experiment):

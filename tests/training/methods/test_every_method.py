@@ -75,6 +75,15 @@ def test_a_resumed_run_has_the_same_bits_and_its_folder_the_same_method(name, wh
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+def test_settings_that_a_method_does_not_go_by_are_refused(name, tmp_path):
+    idle = [key for key in ("slices", "sampler_steps") if key not in OPTIONS[name]]
+    for key in idle:
+        with pytest.raises(CopeditError, match=f"--set {key}=4: .* does not go by it; leave it out"):
+            train(name, tmp_path / "run", CONFIGS["brain"], f"{key}=4")
+    assert len(idle) == (2 if name == "hyper-gae" else 0 if name == "m2dn" else 1)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_one_subject_is_learnt_beyond_the_mean_of_the_observed(name):
     where, size, options = OVERFIT[name]
     config = dataclasses.replace(CONFIGS[where], image=size)

@@ -266,6 +266,20 @@ def brain_task(crop=0):
     return DenoiserTask(with_prior, made, images, vae, prior=fit_prior(images, steps=20)), images
 
 
+def test_prompts_are_computed_once_for_variants_with_and_without_a_prior(tmp_path, monkeypatch):
+    task, images = brain_task()
+    made, computed = [], DenoiserTask._computed
+    monkeypatch.setattr(DenoiserTask, "_computed", lambda self, *rest: made.append(1) or computed(self, *rest))
+
+    def prompts(config, prior, where="a"):
+        cache = tmp_path / where / "latents.npy"
+        return DenoiserTask(config, task.settings, images, task.tokenizer, cache, prior).prompts
+
+    both, own, again = prompts(TINY, None), prompts(task.config, task.prior), prompts(TINY, None)
+    assert len(made) == 1 and torch.equal(both, again) and torch.equal(own, both[::2])
+    assert torch.equal(prompts(task.config, task.prior, "b"), own) and len(made) == 2
+
+
 def test_a_crop_is_filled_as_in_the_whole_head():
     task, images = brain_task(crop=8)
     corners = set()

@@ -71,6 +71,14 @@ def test_words_are_among_those_there_are():
             load_settings(stage, "demo-brain", [f"{name}=none"])
 
 
+@pytest.mark.parametrize(
+    ("idle", "other"), [("patients_share=0.5", "patients = ''"), ("prompt_crop=64", "prompt_steps = 0")]
+)
+def test_what_would_change_nothing_is_refused(idle, other):
+    with pytest.raises(CopeditError, match=f"--set {idle}: has no effect with {other}; set both, or neither"):
+        load_settings("tokenizer", "brain-brats", [idle])
+
+
 def test_steps_that_leave_none_for_the_rest_say_what_to_do():
     with pytest.raises(CopeditError, match="prompt_steps = 300: must be below steps = 4; set both, or try --quick"):
         load_settings("tokenizer", "demo-brain", ["steps=4"])

@@ -190,10 +190,21 @@ def test_patients_join_the_read_out_with_a_quarter_of_their_share(tmp_path, real
     np.testing.assert_allclose([chance[-3 * prior.VIEWS :].sum(), chance.sum()], [0.1, 1])
 
 
+@pytest.mark.parametrize(("subjects", "out"), [(24, 0), (26, 2), (27, 2), (30, 3)])
+def test_whole_subjects_are_left_out_of_the_read_out(subjects, out, monkeypatch):
+    images = np.arange(subjects, dtype=np.float32)[:, None, None, None, None, None] * np.ones((1, 2, 1, 4, 2, 2))
+    task, seen = TokenizerTask(TINY, settings("tokenizer"), images), []
+    task.pooled = lambda x: x[:, :, 0, 0, 0, :1]
+    task.fit_heads = task.temper = lambda features, *rest: seen.append(features[:, 0, 0].int().tolist())
+    task.read_out()
+    views = [subject for subject in range(subjects) for _ in range(2)]
+    assert seen == [views[2 * out :], views[: 2 * out]][: 1 + (out > 0)]
+
+
 def test_shares_are_checked(tmp_path):
     config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=True))
     with pytest.raises(CopeditError, match="phantoms_share and patients_share: together"):
-        train("tokenizer", tmp_path / "no", "prior_steps=2", "phantoms_share=0.8", "patients_share=0.2", config=config)
+        train("tokenizer", tmp_path / "no", "prior_steps=2", "phantoms_share=0.8", config=config)
     with pytest.raises(CopeditError, match="phantoms_share: phantoms join the prior of a brain model"):
         train("tokenizer", tmp_path / "no", "readout_steps=2", "phantoms_share=0.1")
 

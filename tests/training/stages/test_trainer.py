@@ -257,7 +257,7 @@ def test_processes_resume_stop_and_refuse_together(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(TokenizerTask, "loss", broken)
     assert together("tokenizer", tmp_path / "broken", *extra) == [1, 99], "process 0 speaks, the other leaves"
     task = TokenizerTask(TINY, settings("tokenizer", *extra), smooth(TINY, 4))
-    assert f"step 0: l1 inf, loss inf on phantom {task.draw(0, 1).subjects[0]};" in capfd.readouterr().out
+    assert f"step 0: l1 inf, loss inf on subject {task.draw(0, 1).subjects[0]};" in capfd.readouterr().out
 
 
 def test_validation_is_logged_and_changes_nothing(tmp_path, monkeypatch):
@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_subjects(tmp_path, m
 
     monkeypatch.setattr(DenoiserTask, "loss", broken)
     settings = ("steps=5", "accumulate=8", "batch_size=1", "checkpoint_every=1", f"tokenizer={tokenizer}")
-    with pytest.raises(CopeditError, match=r"step 3: loss nan on phantom 2; look"):
+    with pytest.raises(CopeditError, match=r"step 3: loss nan on subject 2; look"):
         train("denoiser", tmp_path / "a", *settings)
     task = weights(tmp_path / "a" / "checkpoint-00000003")
     assert all(value.isfinite().all() for value in task.values()), "nothing of that step is kept"
@@ -324,7 +324,7 @@ def test_a_gradient_of_the_discriminator_that_is_not_finite_stops_too(tmp_path, 
         return loss, terms
 
     monkeypatch.setattr(TokenizerTask, "loss", broken)
-    with pytest.raises(CopeditError, match="step 2: gradient inf on phantom"):
+    with pytest.raises(CopeditError, match="step 2: gradient inf on subject"):
         train("tokenizer", tmp_path / "a", "steps=3", "adversarial_from=0", "checkpoint_every=1")
 
 

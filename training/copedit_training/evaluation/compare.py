@@ -70,6 +70,13 @@ def missing_slices(config: ModelConfig, truth: Study | Phantom, missing: Sequenc
     return slices.tolist() if (touched[slices].any(axis=0) == wanted).all() else []
 
 
+def synthesised(study: Study) -> np.ndarray:
+    """All that was made of a study, on one array: missing modalities, or a heart's missing slices."""
+    volumes = [study.volumes[name] for name in sorted(study.synthetic)]
+    slices = study.missing_slices
+    return np.stack([v.data.take(slices, _axis(v)) if slices else v.data for v in volumes])
+
+
 def possible(config: ModelConfig, truth: Study | Phantom, missing: Sequence[str]) -> bool:
     """Whether a study can lack exactly these elements, see `missing_slices`; a brain always can."""
     return not config.task.joint or bool(missing_slices(config, truth, missing))

@@ -28,6 +28,7 @@ from copedit_training.evaluation.compare import (
     normalise,
     pairs,
     possible,
+    synthesised,
 )
 from copedit_training.evaluation.metrics import measure, psnr
 from copedit_training.evaluation.subjects import Cohort, Phantoms
@@ -286,7 +287,7 @@ def sweep(
                 start = time.perf_counter()
                 result = model.synthesize(study, steps=n, seed=seed, solver=solver)
                 seconds[solver, n] += time.perf_counter() - start
-                volumes = np.stack([result.study.volumes[name].data for name in sorted(result.study.synthetic)])
+                volumes = synthesised(result.study)
                 best = volumes if best is None else best
                 low, high = intensity_of(result.record)
                 converged = min(psnr(volumes, best, high - low), 100.0)

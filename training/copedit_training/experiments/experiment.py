@@ -63,8 +63,11 @@ class Experiment(ABC, Generic[V, S, T]):
         networks: Networks | None = None,
         least: int = 1,
     ) -> None:
-        """described: what besides these tells one experiment from another. least: held-out subjects of a data set it
-        takes. Raises CopeditError for fewer, and for a folder that holds another experiment."""
+        """described: what besides these tells one experiment from another. least: held-out subjects that it takes.
+        Raises CopeditError for fewer, for data that there are not, and for a folder that holds another experiment."""
+        if test_subjects < least:
+            raise CopeditError(f"--subjects {test_subjects}: this ablation needs {least} or more; leave it out")
+        studies = None if data == "phantom" else layouts.find(Path(data), config)
         self.folder, self.config, self.settings, self.networks = folder, config, settings, networks
         self.seeds = [settings.seed + i for i in range(runs or (FULL_RUNS if full else REDUCED_RUNS))]
         self.described = {
@@ -76,21 +79,21 @@ class Experiment(ABC, Generic[V, S, T]):
         }
         claim(folder, self.described, resume=True)
         self.console = terminal()
-        self.images, self.held_out = self._images(data, test_subjects, least)
+        self.images, self.held_out = self._images(studies, test_subjects, least)
+        self.described |= {"subjects": len(self.images), "test_subjects": len(self.held_out)}
 
-    def _images(self, data: str, test_subjects: int, least: int) -> tuple[np.ndarray, np.ndarray]:
+    def _images(self, studies: layouts.DataSet | None, test_subjects: int, least: int) -> tuple[np.ndarray, np.ndarray]:
         """Training images and those of held-out subjects, kept in the folder: of phantoms, or of a data set."""
         config, folder = self.config, self.folder
-        if data == "phantom":
+        if studies is None:
             images = phantom_images(config, self.settings.subjects, folder / "phantom.npy")
             return images, phantom_images(config, test_subjects, folder / "held-out.npy", first=HELD_OUT)
-        studies = layouts.find(Path(data), config)
         images = folder_images(config, studies, folder, say=self.console.print)
         held_out = held_out_images(config, studies, folder, test_subjects)
         if len(held_out) < least:
             raise CopeditError(
-                f"{data}: {len(held_out)} of the held-out subjects can be used, and this ablation needs {least} or "
-                "more; add studies"
+                f"{studies.folder}: {len(held_out)} of the held-out subjects can be used, and this ablation needs "
+                f"{least} or more; add studies"
             )
         return images, held_out
 
@@ -168,8 +171,6 @@ def looked(report: Mapping[str, Any]) -> list[str]:
 
 
 def held_out_words(report: Mapping[str, Any]) -> str:
-    """What a table is of: training and held-out subjects, seeds."""
-    return (
-        f"{report['settings']['subjects']} training subjects, {report['test_subjects']} held-out subjects, seeds "
-        f"{', '.join(map(str, report['seeds']))}."
-    )
+    """What a table is of: training and held-out studies, seeds."""
+    seeds = ", ".join(map(str, report["seeds"]))
+    return f"{report['subjects']} studies to train on, {report['test_subjects']} held out, seeds {seeds}."

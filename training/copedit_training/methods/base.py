@@ -301,8 +301,12 @@ class Method(LatentTask[M, Drawn], Generic[M]):
             checkpoint.write_tensors(folder / checkpoint.TOKENIZER, self.tokenizer.state_dict())
 
 
-def check(kind: type[Method[Any]], settings: MethodSettings) -> None:
-    """Raises CopeditError for settings that a method does not have."""
+def check(kind: type[Method[Any]], settings: MethodSettings, overrides: Sequence[str] = ()) -> None:
+    """Raises CopeditError for settings that a method does not have, and overrides that it does not go by."""
+    heeded = {"slices": kind.sliced, "sampler_steps": "sampler_steps" in kind.adjustable}
+    for item in overrides:
+        if not heeded.get(item.partition("=")[0], True):
+            raise CopeditError(f"--set {item}: {kind.title} does not go by it; leave it out")
     for name, idle in (("crop", 0), ("augment", False), ("checkpointing", False)):
         if (value := getattr(settings, name)) != idle:
             raise CopeditError(f"{name} = {value}: {kind.title} is trained without; leave it at {idle}")

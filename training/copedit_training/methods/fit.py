@@ -31,7 +31,7 @@ def fit(
     kind = method(name)
     settings = load_settings(name, preset, overrides, quick, kind.kind)
     config = config or ModelConfig.preset(preset)
-    check(kind, settings)
+    check(kind, settings, overrides)
     trainer.check_subjects(data, overrides)
     with distributed.processes(settings.device):
         found = trainer.source(data, config)

@@ -24,14 +24,15 @@ B = TypeVar("B", bound=Batch)
 S = TypeVar("S", bound=Settings)
 
 
-def _kept(path: Path, key: Tensor, rows: int) -> Tensor | None:
-    """The prompts [rows, m, 3, P] that an earlier run left there with the same tokenizer; None for anything else."""
+def _kept(path: Path, key: Tensor, *rows: int) -> Tensor | None:
+    """The prompts [rows, m, 3, P], of one of these numbers of rows, that an earlier run left there with the same
+    tokenizer; None for anything else."""
     try:
         found = checkpoint.read_tensors(path)[0]
     except CopeditError:
         return None
     own = "prompts" in found and torch.equal(found.get("tokenizer", key[:0]), key)
-    return found["prompts"] if own and len(found["prompts"]) == rows else None
+    return found["prompts"] if own and len(found["prompts"]) in rows else None
 
 
 class LatentTask(Task[S, B]):
@@ -56,8 +57,8 @@ class LatentTask(Task[S, B]):
         if cache is None:
             return torch.stack([prompts for _, prompts in self._rows(images, range(len(images)), 1)])
         beside = cache.with_name("prompts.safetensors")
-        kept = _kept(beside, self._key(), len(images))
-        return self._computed(images, beside, {}, 1) if kept is None else kept
+        kept = _kept(beside, self._key(), len(images), self.views * len(images))  # the second by `_encode`
+        return self._computed(images, beside, {}, 1) if kept is None else kept[:: len(kept) // len(images)]
 
     def _key(self) -> Tensor:
         """The tokenizer's hash, [32] uint8."""

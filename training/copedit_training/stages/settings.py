@@ -50,6 +50,8 @@ _QUICK_BOTH = {"steps": 4, "warmup": 1, "batch_size": 2, "subjects": 4, "checkpo
 _IDLE: dict[str, tuple[str, Any]] = {
     "prompt_lr": ("prompt_steps", 0),
     "prompt_batch": ("prompt_steps", 0),
+    "prompt_crop": ("prompt_steps", 0),
+    "patients_share": ("patients", ""),
     "validate_subjects": ("validate_every", 0),
     "whole_steps": ("crop", 0),
     "muon_lr": ("optimizer", "adam"),
@@ -78,7 +80,8 @@ class Settings:
     costs the encoding of each batch, as latents are then not computed once and kept.
     checkpointing: less memory for more time, see `task.checkpoint_activations`.
     checkpoint_every, keep: how often, and how many checkpoints stay.
-    validate_every: steps between measurements on the first `validate_subjects` held-out subjects, 0 for none.
+    validate_every: steps between measurements on the first `validate_subjects` held-out subjects, of a data
+    set at most half of them; 0 for none.
 
     Raises CopeditError for a value out of its range.
     """
@@ -281,7 +284,8 @@ def _check_idle(settings: Settings, own: Mapping[str, Any]) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for key, (other, without) in _IDLE.items():
         if key in own and own[key] != defaults[key] and getattr(settings, other, None) == without:
-            raise CopeditError(f"--set {key}={own[key]}: has no effect with {other} = {without}; set both, or neither")
+            idle = f"{other} = {without or repr(without)}"
+            raise CopeditError(f"--set {key}={own[key]}: has no effect with {idle}; set both, or neither")
 
 
 def _parsed(stage: Stage, item: str, known: Mapping[Stage, type[Settings]]) -> tuple[str, Any]:

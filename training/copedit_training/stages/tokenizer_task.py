@@ -46,7 +46,7 @@ from copedit_training.stages.wavelets import start_as_wavelets
 READOUT_LR = 3e-3
 READOUT_NOISE = 0.05  # deviations of a feature
 READOUT_SHARE = 0.25  # of `patients_share`: with all of it a few scanners are learnt by heart (card of brain-2mm)
-HELD_OUT = 10  # one subject in so many is not learnt from, where there are enough; the heads are calibrated on it
+HELD_OUT = 10  # one subject in so many is left out of the read-out, where there are enough, to calibrate the heads on
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,8 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
                 x[:, ~have] = x[:, have].mean(1, keepdim=True)  # which the contrastive task takes for the rest
                 features.append(x)
             there = torch.cat((there, have.expand(prior.VIEWS, -1)))
-        held_out = complete // HELD_OUT * (complete >= 5 * HELD_OUT)
+        views = complete // len(self.images)  # of a subject, which both are held out or neither
+        held_out = len(self.images) // HELD_OUT * views * (complete >= 5 * HELD_OUT)
         counts = np.array([complete - held_out, len(features) - complete])
         share = READOUT_SHARE * self.settings.patients_share * bool(counts[1])
         chance = np.repeat(np.array([1 - share, share]) / np.maximum(counts, 1), counts)
@@ -335,7 +336,7 @@ class TokenizerTask(Task[TokenizerSettings, Views]):
     @torch.no_grad()
     def temper(self, features: Tensor) -> None:
         """Divide the logits of number and position by the temperature (Guo et al. 2017) that suits features [N, m, 3,
-        b] of subjects that the heads have not seen best, if it is above 1."""
+        b] of subjects that were left out of the read-out best, if it is above 1."""
         vae, rng = self.tokenizer, np.random.default_rng(self.settings.seed)
         weight = self.patterns(rng, len(features)).to(features)
         prompts = vae.prompts_of_features(features)

@@ -397,7 +397,7 @@ def _not_finite(step: int, norm: float, shares: list[Share], names: Sequence[str
     every: list[Share] = [share for part in distributed.every_object(guilty or shares) for share in part]  # type: ignore[attr-defined]
     every = [share for share in every if not share.finite] or every
     culprits = [f"{name} {value}" for name, value in every[0].terms.items() if not math.isfinite(value)]
-    subjects = sorted({names[row] if names else f"phantom {row}" for share in every for row in share.subjects})
+    subjects = sorted({names[row] if names else f"subject {row}" for share in every for row in share.subjects})
     return CopeditError(
         f"step {step}: {', '.join(culprits) or f'gradient {norm}'} on {', '.join(subjects)}; look at these images, or "
         f"start again with a lower lr"
