@@ -63,7 +63,9 @@ def test_a_table_of_all_from_the_command(runs, tmp_path):
         assert budget[name] == pytest.approx(sum(json.loads(x)[name] for x in lines) / 2) and budget[name] > 0
     assert budget["seconds_per_study"] > 0
     ldm, own = found["beside"]["LDM"], found["beside"]["model"]
-    assert ldm["slices"] is None and ldm["space"] == "latent" and own["steps"] == 2 and own["parameters"] > 0
+    assert ldm["slices"] is None and ldm["space"] == "latent" and own["steps"] == 2
+    weights, _ = checkpoint.read_tensors(runs / "denoiser" / "model" / checkpoint.DENOISER)
+    assert own["parameters"] == sum(x.numel() for x in weights.values()), "packed or not"
 
     same = found["differences"]["1"]["CoPeDiT, trained beside"]["psnr"]
     assert same["per_seed"] == [0, 0] and not same["resolved"], "the same model with the same noise"

@@ -18,6 +18,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import read_json
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
+from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.schedule import noise
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation.beside import Beside, Fill, Volumes
@@ -123,9 +124,9 @@ def rows(
 
 
 def _weights(model: Synthesizer) -> int:
-    """Of the denoiser."""
-    engine: Any = model.engine
-    return sum(p.numel() for p in engine.denoiser.parameters())
+    """Of the denoiser as it is trained: on a CPU the engine's own are packed, and count for less."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_denoiser(model.config).parameters())
 
 
 def _read(spec: str, device: str, sampling: Mapping[str, Any]) -> Run:
