@@ -108,6 +108,8 @@ _PROCESSED = _words(
 )
 _AGENT = _words(r"ce c \+c gd gad gado gadolinium km contrast enhanced post postcontrast postgd")
 _PLAIN = _words(r"pre precontrast native nativ noncontrast unenhanced")
+# C- or -C: without the agent.
+MINUS = re.compile(r"(?<![a-z])(?:c|gd|gad|km|mdc)-(?![a-z0-9])|[ _]-(?:c|gd|gad|km|mdc)(?![a-z0-9+])", re.I)
 # Words of images that are none of the table's, though they may name one: T2 star, T1 map.
 _OTHER = _words(
     r"t1map t2map map t1rho rho t2star t2starw t2s star inplanet2 gre ffe swi swan qsm megre dwi dti adc fa md trac[ew]"
@@ -210,7 +212,7 @@ def _read(stem: str) -> _Read | None:
     named = [m for word in words[first : last + 1] if (m := _WORD.fullmatch(word[0]))]
     elements = meant({str(m.lastgroup) for m in named})
     before = words[first - 1][0] if first else ""
-    if len(elements) != 1 or (first > 1 and _OTHER.fullmatch(before)):
+    if len(elements) != 1 or (first > 1 and _OTHER.fullmatch(before)) or MINUS.search(stem, words[first].start()):
         return None
     (element,) = elements
     after = [word[0] for word in words[last + 1 :]]

@@ -9,8 +9,8 @@ by slab: beside the images, all of it takes at most `nifti.WORKING` bytes a voxe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from copedit_rt.task import Task
 
 NOTHING = np.float32(1e-3)  # the least that tissue may be
 TISSUE = 0.1  # of the percentile range: brighter is taken for the head
+RINGING = 0.3  # of the voxels of tissue: so many below 0 are no ringing (0.05 to 0.12; z-scores 1.2 and more)
 THICK = 5.0  # mm from slice to slice of a stack
 WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
 CISTERN = 7.0  # mm: half the width of a gap in what is bright that is taken for fluid, not for what lies around a head
@@ -63,6 +64,7 @@ class Prepared:
     missing_slices: tuple[int, ...] = ()
     version: int = 1
     outside: int = 0  # brain: voxels of tissue that the model's field of view does not reach
+    backdrops: Mapping[str, Backdrop] = field(default_factory=dict)  # brain: what shows nothing in each observed volume
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -141,7 +143,7 @@ class Prepared:
             if there:
                 volume = self.study.volumes[name]
                 turned = Orientation.to_ras(volume.affine).apply(volume.data)
-                yield _unit(volume.data, *self.intensity[name])(turned[..., part])
+                yield _unit(*self.intensity[name], self.backdrops[name])(turned[..., part])
 
     def _beyond(self, image: NDArray[np.float32]) -> Callable[[slice], Any]:
         """What stands for an image where the model does not see, in 0..1: a linear relation to what is observed."""
@@ -290,14 +292,13 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
     for name, volume in observed.items():
         if not same_grid(volume, study.reference):
             raise CopeditError(f"{study.name}: {name} is on a grid of its own; resample it to the first")
-    intensity, fills, tissue, background = {}, [], None, None
+    intensity, backdrops, tissue, background = {}, {}, None, None
     first = Orientation.to_ras(study.reference.affine)
     for name, volume in observed.items():
         low, high = _percentiles(volume.data, config.preprocessing.percentiles, f"{study.name}: {name}")
         intensity[name] = (low, high)
-        fill = _backdrop(volume.data, low, high)
-        fills.append(fill or 0.0)
-        empty = _is_empty(volume.data, fill)
+        backdrops[name] = Backdrop.of(volume.data, low, high)
+        empty = backdrops[name].where(volume.data)
         bright = volume.data > np.float32(low + TISSUE * (high - low))
         bright &= ~empty
         there, empty = (first.invert(Orientation.to_ras(volume.affine).apply(mask)) for mask in (bright, empty))
@@ -316,7 +317,8 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
     for name, volume in observed.items():
         orientation = Orientation.to_ras(volume.affine)
         frames.append(Frame.of(volume.data.shape, volume.affine, orientation, config.image, view, offset))
-        images[config.elements.index(name), 0] = frames[-1].to_model(volume.data, _unit(volume.data, *intensity[name]))
+        unit = _unit(*intensity[name], backdrops[name])
+        images[config.elements.index(name), 0] = frames[-1].to_model(volume.data, unit)
     return Prepared(
         images=images,
         observed=np.array([name in observed for name in config.elements]),
@@ -324,7 +326,8 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         task=config.task,
         frame=frames[0],
         intensity=intensity,
-        fill=fills[0],
+        fill=next(iter(backdrops.values())).fill,
+        backdrops=backdrops,
         background=around,
         study=study,
         version=config.preprocessing.version,
@@ -435,31 +438,42 @@ def empty_border(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def to_unit_range(data: NDArray[np.float32], low: float, high: float) -> tuple[NDArray[np.float32], NDArray, float]:
     """A skull-stripped image with low..high as 0..1, clipped; where it shows nothing (bool); and the value there."""
-    fill = _backdrop(data, low, high)
-    return _unit(data, low, high)(data), _is_empty(data, fill), fill or 0.0
+    backdrop = Backdrop.of(data, low, high)
+    return _unit(low, high, backdrop)(data), backdrop.where(data), backdrop.fill
 
 
-def _backdrop(data: NDArray[np.float32], low: float, high: float) -> float | None:
-    """The background's value in a standardised image; None where it is whatever is not above 0.
+@dataclass(frozen=True)
+class Backdrop:
+    """What shows nothing in an image: one value where it was standardised (z-scores), else whatever is not above it."""
 
-    Below 0 there is only interpolation ringing, unless the image was standardised (z-scores): then its background is
-    the value of its corners, and it has to be told from tissue of the same grey.
-    """
-    standardised = low < -0.01 * high
-    return float(np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])) if standardised else None
+    value: float
+    standardised: bool = False
+
+    @classmethod
+    def of(cls, data: NDArray[np.float32], low: float, high: float) -> Backdrop:
+        """The background of a standardised image has the value of its corners, and has to be told from tissue of the
+        same grey. Elsewhere little is below 0, as interpolation rings; then it rings above 0, too."""
+        below = -0.01 * high
+        if low >= below:
+            return cls(0.0)
+        if np.count_nonzero(data < below) < RINGING * np.count_nonzero(data > TISSUE * high):
+            return cls(float(NOTHING) * high)
+        return cls(float(np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])), standardised=True)
+
+    def where(self, data: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return data == self.value if self.standardised else data <= self.value
+
+    @property
+    def fill(self) -> float:
+        return self.value if self.standardised else 0.0
 
 
-def _is_empty(data: NDArray[np.float32], fill: float | None) -> NDArray[np.bool_]:
-    return data <= 0 if fill is None else data == fill
-
-
-def _unit(data: NDArray[np.float32], low: float, high: float) -> Callable[[NDArray], NDArray[np.float32]]:
+def _unit(low: float, high: float, backdrop: Backdrop) -> Callable[[NDArray], NDArray[np.float32]]:
     """What takes voxels of an image to 0..1: low..high, clipped, 0 where it shows nothing."""
-    fill = _backdrop(data, low, high)
 
     def unit(part: NDArray[np.float32]) -> NDArray[np.float32]:
         normal = _normalise(part, low, high)
-        normal[_is_empty(part, fill)] = 0
+        normal[backdrop.where(part)] = 0
         return normal
 
     return unit

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from copedit_rt.images.dicom.headers import Header
 from copedit_rt.images.dicom.series import Series
-from copedit_rt.images.names import TABLE, meant
+from copedit_rt.images.names import MINUS, TABLE, meant
 from copedit_rt.task import STACK
 
 SYNTHETIC, BY_DESCRIPTION = "synthetic", "by its description"
@@ -40,10 +40,14 @@ _WORDS = {row.name: row.series for row in TABLE if row.series} | {
     STACK: r"sax|shortaxis|shax|kurzachse|kurzeachse|sacine|cinesa|sastack",
 }
 _AGENT = (
-    r"\+?(?:c|ce|gd|gad|gado|gadolinium|gadovist|dotarem|prohance|multihance|magnevist|km|mdc|post|postcontrast|postgad"
-    r"|postgd|contrast|kontrast|contraste|enhanced|cont|wc)\+?"
+    r"\+?(?:w/?|c/)?(?:c|ce|gd|gad[a-z]*|dotarem|prohance|multihance|magnevist|km|mdc|post|postcontrast|postgad|postgd"
+    r"|contrast|kontrast|contraste|enhanced|cont)\+?"
 )
-_PLAIN = r"pre|precontrast|pregad|pregd|native?|nativ|noncontrast|unenhanced|without|ohne|nonenhanced|w/o|wo|sans|plain"
+_PLAIN = (
+    r"pre|precontrast|pregad|pregd|native?|nativ|unenhanced|without|w/?o|wout|ohne|sans|senza|zonder|utan|uden|bez|plain"
+    rf"|(?!sinc$)(?:no|non|minus|sin|sem|s/)(?:{_AGENT})"  # a sinc is a pulse
+)
+_SLASH = re.compile(r"(?<!\b[wcs])(?<!\bpre)/")  # that parts words: not in w/o, c/contraste, or pre/post, which is both
 _T1_AGENT = r"s?[23]?d?t1w?\+?(?:ce|c|gd|gad|gado|km|post|\+)"
 _FAT = re.compile(r"(?:fat|fett)[-_ ]?(?:sat|sup|saettig|suppr)\w*|water[-_ ]?(?:exc|sel)\w*", re.I)
 _CHEST = ("HEART", "CARDIAC", "CHEST", "THORAX")  # body parts
@@ -154,8 +158,8 @@ def named(text: str) -> set[str]:
 
 def agent(text: str) -> bool | None:
     """Whether a description says with contrast agent or without; None where it says neither."""
-    tokens = _tokens(text)
-    if _has(tokens, _PLAIN):
+    tokens = _tokens(_SLASH.sub(" ", text.lower()))
+    if MINUS.search(text) or _has(tokens, _PLAIN):
         return False
     return True if _has(tokens, f"{_AGENT}|{_T1_AGENT}") else None
 

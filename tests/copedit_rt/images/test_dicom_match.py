@@ -27,9 +27,13 @@ def series(description: str = "", count: int = 5, **tags) -> Series:
 DESCRIPTIONS = {
     "t1": "T1 | t1_mprage_sag_p2_iso | SAG T1 SE | Ax T1 pre | 3D T1 MPRAGE | sT1W_3D_TFE | T1W_SE | MPRAGE_GRAPPA2 | "
     "AX T1 FSPGR 3D | BRAVO | WIP T1W_TFE SENSE | t1_tse_tra nativ | T1 ohne KM | t1_fl2d_tra | T1 w/o contrast | "
-    "AX T1 NON CONTRAST | t1_se_fs | T1 fat sat | Sag 3D T1 SPACE | T1_GRE_3D | t1 vibe fs tra",
+    "AX T1 NON CONTRAST | t1_se_fs | T1 fat sat | Sag 3D T1 SPACE | T1_GRE_3D | t1 vibe fs tra | "
+    "AX T1 C- | T1 -C | T1 FS GD- | T1 -KM | T1C- | AX T1 NO CONTRAST | T1 NON-GAD | T1 senza mdc | T1 sin contraste | "
+    "T1 S/C | T1 S/ CONTRASTE | T1 sem contraste | T1 zonder contrast | T1 utan kontrast | T1 WOUT GAD | T1 minus gad",
     "t1ce": "T1 MPRAGE +C | T1+C | AX T1 POST | t1_mprage_sag_KM | AX T1 POST GD FS | T1 C+ | Ax T1 w/ contrast | "
-    "T1CE | t1_tse_tra_Gd | Post T1 SE | T1 GAD | SAG T1 MPRAGE POST CONTRAST | T1 +Gadovist | T1c | 3D T1 MDC",
+    "T1CE | t1_tse_tra_Gd | Post T1 SE | T1 GAD | SAG T1 MPRAGE POST CONTRAST | T1 +Gadovist | T1c | 3D T1 MDC | "
+    "AX T1 W/GAD | AX T1 W/CONTRAST | T1 W/GD | T1 POST/GAD | T1 Gadavist | T1 c/contraste | T1 +GD/FS | "
+    "T1-C | T1 - C+ | T1 sinc +C",
     "t2": "T2 | t2_tse_tra_320_p2 | AX T2 FSE | Ax T2 FRFSE | T2W_TSE | sT2W | T2 BLADE | t2_space_sag | AX T2 PROP FS",
     "flair": "FLAIR | FLAIR_AX | t2_tirm_tra_dark-fluid | t2_tirm_tra_dark_fluid | AX T2 FLAIR | T2FLAIR | FLAIR +C | "
     "3D FLAIR SPACE | t2_spc_da-fl_sag_p2_iso | sag CUBE flair | T2W_FLAIR_SPIR | 3D_Brain_VIEW_FLAIR",
@@ -127,6 +131,7 @@ def test_contrast_agent_and_protocol():
     assert judge(series("t1_se_tra", contrast=True)) == ("t1ce", "by its description and contrast agent")
     assert judge(series("T1 pre", contrast=True))[0] == "t1"
     assert judge(series("T1 post", contrast=False))[0] == "t1ce"
+    assert judge(series("T1 C-", contrast=True))[0] == "t1" and judge(series("T1 pre/post", contrast=True))[0] == "t1ce"
     assert judge(series("head axial", protocol="FLAIR_AX"))[0] == "flair"
     assert judge(series("t2_tirm", repetition_time=9000, echo_time=90, inversion_time=2500))[0] == "flair"
     assert judge(series("FLAIR", repetition_time=500, echo_time=10))[0] is None

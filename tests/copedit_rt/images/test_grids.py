@@ -291,6 +291,19 @@ def test_standardised_images_keep_their_background_value():
     np.testing.assert_allclose(restored, np.clip(data, low, high), atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [3, 5])
+def test_ringing_is_no_standardised_image(order):
+    """A brain that splines have moved by half a voxel rings below and above 0, all the way to the corners."""
+    places = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (64, 72, 56)), indexing="ij"))
+    radius = np.sqrt((places**2).sum(0)) / 0.7
+    data = ndimage.shift((radius < 1) * (500 + 200 * np.sin(5 * places[0])), 0.5, order=order).astype(np.float32)
+    prepared = prepare(brain({"t1": Volume.from_array(data, RAS)}), config(field_of_view=(128.0, 144.0, 280.0)))
+    low, high = prepared.intensity["t1"]
+    assert low < -0.05 * high and (data[radius > 1.4] > 0).mean() > 0.3
+    assert prepared.fill == 0 and prepared.background[radius > 1.4].all()
+    assert not prepared.restore(np.full_like(prepared.images, 0.5))["t2"][radius > 1.4].any()
+
+
 def test_tissue_outside_the_field_of_view_is_said_and_never_zero():
     data = unit_image((16, 24, 8)) + 0.5
     data[:, :, 7] = 0

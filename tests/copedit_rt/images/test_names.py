@@ -51,6 +51,7 @@ UNKNOWN = [
     "T1_to_MNI_lin", "A_T1_post_op", "A_T1_without_contrast", "t2_space_dark-fluid_sag", "A_tirm", "t2_tse_tra_e1",
     "A_T2_GRE", "A_swi_T2", "A_dwi_T2", "A_T2_swi", "A_T1_sub", "A_T1_inv2", "sub-01_acq-gd_T1w", "sub-01_T1map",
     "sub-01_acq-flair_T2w", "sub-01_part-phase_T1w", "A_t1_t1ce", "A_T10", "A_at1", "sub-01_UNIT1", "A_T2_TIRM",
+    "A_T1_C-", "A_T1_-C", "A_T1C-", "A_t1_gd-_brain", "A_T1_no_contrast",
 ]  # fmt: skip
 
 
