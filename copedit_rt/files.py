@@ -145,16 +145,24 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """A folder and those below it, each with the names of its files, in order. Links to folders are followed; a folder
-    that several lead to is taken once. What is hidden is passed over, and what macOS puts into zips."""
+    that several lead to is taken once. What is hidden is passed over, and what macOS puts into zips and Linux on disks.
+
+    CopeditError for a folder that cannot be read: what lies there would count as missing.
+    """
     seen = set()
-    for top, folders, names in os.walk(root, followlinks=True):
+    for top, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(top)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX", "lost+found")))
         yield Path(top), sorted(name for name in names if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    reason = f"cannot read {error.filename}: {error.strerror}"
+    raise CopeditError(f"{reason}; what lies there is not missing: make it readable, or move it away") from error
 
 
 def sweep(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import walk, write_atomically
 
 DESCRIPTION = "dataset_description.json"
 VERSION = "1.10.0"
@@ -39,8 +39,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def images(root: Path) -> Iterator[Path]:
     """The files in the anat folders of a data set, in order: nothing else there is an anatomical image."""
-    for folder in sorted([*root.glob("sub-*/anat"), *root.glob("sub-*/ses-*/anat")]):
-        yield from sorted(path for path in folder.iterdir() if re.search(r"\.nii(\.gz)?$", path.name))
+    for subject in sorted(path for path in root.glob("sub-*") if path.is_dir()):
+        for folder, names in walk(subject):
+            if re.fullmatch(r"(ses-[^/]+/)?anat", folder.relative_to(subject).as_posix()):
+                yield from (folder / name for name in names if re.search(r"\.nii(\.gz)?$", name))
 
 
 def entities(path: Path) -> dict[str, str]:
@@ -49,9 +51,13 @@ def entities(path: Path) -> dict[str, str]:
 
 
 def chosen(path: Path, labels: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a file has the labels asked for, {key: labels}, with or without the key before them; runs are numbers."""
+    """Whether a file has the labels asked for, {key: labels}, with or without the key before them; runs are numbers.
+
+    A file that names no run is of all runs: there was one of its kind.
+    """
     there = entities(path)
-    return all(_label(key, there.get(key, "")) in {_label(key, label) for label in labels[key]} for key in labels)
+    keys = [key for key in labels if key in there or key != "run"]
+    return all(_label(key, there.get(key, "")) in {_label(key, label) for label in labels[key]} for key in keys)
 
 
 def _label(key: str, label: str) -> str:
@@ -102,5 +108,5 @@ def _raw(output: Path, root: Path) -> bool:
 
 def sources(paths: Sequence[Path]) -> list[str]:
     """Files of a data set as a derivative's sidecar names them."""
-    parts = [next((p.parts[i:] for i, part in enumerate(p.parts) if part.startswith("sub-")), (p.name,)) for p in paths]
-    return [f"bids:raw:{'/'.join(part)}" for part in parts]
+    subjects = [max((i for i, part in enumerate(p.parts[:-1]) if part.startswith("sub-")), default=-1) for p in paths]
+    return [f"bids:raw:{'/'.join(p.parts[i:])}" for p, i in zip(paths, subjects, strict=True)]

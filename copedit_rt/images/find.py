@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unicodedata import normalize
 
 from copedit_rt.archive import Unpacked, is_zip
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import is_file, walk
 from copedit_rt.images import bids
+from copedit_rt.images.dicom.headers import dicom_files
 from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
 from copedit_rt.images.names import (
     FOREIGN,
@@ -42,6 +44,7 @@ from copedit_rt.images.nifti import is_synthetic, refuse_synthetic
 from copedit_rt.task import STACK, Task
 
 _SERIES = "a series over time; its frames are used instead"
+_BESIDE = "DICOM files beside NIfTI files, which are used; give this folder itself if it is another study"
 _KNOWN = ", ".join(MODALITIES)
 _BY_HAND = "name every file with --file t1=FILE and so on"
 _UNKNOWN = (
@@ -232,8 +235,12 @@ class _Search:
                 self.images.append(path)
         for path in self.named.intersection(self.images):
             refuse_synthetic(path)
+        above = {folder for path in self.images for folder in path.parents}
         for root in self.roots if not self.dataset else ():
-            if _is_folder(root) and not any(path.is_relative_to(root) for path in self.images):
+            if root in above:
+                apart = (folder for folder, _ in walk(root) if folder not in above and folder.parent in above)
+                self.skipped.extend((folder, _BESIDE) for folder in apart if any(dicom_files(folder)))
+            elif _is_folder(root):
                 found = dicom_studies(root, self.explicit, self.scratch, self.zips.get(root))
                 self.medical.extend((root, study) for study in found)
 
@@ -276,7 +283,7 @@ class _Search:
         names, stacks = self._sort()
         groups: dict[tuple[Path, str, str | None], list[Name]] = {}
         for name in names:
-            groups.setdefault((name.folder, name.head, name.tail), []).append(name)
+            groups.setdefault((name.folder, normalize("NFC", name.head), name.tail), []).append(name)
         for key, group in list(groups.items()):
             if len({name.element for name in group}) == 1 and (bad := [n for n in group if n.doubtful]):
                 del groups[key]
@@ -286,9 +293,11 @@ class _Search:
         if unknown := [mark for mark in self.select if mark.lower() not in marks]:
             raise CopeditError(f"--select {unknown[0]}: no file carries that; there are {', '.join(marks)}")
         found = []
-        for (folder, head, _), group in groups.items():
+        tails = Counter((folder, head) for folder, head, _ in groups)
+        for (folder, head, tail), group in groups.items():
             group.sort(key=lambda n: MODALITIES.index(n.element))
-            label = head.strip("-_. ") or folder.resolve().name
+            label = group[0].head + (tail or "") * (tails[folder, head] > 1)
+            label = label.strip("-_. ") or folder.resolve().name
             found.append((folder, self._brain(label, group, self._subfolder(folder, self.top[group[0].path]))))
         for path in stacks:
             naming = Naming(stem_of(path), {STACK: ""}, self._subfolder(path.parent, self.top[path]))
@@ -431,7 +440,7 @@ def _same(study: StudyFiles, name: Name | None) -> bool:
 
 def _distinct(found: Sequence[tuple[Path, StudyFiles]]) -> list[StudyFiles]:
     """The studies, those of one name told apart by the folders above, and refused where outputs would clash."""
-    outputs = Counter(_place(s) for _, s in found)
+    outputs = Counter(place for _, s in found for place in _places(s))
     labels = Counter(s.name for _, s in found)
     names = []
     for folder, study in found:
@@ -445,15 +454,17 @@ def _distinct(found: Sequence[tuple[Path, StudyFiles]]) -> list[StudyFiles]:
         names = [f"{p.name}_{name}" if count[name] > 1 and p.name else name for p, name in pairs]
     studies = []
     for (_, study), name in zip(found, names, strict=True):
-        if outputs[_place(study)] > 1:
+        if any(outputs[place] > 1 for place in _places(study)):
             problem = f"{study.name}: another input would have the same output; give one at a time"
             study = replace(study, problem=study.problem or problem)
         studies.append(replace(study, name=name))
     return studies
 
 
-def _place(study: StudyFiles) -> tuple[Path, str]:
-    return study.naming.subfolder, study.naming.head
+def _places(study: StudyFiles) -> set[tuple[Path, str]]:
+    """Where outputs may go, whatever the case of their modalities."""
+    naming = study.naming
+    return {(naming.subfolder, f"{naming.head}{spelled.lower()}") for spelled in naming.spelling.values()}
 
 
 def _is_folder(path: Path) -> bool:
@@ -467,11 +478,7 @@ def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
     every = (folder / name for folder, names in walk(root) for name in names)
     for path in sorted(path for path in every if is_nifti(path)):
         parts = path.relative_to(root).parts
-        if path.is_symlink() and not path.exists():
-            skipped.append((path, "a broken link"))
-        elif not path.is_file():
-            skipped.append((path, "no regular file"))
-        elif "derivatives" in parts or "sourcedata" in parts:
+        if "derivatives" in parts or "sourcedata" in parts:
             skipped.append((path, "not raw data (BIDS derivatives or sourcedata)"))
         else:
             yield path

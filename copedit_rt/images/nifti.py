@@ -297,6 +297,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     """The file's content; by its first bytes, as names lie about compression."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file")  # a pipe would block for ever
+    if path.is_symlink() and not path.exists():
+        raise OSError(errno.ENOENT, "it is a broken link")
     with open(path, "rb") as file:
         zipped = file.read(2) == _GZIP
         file.seek(0)

@@ -88,16 +88,19 @@ def dicom_files(folder: Path) -> Iterator[Path]:
     """The DICOM files below a folder, in order: those that say so in their first bytes, or have the usual suffix."""
     for top, names in walk(folder):
         for path in (top / name for name in names if name != "DICOMDIR"):
-            if path.is_file() and _is_dicom(path):
+            if _is_dicom(path):
                 yield path
 
 
 def _is_dicom(path: Path) -> bool:
+    """Also what cannot be read, as it may be one, such as a broken link."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would block for ever
+            return False
         with open(path, "rb") as file:
             start = file.read(132)
     except OSError:
-        return False
+        return True
     return start[128:] == b"DICM" or (bool(start) and path.suffix.lower() in _SUFFIXES)
 
 
@@ -113,6 +116,8 @@ def read_headers(paths: list[Path]) -> tuple[list[Header], list[tuple[Path, str]
                 headers.append(_read(path))
             except CopeditError as error:
                 damaged.append((path, str(error)))
+            except OSError as error:
+                damaged.append((path, f"a file that cannot be read ({error.strerror or error})"))
             except Exception:  # whatever a parser makes of bytes that somebody else wrote
                 damaged.append((path, "a damaged DICOM file"))
     return headers, damaged

@@ -160,8 +160,12 @@ def _study(folder: Path, headers: Sequence[Header], explicit: Mapping[str, str |
     for one, element, why in verdicts:
         if one in taken:
             continue
-        if element is None or element in asked:
-            left_out.append((one, why if element is None else f"another {element} was asked for"))
+        if element is None:
+            left_out.append((one, why))
+        elif STACK in chosen:
+            left_out.append((one, f"the {STACK} was asked for"))
+        elif element in asked:
+            left_out.append((one, f"another {element} was asked for" if asked[element] else "left out as asked"))
         elif element in chosen:
             problem = problem or _rivals(name, element, [s for s, e, _ in verdicts if e == element and s not in taken])
         else:
@@ -215,6 +219,8 @@ def _asked(name: str, series: Sequence[Series], explicit: Mapping[str, str | Pat
         if one in asked.values():
             raise CopeditError(f"--file {element}={value}: series {one} was named twice; name one for each modality")
         asked[element] = one
+    if asked.get(STACK) and sum(one is not None for one in asked.values()) > 1:
+        raise CopeditError(f"--file {STACK} stands beside modalities of the brain; give one or the other")
     return asked
 
 
@@ -224,7 +230,7 @@ def _named(name: str, series: Sequence[Series], element: str, text: str) -> Seri
     ways = (
         lambda s: low in (s.key.lower(), s.first.series),
         lambda s: low == s.said.lower(),
-        lambda s: low in s.said.lower(),
+        lambda s: not low.isdecimal() and low in s.said.lower(),
     )
     for way in ways:
         fitting = [one for one in series if way(one)]

@@ -1,8 +1,10 @@
 """Bad input: one clear sentence that names the file or value and what to do, and nothing is written."""
 
+import errno
 import gzip
 import os
 import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -117,8 +119,30 @@ def test_not_there(tmp_path):
 
 
 def test_broken_link(tmp_path):
+    """What is there is not missing: the study is refused, of a cohort it alone."""
+    save(tmp_path / "A_t2.nii.gz")
+    save(tmp_path / "B_t2.nii.gz")
     (tmp_path / "A_t1.nii.gz").symlink_to(tmp_path / "gone")
-    refuses("a broken link", find_studies, tmp_path)
+    one, other = find_studies(tmp_path)
+    refuses("cannot read .*A_t1.nii.gz: it is a broken link", Study.read, one)
+    assert list(Study.read(other).volumes) == ["t2"]
+
+
+@pytest.mark.parametrize("bids", [False, True])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, bids):
+    for name in ("sub-01", "sub-02"):
+        save(tmp_path / name / "anat" / f"{name}_T1w.nii.gz")
+    if bids:
+        (tmp_path / "dataset_description.json").write_text('{"BIDSVersion": "1.8.0"}')
+    scan = os.scandir
+
+    def denied(path):
+        if Path(path).name == "sub-02":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    refuses("cannot read .*sub-02: Permission denied; .* make it readable", find_studies, tmp_path)
 
 
 def test_links_to_folders_are_followed_and_a_folder_is_taken_once(tmp_path):

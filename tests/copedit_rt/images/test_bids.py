@@ -34,6 +34,7 @@ def dataset(tmp_path) -> Path:
     ):
         save(root / f"{name}.nii.gz", image(seed))
         (root / f"{name}.json").write_text("{}")
+    (root / "sub-01/ses-a/anat/._sub-01_ses-a_T1w.nii.gz").write_bytes(b"\0\5\x16\7")  # of macOS
     save(root / "sub-01/ses-a/perf/sub-01_ses-a_T1w.nii.gz", image(9))
     save(root / "derivatives/other/sub-01/anat/sub-01_desc-x_T1w.nii.gz", image(9))
     (root / "derivatives/other" / bids.DESCRIPTION).write_text(json.dumps({"GeneratedBy": [{"Name": "other"}]}))
@@ -59,14 +60,16 @@ def test_the_walk(dataset):
         ({"sub": ["01"]}, ["sub-01_ses-a", "sub-01_ses-b"]),
         ({"sub": ["sub-01"], "ses": ["b"]}, ["sub-01_ses-b"]),
         ({"sub": ["02"], "run": ["1"]}, ["sub-02"]),
+        ({"run": ["2"]}, ["sub-01_ses-a", "sub-01_ses-b", "sub-02"]),
         ({"ses": ["a", "b"]}, ["sub-01_ses-a", "sub-01_ses-b"]),
     ],
 )
 def test_labels(dataset, labels, names):
     found = find_studies(dataset, labels=labels)
     assert [study.name for study in found] == names
-    if "run" in labels:
-        assert [path.name for path in found[0].files.values()] == ["sub-02_run-01_T1w.nii.gz"]
+    if labels.get("run") == ["1"]:
+        names = ["sub-02_run-01_T1w.nii.gz", "sub-02_T2w.nii.gz"]  # one of its kind: of every run
+        assert [path.name for path in found[0].files.values()] == names
 
 
 def test_labels_that_are_not_there(dataset):
@@ -77,6 +80,21 @@ def test_labels_that_are_not_there(dataset):
     ):
         with pytest.raises(CopeditError, match=words):
             find_studies(dataset, labels=labels)
+
+
+def test_sources_below_any_folder():
+    assert bids.sources([Path("/sub-cortical/ds/sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz"), Path("x.nii")]) == [
+        "bids:raw:sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz",
+        "bids:raw:x.nii",
+    ]
+
+
+def test_spaces_are_studies_of_their_own(tmp_path):
+    for space in ("", "space-MNI152_"):
+        save(tmp_path / f"sub-01_{space}desc-preproc_T1w.nii.gz", image(1))
+    found = find_studies(tmp_path)
+    assert [(study.name, study.problem) for study in found] == [("sub-01", None), ("sub-01_space-MNI152", None)]
+    assert found[1].output_path(Path("o"), "flair").name == "sub-01_space-MNI152_FLAIR.nii.gz"
 
 
 def test_outputs_are_a_derivative(dataset, brain_model):

@@ -21,7 +21,7 @@ pytest.importorskip("dcm2niix", reason="needs the extra dicom")
 import dcm2niix
 import dicoms
 import pydicom
-from commands import files, refused, run
+from commands import files, image, refused, run, save
 from dicoms import FLAIR, T1, T2, Made, tilted
 
 from copedit_rt import archive
@@ -120,8 +120,8 @@ def test_series_are_named_by_hand(tmp_path):
         assert found.files["t1"].name == "series 7 (T1 again)" and "t2" in found.files and not found.problem
         assert [why for _, why in found.source.left_out] == ["another t1 was asked for"]
     (found,) = find_studies(tmp_path / "case", {"t1": "none"})
-    assert list(found.files) == ["t2"]
-    for named, words in (("9", "no such series; there are 2"), ("t", "3 series of case are that; name its UID")):
+    assert list(found.files) == ["t2"] and {why for _, why in found.source.left_out} == {"left out as asked"}
+    for named, words in (("320", "no such series; there are 2"), ("t", "3 series of case are that; name its UID")):
         with pytest.raises(CopeditError, match=words):
             find_studies(tmp_path / "case", {"t1": named})
     with pytest.raises(CopeditError, match="named twice"):
@@ -161,8 +161,23 @@ def test_nifti_beside_dicom_is_taken(tmp_path, hospital):
     shutil.copytree(hospital, tmp_path / "case")
     volume = Study.read(hospital, resample=True).volumes["t1"]
     volume.save(tmp_path / "case" / "x_t1.nii.gz")
+    assert passed_over(tmp_path / "case") == ["0001", "0002", "0003", "0004", "0005", "0006"]
     (found,) = find_studies(tmp_path / "case")
     assert found.source is None and list(found.files) == ["t1"]
+
+
+def passed_over(folder: Path) -> list[str]:
+    """Folders whose DICOM files were passed over for NIfTI files beside them."""
+    return [path.name for path, reason in find_studies(folder).skipped if "DICOM files beside NIfTI" in reason]
+
+
+def test_dicom_studies_among_others_are_told(tmp_path, hospital):
+    for site in ("", "site"):
+        save(tmp_path / site / "p1" / "p1_t1.nii.gz", image())
+        shutil.copytree(hospital / "0003", tmp_path / site / "p2" / "dicom")
+        (tmp_path / site / "p3").mkdir()
+        (tmp_path / site / "p3" / "notes.txt").write_text("neither")
+    assert len(find_studies(tmp_path)) == 2 and passed_over(tmp_path) == ["p2", "p2"]
 
 
 def test_frames_of_reference(tmp_path):
@@ -203,6 +218,12 @@ def test_the_task_chooses(tmp_path):
     case = dicoms.study(tmp_path / "case", T2, Made("short axis", 9))
     assert [list(study.files) for study in find_studies(case)] == [["t2"]]
     assert [list(study.files) for study in find_studies(case, task="cardiac")] == [["sax"]]
+    for sax in ("9", "short axis"):
+        (named,) = find_studies(case, {"sax": sax})
+        assert named.task == "cardiac" and list(named.files) == ["sax"]
+        assert [why for _, why in named.source.left_out] == ["the sax was asked for"]
+    with pytest.raises(CopeditError, match="give one or the other"):
+        find_studies(case, {"sax": "9", "t2": "3"})
     with pytest.raises(CopeditError, match="a DICOM study of the other task than --task cardiac"):
         find_studies(dicoms.study(tmp_path / "brain", T2), task="cardiac")
     (unclear,) = find_studies(dicoms.study(tmp_path / "unclear", dicoms.DIFFUSION), task="brain")
@@ -458,6 +479,12 @@ def lost(folder: Path, *numbers: int) -> Path:
     return folder
 
 
+def dangling(folder: Path) -> Path:
+    (dicoms.study(folder) / "0004" / "IM00000").unlink()
+    (folder / "0004" / "IM00000").symlink_to("nowhere")
+    return folder
+
+
 def put(keyword: str, value):
     return lambda one: setattr(one, keyword, value)
 
@@ -471,6 +498,7 @@ HOSTILE = [
     (lambda f: cut(f, 2500), "IM00003 is a truncated DICOM file"),
     (lambda f: cut(f, 700), "IM00003 is a damaged DICOM file"),
     (lambda f: cut(f, 200), "IM00003 is a damaged DICOM file"),
+    (dangling, "IM00000 is a file that cannot be read (No such file or directory); copy or export it again"),
     (lambda f: changed(f, without("Rows"), 5), "is a damaged DICOM file: it has no rows and columns, and 2 more"),
     (lambda f: changed(f, without("StudyInstanceUID"), 99), "a damaged DICOM file, or none"),
     (lambda f: changed(f, put("Rows", 60000), 99), "is a truncated DICOM file"),

@@ -3,12 +3,14 @@
 import json
 import os
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.find import find_studies
 from copedit_rt.images.names import MODALITIES, STYLES, TABLE, is_heart, modality, parse
+from copedit_rt.images.study import Study
 
 
 def touch(root, *files):
@@ -222,6 +224,11 @@ def test_a_study_folder_that_ends_like_a_modality_is_not_split(tmp_path):
         find_studies(tmp_path / "x")
 
 
+def test_one_name_in_two_normal_forms_is_one_study(tmp_path):
+    names = [f"{normalize(form, 'Müller')}_{of}.nii.gz" for form, of in (("NFC", "t1"), ("NFD", "flair"))]
+    assert list(found(touch(tmp_path, *names)).values()) == [("brain", ["t1", "flair"])]
+
+
 def test_equal_visits_of_two_subjects_have_two_names(tmp_path):
     touch(tmp_path, *(f"{s}/{v}/t1.nii.gz" for s in ("A", "B") for v in ("v1", "v2")), "C/v3/t1.nii.gz")
     names = [study.name for study in find_studies(tmp_path)]
@@ -233,7 +240,7 @@ def test_what_is_no_file(tmp_path):
     with pytest.raises(CopeditError, match="neither a file nor a folder"):
         find_studies(tmp_path / "s_t1.nii.gz")
     with pytest.raises(CopeditError, match="no regular file"):
-        find_studies(tmp_path)
+        Study.read(tmp_path)
     with pytest.raises(CopeditError, match=r"cannot read .*xxx: File name too long"):
         find_studies(tmp_path / ("x" * 300))
     (tmp_path / "d").mkdir()
