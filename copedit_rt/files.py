@@ -98,7 +98,7 @@ def _claimed(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, in
     try:
         yield part, handle
     finally:
-        _remove(part)
+        remove(part)
         os.close(handle)
 
 
@@ -121,12 +121,13 @@ def _lock(handle: int) -> bool:
         return False
 
 
-def _remove(part: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or folder goes if it is there and can."""
     with suppress(OSError):
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            part.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -183,15 +184,16 @@ def _sweep(folder: Path, names: Iterable[str]) -> None:
             handle = os.open(part, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             try:
                 if _lock(handle):
-                    _remove(part)
+                    remove(part)
             finally:
                 os.close(handle)
 
 
 def digest_of(folder: Path) -> str:
-    """The sha256 of a folder's files one after another, in the order of their names. Raises OSError."""
+    """The sha256 of a folder's files one after another, in the order of their names; not of those that systems hide in
+    it. Raises OSError."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -84,10 +84,13 @@ class Volume:
         what: its name in errors, where it has no file. Numbers before scaling are kept, as an output may repeat them.
         Raises CopeditError as `read_volume` does, and for an image that is marked as synthetic.
         """
-        from nibabel import is_proxy
+        import nibabel as nib
+        from nibabel.arrayproxy import ArrayProxy
 
         file = Path(name) if (name := image.get_filename()) else None
         path = file or Path(what)
+        if nib.is_proxy(image.dataobj) and type(image.dataobj) is not ArrayProxy:  # as of MINC, scaled in its own way
+            image = nib.Nifti1Image(_whole(path, image.dataobj), image.affine)
         if image.affine is not None:
             check_affine(path, image.affine)
         header = _header_of(image)
@@ -97,12 +100,7 @@ class Volume:
         _check_extent(path, shape, affine)
         if header["descrip"].item().startswith(MARK.encode()):
             raise _synthetic(path)
-        try:
-            stored: Any = image.dataobj
-            raw = np.asarray(stored.get_unscaled() if is_proxy(stored) else stored)
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise CopeditError(f"{path} is truncated or damaged; copy or download it again") from error
-        raw = raw.reshape(shape)
+        raw = _whole(path, image.dataobj).reshape(shape)
         return cls(_scaled(raw, header), affine, header, file, raw=raw)
 
     @classmethod
@@ -176,6 +174,16 @@ def _read(promise: Promise, keep_raw: bool) -> Volume:
     )
 
 
+def _whole(path: Path, stored: Any) -> NDArray:
+    """What an image of nibabel's holds, before a NIfTI header's scale is applied."""
+    from nibabel.arrayproxy import ArrayProxy
+
+    try:
+        return np.asarray(stored.get_unscaled() if type(stored) is ArrayProxy else stored)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise CopeditError(f"{path} is truncated or damaged; copy or download it again") from error
+
+
 def _scaled(raw: NDArray, header: nib.Nifti1Header) -> NDArray[np.float32]:
     """The grey values [X, Y, Z] of a file's numbers."""
     slope, inter = header.get_slope_inter()
@@ -195,13 +203,12 @@ def _header_of(image: SpatialImage) -> nib.Nifti1Header:
     from nibabel.spatialimages import HeaderDataError
 
     data: Any = image.dataobj
-    proxy = nib.is_proxy(data)
     kind = nib.Nifti2Header if isinstance(image, nib.Nifti2Image) else nib.Nifti1Header
     header = image.header.copy() if isinstance(image.header, kind) else kind()
     header.set_data_shape(image.shape)
     with contextlib.suppress(HeaderDataError):  # a type that no NIfTI file has is refused by its name
         header.set_data_dtype(data.dtype)
-    header.set_slope_inter(*((data.slope, data.inter) if proxy and hasattr(data, "slope") else (1, 0)))
+    header.set_slope_inter(*((data.slope, data.inter) if nib.is_proxy(data) else (1, 0)))
     if image.affine is not None and not (
         isinstance(image.header, kind) and np.array_equal(header.get_best_affine(), image.affine)
     ):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import digest_of, write_atomically
+from copedit_rt.files import digest_of, remove, write_atomically
 from copedit_rt.images import bids
 from copedit_rt.images.dicom.studies import DicomStudy
 from copedit_rt.images.find import StudyFiles, find_studies, output_path
@@ -191,11 +191,12 @@ class Study:
         reference's but for data type, description and (brain) display range. A cardiac stack keeps its type, scaling
         and every number of its present slices. The sidecar is written last and holds the images' sha256: what was
         interrupted, or written by two at once, is not complete (`complete_sidecar`). Existing files are replaced,
-        inputs never. Returns the images' paths.
+        inputs never; an SD map or series of the image before, by its sidecar, goes. Returns the images' paths.
         """
         written = []
         for element in (name for name in self.volumes if name in self.synthetic):
             path = self.output_path(folder, element)
+            before = complete_sidecar(path) or {}
             sidecar = {
                 "synthetic": True,
                 "element": element,
@@ -206,18 +207,24 @@ class Study:
                 **(record or {}),
             }
             data, header, scaled = self._output(element)
+            sd_path = self._naming.path(folder, element, "_sd")
             if std and element in std:
                 sd_header = header.copy()
                 sd_header["cal_min"] = sd_header["cal_max"] = 0
-                sd_path = self._naming.path(folder, element, "_sd")
                 spread = np.asarray(std[element], np.float32)
                 digest = write_nifti(sd_path, spread, sd_header, f"{MARK} {model}, SD map")
                 sidecar["sd"] = {"file": sd_path.name, "sha256": digest}
             if dicom and self.source:
-                sidecar["dicom"] = self._write_dicom(folder, element, data, model, record or {})
+                series = self._write_dicom(folder, element, data, model, record or {})
+                slope, inter = header.get_slope_inter() if scaled else (None, None)
+                low, step = (inter or 0) + (slope or 1) * series["low"], (slope or 1) * series["step"]
+                sidecar["dicom"] = series | {"low": low, "step": step}
             sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=scaled)
             text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
             write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
+            for kind, old in (("sd", sd_path), ("dicom", self.dicom_path(folder, element))):
+                if kind not in sidecar and old.name in before.get(kind, {}).values():  # of an image that is no more
+                    remove(old)
             written.append(path)
         return written
 

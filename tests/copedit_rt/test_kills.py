@@ -75,7 +75,7 @@ class Killer:
         for name in ("replace", "fsync", "open"):
             patch.setattr(files.os, name, self.around(getattr(os, name)))
         patch.setattr(files, "open", self.opened, raising=False)
-        patch.setattr(files, "_remove", self.remove(files._remove))
+        patch.setattr(files, "remove", self.remove(files.remove))
 
     def event(self) -> None:
         self.count += 1

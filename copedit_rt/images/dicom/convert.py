@@ -48,7 +48,7 @@ def convert(series: Series, folder: Path, called: Path) -> Path:
         (files / f"{number:06d}.dcm").symlink_to(header.path.resolve())
     said = _run([program(), *_OPTIONS, "-o", str(out), str(files)], folder, size, called)
     made = sorted(out.glob("*.nii"))
-    if len(made) == 1 and made[0].stem == "image":
+    if len(made) == 1 and re.fullmatch(r"image(_e\d+)?(_t\d+)?", made[0].stem):  # its one echo, its one time
         return made[0]
     packed = f" (transfer syntax {_syntax(series.first.syntax)})" * series.first.compressed
     if not made:

@@ -15,6 +15,7 @@ from copedit_rt.files import walk
 
 MR, ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # its header could be a bomb, and dcm2niix does not read it
+_DIRECTORY = b"1.2.840.10008.1.3.10"  # of a disk: DICOMDIR, in capitals or not, with a version behind it or not
 _SUFFIXES = (".dcm", ".ima")
 _TAGS = (
     "SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID SyntheticData Modality SeriesDescription PatientID "
@@ -87,9 +88,7 @@ def need_extra(where: Path) -> None:
 def dicom_files(folder: Path) -> Iterator[Path]:
     """The DICOM files below a folder, in order: those that say so in their first bytes, or have the usual suffix."""
     for top, names in walk(folder):
-        for path in (top / name for name in names if name != "DICOMDIR"):
-            if _is_dicom(path):
-                yield path
+        yield from (path for name in names if _is_dicom(path := top / name))
 
 
 def _is_dicom(path: Path) -> bool:
@@ -98,10 +97,12 @@ def _is_dicom(path: Path) -> bool:
         if path.exists() and not path.is_file():  # a pipe would block for ever
             return False
         with open(path, "rb") as file:
-            start = file.read(132)
+            start = file.read(512)
     except OSError:
         return True
-    return start[128:] == b"DICM" or (bool(start) and path.suffix.lower() in _SUFFIXES)
+    if start[128:132] == b"DICM":
+        return _DIRECTORY not in start
+    return bool(start) and path.suffix.lower() in _SUFFIXES
 
 
 def read_headers(paths: list[Path]) -> tuple[list[Header], list[tuple[Path, str]]]:

@@ -57,7 +57,7 @@ _SPLIT = re.compile(r"[^a-z0-9+*/]+")
 
 def judge(series: Series) -> tuple[str | None, str]:
     """(modality or "sax", by what) of a series; (None, why not) of one that is left out."""
-    if reason := _no_image(series.first) or _made(series.first) or series.no_volume():
+    if reason := _no_image(series) or _made(series.first) or series.no_volume():
         return None, reason
     for text in dict.fromkeys((series.first.description, series.first.protocol)):
         if not text:
@@ -98,13 +98,14 @@ def _one(found: Set[str], text: str, series: Series) -> tuple[str | None, str]:
 
 def unusable(series: Series) -> str | None:
     """Why a series cannot be taken even if the user names it; None where it can."""
-    return _no_image(series.first) or series.no_volume()
+    return _no_image(series) or series.no_volume()
 
 
-def _no_image(header: Header) -> str | None:
+def _no_image(series: Series) -> str | None:
     """Why a series is none of a scanner's magnetic resonance images; None where it is."""
-    if header.synthetic:
+    if any(header.synthetic for header in series.headers):  # of a stack, some slices are
         return SYNTHETIC
+    header = series.first
     if not header.is_mr:
         return f"no MR image ({header.kind})" if header.kind not in ("MR", "") else "no MR image"
     return None

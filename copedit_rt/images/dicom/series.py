@@ -128,8 +128,13 @@ def _split(headers: Sequence[Header]) -> list[Series]:
     if not 1 < len(times) < 5 or None in times or one.multi_frame:
         return [one]
     echoes = [Series(_sorted(times[time]), i) for i, time in enumerate(sorted(times, key=float), 1)]  # type: ignore[arg-type]
-    whole = all(len(e.headers) == len(echoes[0].headers) and e.no_volume() is None for e in echoes)
+    whole = all(_same_places(e, echoes[0]) and e.no_volume() is None for e in echoes)
     return echoes if whole else [one]
+
+
+def _same_places(one: Series, other: Series) -> bool:
+    there, here = one.places(), other.places()
+    return there.shape == here.shape and np.allclose(there, here, atol=1e-2)
 
 
 def _sorted(headers: Sequence[Header]) -> tuple[Header, ...]:

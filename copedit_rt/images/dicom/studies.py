@@ -112,7 +112,11 @@ def dicom_studies(
     need_extra(root)
     convert.program()
     headers, damaged = read_headers(paths)
-    divided = _divide(root, headers)
+    made = {header.series for header in headers if header.synthetic}
+    divided = _divide(root, [header for header in headers if header.series not in made])
+    for folder, files in divided:  # an output is told beside its study; it makes no other folder that study's
+        study = files[0].study
+        files += [h for h in headers if h.series in made and h.study == study and h.path.is_relative_to(folder)]
     if explicit and len(divided) > 1:
         raise CopeditError(f"--file names series of one study, and {root} holds {len(divided)}; give one of them")
     several = (_study(folder, files, explicit or {}) for folder, files in divided)

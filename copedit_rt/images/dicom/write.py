@@ -86,7 +86,7 @@ def write_series(folder: Path, study: DicomStudy, made: Made) -> dict[str, Any]:
         template = _template(study, made, values)
         places = _places(made, study.chosen[made.reference][0])
         sources, digest = _encoded(_sources(study)), hashlib.sha256()
-        if folder.is_dir() and any(not re.fullmatch(r"\d{4,}\.dcm", path.name) for path in folder.iterdir()):
+        if folder.is_dir() and any(not re.fullmatch(r"\d{4,}\.dcm|\..*", path.name) for path in folder.iterdir()):
             raise CopeditError(f"{folder} is there and holds other files than a series; choose another folder with -o")
         try:
             with new_folder(folder, replace=True) as part:

@@ -150,6 +150,27 @@ def test_a_cohort(tmp_path):
         find_studies(tmp_path / "cohort", {"t1": "3"})
 
 
+def test_a_cohort_with_its_outputs_below(tmp_path):
+    made = {"SyntheticData": "YES", "ImageType": ["DERIVED", "SECONDARY", "OTHER"]}
+    for n in ("1", "2"):
+        dicoms.study(tmp_path / "cohort" / n, T2, FLAIR, study=n)
+        dicoms.study(tmp_path / "cohort" / "out" / n, replace(T1, tags=made), study=n)
+    found = find_studies(tmp_path / "cohort")
+    assert [(study.name, list(study.files), study.problem) for study in found] == [
+        (n, ["t2", "flair"], None) for n in ("1", "2")
+    ]
+
+
+@pytest.mark.parametrize("name", ["DICOMDIR", "dicomdir", "DICOMDIR.;1"])
+def test_the_directory_of_a_disk_is_no_image(tmp_path, name):
+    directory = pydicom.Dataset()
+    directory.FileSetID, directory.file_meta = "DISK", dicoms.images(T2)[0].file_meta
+    directory.file_meta.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
+    case = dicoms.study(tmp_path / "case", T2)
+    directory.save_as(case / name, enforce_file_format=True)
+    assert not find_studies(case)[0].problem
+
+
 @pytest.mark.parametrize(("changed", "words"), [({"study": "2"}, "2 studies"), ({"patient": "P2"}, "2 patients")])
 def test_studies_and_patients_side_by_side(tmp_path, changed, words):
     dicoms.save([*dicoms.images(T2), *dicoms.images(replace(FLAIR, **changed))], tmp_path / "case")
@@ -211,7 +232,32 @@ def test_a_stack_of_the_heart(tmp_path, heart_model):
     np.testing.assert_array_equal(np.asarray(made.dataobj), np.asarray(back.dataobj))
     read = [pydicom.dcmread(path) for path in sorted((tmp_path / "o" / "heart_dicom").iterdir())]
     assert [one.SyntheticData for one in read] == ["YES" if k in (5, 6) else "NO" for k in range(12)]
+    with pytest.raises(CopeditError, match="cannot be taken: synthetic"):  # though its first slice was there
+        find_studies(shutil.copytree(tmp_path / "o" / "heart_dicom", tmp_path / "heart" / "made").parent, {"sax": "7"})
     assert read[0].BodyPartExamined == "HEART" and "Slices 5, 6 (from 0)" in read[0].DerivationDescription
+
+
+def test_the_scale_of_a_stack_is_in_its_sidecar(tmp_path):
+    """Its numbers are the file's own, which a source's rescale slope makes grey values."""
+    scale = {"BodyPartExamined": "HEART", "RescaleSlope": 0.5, "RescaleIntercept": -3}
+    sax = Made("cine_sax", 1, tilted(), (24, 20, 6), (2, 2, 8), tags=scale)
+    study = Study.read(dicoms.study(tmp_path / "heart", sax), missing_slices=[3])
+    (path,) = study.with_synthetic({"sax": study.reference.data}).write(tmp_path / "o", model="m", record=RECORD)
+    told = json.loads((tmp_path / "o" / "heart.json").read_text())["dicom"]
+    numbers = np.asarray(converted(tmp_path / "o" / "heart_dicom", tmp_path / "back").dataobj)
+    assert (told["low"], told["step"]) == (-3, 0.5)
+    np.testing.assert_array_equal(told["low"] + told["step"] * numbers, nib.load(path).get_fdata())
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{"EchoNumbers": 2}, {"EchoNumbers": 1}, {"TriggerTime": 412.5, "Manufacturer": "Philips Medical Systems"}],
+    ids=["second echo", "first echo", "stack"],
+)
+def test_one_echo_or_time_is_one_volume(tmp_path, tags):
+    """dcm2niix adds its number to the name."""
+    case = dicoms.study(tmp_path / "case", replace(T2, tags={**T2.tags, **tags}))
+    assert Study.read(case).reference.data.shape == T2.shape
 
 
 def test_the_task_chooses(tmp_path):
@@ -325,6 +371,8 @@ def test_what_is_complete_is_kept(outputs, hospital, brain_model, tmp_path):
     out = shutil.copytree(outputs, tmp_path / "o")
     command = ["synth", hospital, "-o", out, "--model", brain_model, "--resample"]
     assert "kept" in run(*command).stdout and "changed" not in run(*command).stderr
+    (out / "case_t1ce_dicom" / ".DS_Store").write_bytes(b"of macOS")
+    assert complete_sidecar(out / "case_t1ce.nii.gz")
     (out / "case_t1ce_dicom" / "0005.dcm").unlink()
     assert not complete_sidecar(out / "case_t1ce.nii.gz")
     assert "t1ce written" in run(*command).stdout and files(out) == files(outputs)
@@ -341,6 +389,8 @@ def test_without_dicom_out(hospital, brain_model, tmp_path):
     assert files(tmp_path / "o") == {"case_t1ce.nii.gz", "case_t1ce.json"}
     assert "kept without a DICOM series: t1ce; --overwrite makes it again" in run(*command).stderr
     assert run(*command, "--overwrite").exit_code == 0 and (tmp_path / "o" / "case_t1ce_dicom").is_dir()
+    assert run(*command, "--overwrite", "--no-dicom").exit_code == 0  # a new image: the series of the old one goes
+    assert files(tmp_path / "o") == {"case_t1ce.nii.gz", "case_t1ce.json"}
 
 
 def test_outputs_are_no_inputs(hospital, brain_model, tmp_path):

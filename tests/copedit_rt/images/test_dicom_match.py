@@ -151,6 +151,8 @@ def test_two_echoes_are_two_series():
     both, duplicates = group([*early, *late, early[0]])
     assert [judge(one) for one in both] == [(e, "by its description and echo time") for e in ("pd", "t2")]
     assert [one.key for one in both] == ["1e1", "1e2"] and duplicates == 1
+    uneven = [replace(h, echo_time=15.01 if k % 2 else 15.0) for k, h in enumerate(series(count=6).headers)]
+    assert len(group(uneven)[0]) == 1  # half of the slices each
     (over_time,), _ = group([*early, *(replace(h, instance=f"{h.instance}b") for h in early)])
     assert "several images of each slice" in judge(over_time)[1]
 

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import nibabel as nib
+import nibabel.testing
 import numpy as np
 import pytest
 from commands import patch
@@ -126,6 +128,14 @@ def test_nifti2_line_ends_are_set_right(tmp_path, line_ends):
     patch(tmp_path / "A_t1.nii", 8, "4b", *line_ends)
     (out,) = write(Study.read(tmp_path), tmp_path / "o")
     assert nib.load(out).header["eol_check"].tolist() == [13, 10, 26, 10]
+
+
+@pytest.mark.parametrize("name", ["minc1_1_scale.mnc", "scaled+tlrc.HEAD"])
+def test_images_of_any_format_mean_their_grey_values(name):
+    loaded = nib.load(Path(nibabel.testing.data_path) / name)
+    grey = loaded.get_fdata()
+    grey = grey.reshape(grey.shape[:3])
+    assert np.array_equal(Volume.from_image(loaded, "t1").data, grey.astype(np.float32)) and grey.any()
 
 
 @pytest.mark.parametrize(("off", "said"), [(0.3, False), (10, True)])
