@@ -169,7 +169,7 @@ def _study(folder: Path, headers: Sequence[Header], explicit: Mapping[str, str |
         elif STACK in chosen:
             left_out.append((one, f"the {STACK} was asked for"))
         elif element in asked:
-            left_out.append((one, f"another {element} was asked for" if asked[element] else "left out as asked"))
+            left_out.append((one, f"{'another' if asked[element] else 'no'} {element} was asked for"))
         elif element in chosen:
             problem = problem or _rivals(name, element, [s for s, e, _ in verdicts if e == element and s not in taken])
         else:

@@ -120,7 +120,7 @@ def test_series_are_named_by_hand(tmp_path):
         assert found.files["t1"].name == "series 7 (T1 again)" and "t2" in found.files and not found.problem
         assert [why for _, why in found.source.left_out] == ["another t1 was asked for"]
     (found,) = find_studies(tmp_path / "case", {"t1": "none"})
-    assert list(found.files) == ["t2"] and {why for _, why in found.source.left_out} == {"left out as asked"}
+    assert list(found.files) == ["t2"] and {why for _, why in found.source.left_out} == {"no t1 was asked for"}
     for named, words in (("320", "no such series; there are 2"), ("t", "3 series of case are that; name its UID")):
         with pytest.raises(CopeditError, match=words):
             find_studies(tmp_path / "case", {"t1": named})
