@@ -163,7 +163,7 @@ class Plan:
             torch.cuda.current_stream().wait_stream(side)
             self.step.zero_()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using other devices.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # torch's own stream for captures is of the device that captured first. Other threads may use other devices.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self._advance()
             self.graph = graph

@@ -121,7 +121,7 @@ def nearest_code(z: Tensor, codebook: Tensor, rows: int = 256) -> Tensor:
         distance = part.new_zeros(len(part), len(codes))
         for channel, code in zip(part.T, codes.T, strict=True):
             difference = channel[:, None] - code
-            distance.addcmul_(difference, difference)
+            distance += difference.square_()  # not addcmul: fused, it rounds otherwise than the kernel
         out.copy_(distance.argmin(1))
     return index
 

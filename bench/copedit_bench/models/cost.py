@@ -34,6 +34,7 @@ from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import prepare
 from copedit_rt.networks.denoiser import build_denoiser
+from copedit_rt.networks.precision import tried_convolutions
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.prior import Prior
 from copedit_rt.synthesizer import Synthesizer
@@ -292,6 +293,7 @@ def training_step(
         task = DenoiserTask(config, settings, images, tokenizer, prior=_prior(config))
     optimizers = optimizers_of(task)
 
+    @tried_convolutions()
     def step(number: int) -> float:
         start = time.perf_counter()
         drawn_now: list[Any] = [task.draw(number, part) for part in range(settings.accumulate)]

@@ -19,7 +19,7 @@ from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Cont
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
-from copedit_rt.networks.precision import exact_float32
+from copedit_rt.networks.precision import exact_float32, tried_convolutions
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.settings import DenoiserSettings, Settings, Stage, TokenizerSettings, load_settings
@@ -185,6 +185,7 @@ def _contestant(
     return Contestant(partial(_step, task, optimizers, settings), torch.bfloat16, partial(_answer, task, settings))
 
 
+@tried_convolutions()
 def _step(task: Task[Any, Any], optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
     """As in the loop of `copedit_training.stages.trainer`."""
     number = _number(settings)

@@ -20,7 +20,7 @@ from copedit_bench.operators import contestants
 from copedit_bench.operators.contestants import EPS, STEP, Contestant, Verdict, four
 from copedit_kernels import reference
 from copedit_rt.config import PRESETS, ModelConfig
-from copedit_rt.networks.precision import exact_float32
+from copedit_rt.networks.precision import exact_float32, tried_convolutions
 
 BATCHES = (1, 4, 32)
 TARGET_BATCH = 2  # nearest_code also at the 36,864 vectors that its target speaks of
@@ -325,9 +325,13 @@ OPERATORS: dict[str, Operator] = {
         floors={"forward": (P * Q * R * (C + 2 * U) * s + (27 * C + 1) * U * s, 54 * P * Q * R * C * U)},
         contestants={
             "ours": Contestant(copedit_kernels.conv3),
-            "eager": Contestant(contestants.eager_conv3),
-            "compile": Contestant(contestants.eager_conv3, tier=1, options=contestants.DEFAULT),
-            "compile-max": Contestant(contestants.eager_conv3, tier=0, options=contestants.AUTOTUNE),
+            "eager": Contestant(contestants.eager_conv3, context=tried_convolutions),
+            "compile": Contestant(
+                contestants.eager_conv3, tier=1, options=contestants.DEFAULT, context=tried_convolutions
+            ),
+            "compile-max": Contestant(
+                contestants.eager_conv3, tier=0, options=contestants.AUTOTUNE, context=tried_convolutions
+            ),
         },
         exact=_exact_conv,
         compute_bound=True,

@@ -26,7 +26,7 @@ TINY = ModelConfig(
         prompt_dim=16,
         contrast_dim=8,
     ),
-    DenoiserConfig(width=32, heads=2, blocks=2, patch=(2, 2, 2)),
+    DenoiserConfig(width=32, heads=1, blocks=2, patch=(2, 2, 2)),
     DiffusionConfig(steps=4),
 )
 HEART = dataclasses.replace(
