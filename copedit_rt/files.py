@@ -1,7 +1,8 @@
 """Writing files so that, whatever happens, the old or the new content is there and never half of it.
 
-Temporary names are random and made exclusively, so that nothing planted there is followed, and locked while their
-process lives: what can be locked by another is a leftover, and goes.
+Temporary names are random and made exclusively, so that nothing planted there is followed. A file of such a name is
+locked while its process lives: one that can be locked by another is a leftover, and goes, with the folder that it
+stands for. File systems of networks lock files between machines, folders at most within one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(path.parent)
-        with _claimed(path, _new_file) as (part, handle), open(handle, "wb", closefd=False) as file:
+        with _claimed(path) as (part, handle), open(handle, "wb", closefd=False) as file:
             for piece in (content,) if isinstance(content, bytes) else content:
                 digest.update(piece)
                 file.write(piece)
@@ -69,14 +69,14 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             raise CopeditError(f"{folder} is there and not empty; choose another folder with -o, or delete it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(folder.parent)
-        with _claimed(folder, _new_folder) as (part, _):
+        with _claimed_folder(folder) as part:
             _OPEN.add(part)
             try:
                 yield part
             finally:
                 _OPEN.discard(part)
             if replace and folder.exists():
-                with _claimed(folder, _new_folder) as (old, _):
+                with _claimed_folder(folder) as old:
                     os.replace(folder, old)
                     os.replace(part, folder)
             else:
@@ -86,11 +86,11 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _claimed(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """A new name beside `path` that nobody can foresee, locked; gone at the end unless it was renamed."""
+def _claimed(path: Path) -> Iterator[tuple[Path, int]]:
+    """A new file beside `path` whose name nobody can foresee, locked; gone at the end unless it was renamed."""
     while True:
         part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
-        handle = make(part)
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
         _lock(handle)
         if os.path.lexists(part):  # nobody took it for a leftover between the two
             break
@@ -102,13 +102,20 @@ def _claimed(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, in
         os.close(handle)
 
 
-def _new_file(part: Path) -> int:
-    return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+@contextmanager
+def _claimed_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder likewise, beside the file that stands for it."""
+    with _claimed(path) as (part, _):
+        folder = _folder_of(part)
+        folder.mkdir(mode)
+        try:
+            yield folder
+        finally:
+            remove(folder)
 
 
-def _new_folder(part: Path, mode: int = 0o777) -> int:
-    part.mkdir(mode)
-    return os.open(part, os.O_RDONLY)
+def _folder_of(part: Path) -> Path:
+    return part.with_suffix(".parts")
 
 
 def _lock(handle: int) -> bool:
@@ -138,8 +145,8 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     """
     try:
         _sweep_once(parent)
-        with _claimed(parent / "copedit", partial(_new_folder, mode=0o700)) as (part, _):
-            yield part
+        with _claimed_folder(parent / "copedit", 0o700) as folder:
+            yield folder
     except OSError as error:
         raise unwritable(parent, error) from error
 
@@ -181,9 +188,10 @@ def _sweep_once(folder: Path) -> None:
 def _sweep(folder: Path, names: Iterable[str]) -> None:
     for part in (folder / name for name in names if name.startswith(".") and _PART.search(name)):
         with suppress(OSError):
-            handle = os.open(part, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            handle = os.open(part, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))  # NFS locks only what may be written
             try:
                 if _lock(handle):
+                    remove(_folder_of(part))
                     remove(part)
             finally:
                 os.close(handle)

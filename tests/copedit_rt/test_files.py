@@ -1,9 +1,12 @@
 """Writing: whole or not at all, never where somebody else points, and nothing of the dead stays."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 
@@ -51,7 +54,8 @@ def test_a_link_at_a_temporary_name_is_not_followed(tmp_path, monkeypatch, kind)
     victim = tmp_path / "victim"
     victim.mkdir() if kind == "folder" else victim.write_text("untouched")
     monkeypatch.setattr(secrets, "token_hex", lambda _: "0" * 16)
-    for name in (f".out.{'0' * 16}.part", f".out.{os.getpid()}.part", ".out.part"):
+    names = [f".out.{'0' * 16}.part", f".out.{os.getpid()}.part", ".out.part"]
+    for name in [name + "s" * (kind == "folder") for name in names]:
         (tmp_path / name).symlink_to(victim)
     with pytest.raises(CopeditError, match="cannot write"):
         if kind == "file":
@@ -70,17 +74,38 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, kind):
     try:
         dead.send_signal(signal.SIGKILL)
         dead.wait()
-        left = sorted(p.name.split(".")[1] for p in (tmp_path / "a").iterdir())
-        assert left == ["dead", "living"]
+        assert {p.name.split(".")[1] for p in (tmp_path / "a").iterdir()} == {"dead", "living"}
         (tmp_path / "a" / ".mine.part").write_text("not ours")
         sweep(tmp_path)
-        assert sorted(p.name.split(".")[1] for p in (tmp_path / "a").iterdir()) == ["living", "mine"]
+        left = [p for p in (tmp_path / "a").iterdir() if "mine" not in p.name]
+        assert {p.name.split(".")[1] for p in left} == {"living"} and len(left) == (1 if kind == "file" else 2)
     finally:
         living.kill()
         living.wait()
     files._SWEPT.clear()
     write_atomically(tmp_path / "a" / "out", b"")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [".mine.part", "out"]
+
+
+def test_locks_are_those_that_networks_share(tmp_path, monkeypatch):
+    """As flock(2) has them over NFS: of regular files alone, exclusive where they are open for writing."""
+    real, refused = fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        writable = fcntl.fcntl(handle, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR)
+        if not (stat.S_ISREG(os.fstat(handle).st_mode) and writable):
+            refused.append(handle)
+            raise OSError(errno.EBADF, "not open for writing")
+        real(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    dead = tmp_path / f".dead.{'0' * 16}.part"
+    dead.write_text("half")
+    dead.with_suffix(".parts").mkdir()
+    with new_folder(tmp_path / "x") as part:
+        sweep(tmp_path)
+        (part / "file").write_text("")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and not refused
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path):

@@ -372,8 +372,9 @@ def test_as_a_process(brain_model, case, tmp_path):
 def test_scratch_is_for_all_files_and_what_a_killed_server_left_there_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     scratch = tmp_path / "new" / "scratch"
-    left = scratch / f".copedit.{'0' * 16}.part"
+    left = scratch / f".copedit.{'0' * 16}.parts"
     (left / "in").mkdir(parents=True)
+    left.with_suffix(".part").touch()
     server.prepare(scratch)
     assert not list(scratch.iterdir()) and tempfile.gettempdir() == str(scratch)
 
