@@ -1,7 +1,8 @@
 # docker build --target cpu|cuda .   (docs/cluster.md). PIP_FLAGS goes to pip: CONTRIBUTING.md says where torch's CPU build is.
 FROM python:3.12-slim AS base
 ARG PIP_FLAGS=""
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 HOME=/tmp
+# PYTHONNOUSERSITE: under Apptainer the packages in the home of the user would go before those of the image.
+ENV PYTHONUNBUFFERED=1 PYTHONNOUSERSITE=1 PIP_NO_CACHE_DIR=1 HOME=/tmp
 WORKDIR /copedit
 COPY setup.py pyproject.toml constraints.txt README.md LICENSE ./
 COPY kernels kernels

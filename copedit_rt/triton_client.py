@@ -75,9 +75,8 @@ class TritonClient:
         with self._telling():
             known = self._kinds()
         # The server's order: affines are told apart by it, and the first image gives grid and range of what is made.
-        order = {name: number for number, name in enumerate(known)}
-        ordered = sorted(study.volumes.items(), key=lambda item: order.get(item[0], len(order)))
-        study = replace(study, volumes=dict(ordered))
+        order = dict.fromkeys((*known, *study.volumes))
+        study = replace(study, volumes={name: study.volumes[name] for name in order if name in study.volumes})
         there = {name: volume for name, volume in study.volumes.items() if name not in study.synthetic}
         given: dict[str, np.ndarray] = {name: np.ascontiguousarray(volume.data) for name, volume in there.items()}
         given["affine"] = np.stack([volume.affine for volume in there.values()]) if there else np.eye(4)[None]

@@ -164,6 +164,6 @@ class Plan:
             self.step.zero_()
             graph = torch.cuda.CUDAGraph()
             # torch's own stream for captures is of the device that captured first. Other threads may use other devices.
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._advance()
             self.graph = graph

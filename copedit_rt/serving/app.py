@@ -61,7 +61,6 @@ class Service:
         warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.desk, self.limits, self.log, self.warn = desk, limits or Limits(), log, warn
-        self.closing = False
         self.failed: BaseException | None = None  # why no model could be loaded
         self.stop: Callable[[], None] = lambda: None  # called where there is nothing to serve
         self._token, self._scratch = token, scratch or Path(tempfile.gettempdir())
@@ -85,7 +84,7 @@ class Service:
         warming = asyncio.create_task(asyncio.to_thread(self.desk.warm))
         warming.add_done_callback(self._warmed)
         yield
-        self.closing = self.desk.closing = True
+        self.desk.closing = True
         for ticket in self._tickets:
             ticket.given_up.set()
         with suppress(Exception):
@@ -103,8 +102,8 @@ class Service:
         return JSONResponse({"status": "alive", "version": copedit_rt.__version__})
 
     async def readiness(self, request: Request) -> Response:
-        ready = self.desk.ready and not self.closing
-        said = "ready" if ready else "closing" if self.closing else "models are being loaded"
+        ready = self.desk.ready and not self.desk.closing
+        said = "ready" if ready else "closing" if self.desk.closing else "models are being loaded"
         return JSONResponse({"status": said, "models": self.desk.models}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -201,7 +200,7 @@ class Service:
         """Refused for a stranger, a request that is too large, and where there is no room."""
         if not self._allowed(request):
             raise Refused("a bearer token is needed, and this is not it", 401)
-        if not self.desk.ready or self.closing:
+        if not self.desk.ready or self.desk.closing:
             raise Refused("this server is not ready; try again", 503, 5)
         if self._inside >= self.limits.queue:
             wait = math.ceil(statistics.fmean(self._last) * self._inside / 2)

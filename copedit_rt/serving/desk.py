@@ -137,7 +137,7 @@ class Desk:
         with self.counts.stage("read"):
             files = asked.study()
             models = self._models(asked, files)
-            self._check_size(files)
+            self._check_size(files, resample=True)  # all that can be compared, is
         with self.counts.stage("compute"):
             (report,) = inspection.inspect([files], models, asked.reading.get("missing_slices"))
         return _public(report.to_dict(), asked.folder)
@@ -153,15 +153,15 @@ class Desk:
         return self._mine.place[next(knows, next(iter(for_task)))]
 
     def _check_size(self, files: StudyFiles, resample: bool = False) -> None:
-        """Refused for images too large, resampled to the largest of them; what is wrong with a file is told where it is
-        read."""
-        voxels = [0]
+        """Refused for images too large, also where all are brought onto the grid of the first; what is wrong with a
+        file is told where it is read."""
+        voxels = []
         if files.source:
-            voxels += [files.source.chosen[element][0].voxels for element in files.files]
+            voxels = [files.source.chosen[element][0].voxels for element in files.files]
         for path in files.files.values() if not files.source else ():
             with suppress(CopeditError):
                 voxels.append(read_outline(path).data.size)
-        needed = 4 * (max(voxels) * len(files.files) if resample else sum(voxels))
+        needed = 4 * max(sum(voxels), voxels[0] * len(voxels) if resample and voxels else 0)
         if needed > self.limit:
             sizes = needed / 2**20, self.limit / 2**20
             said = "its images take {:.0f} MiB in memory, more than the {:.0f} MiB of this server".format(*sizes)

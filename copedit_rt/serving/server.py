@@ -49,8 +49,8 @@ def serve(
     does.
     """
     say, warn = careful(say), careful(warn)
-    prepare(scratch)
-    desk = Desk(models, devices, limit=limits.size, remark=lambda text: warn(f"copedit: {text}"), **options)
+    open_scratch(scratch)
+    desk = Desk(models, devices, limit=limits.size, remark=lambda text: say(f"copedit: {text}"), **options)
     service = Service(desk, limits, token, scratch, say, warn)
     if token is None and not _own(host):
         warn(f"copedit: {host} can be reached from other machines, and no token is set: anybody there may use this")
@@ -88,7 +88,7 @@ class _Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.closing = True
+        self._service.desk.closing = True
         super().handle_exit(sig, frame)
 
 
@@ -102,7 +102,7 @@ def careful(tell: Callable[[str], None]) -> Callable[[str], None]:
     return told
 
 
-def prepare(scratch: Path | None) -> None:
+def open_scratch(scratch: Path | None) -> None:
     """Uploads and all else go to `scratch`, and what a killed server left there is gone; CopeditError where it cannot
     be written."""
     try:

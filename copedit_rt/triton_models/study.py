@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if sys.version_info < (3, 11):  # noqa: UP036 - that of a server may be older, which an import would say less clearly
+    raise ImportError(f"Python 3.11 or newer is needed, and this server has {sys.version.split()[0]}")
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # which the server's Python passes over

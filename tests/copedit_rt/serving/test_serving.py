@@ -298,13 +298,15 @@ def test_the_time_is_limited(brain_model, case, tmp_path, monkeypatch):
 
 
 def test_images_are_counted_as_they_will_be_in_memory(house, case, tmp_path):
-    """Resampled, small ones get as large as the largest."""
+    """Resampled, all get as large as the first; and what `inspect` compares, it resamples."""
     port, _, _ = house
-    large = save(tmp_path / "case_t1.nii.gz", image(grid=(60, 60, 60))).read_bytes()
-    parts = sent(case | {"case_t1.nii.gz": large})
+    large = save(tmp_path / "large.nii.gz", image(grid=(60, 60, 60))).read_bytes()
+    parts, resample = sent(case | {"case_t1.nii.gz": large}), part("resample", "true")
     assert post(port, "/v1/synth", *parts)[0] == 422
-    status, answer, _ = post(port, "/v1/synth", *parts, part("resample", "true"))
-    assert status == 413 and "its images take 2 MiB in memory" in answer["error"]
+    for path, more in (("synth", [resample]), ("inspect", [])):
+        status, answer, _ = post(port, f"/v1/{path}", *parts, *more)
+        assert status == 413 and "its images take 2 MiB in memory" in answer["error"]
+    assert post(port, "/v1/synth", *sent(case | {"case_flair.nii.gz": large}), resample)[0] == 200
 
 
 def test_a_full_disk_is_the_servers_fault(house, case, monkeypatch):
@@ -375,7 +377,7 @@ def test_scratch_is_for_all_files_and_what_a_killed_server_left_there_goes(tmp_p
     left = scratch / f".copedit.{'0' * 16}.parts"
     (left / "in").mkdir(parents=True)
     left.with_suffix(".part").touch()
-    server.prepare(scratch)
+    server.open_scratch(scratch)
     assert not list(scratch.iterdir()) and tempfile.gettempdir() == str(scratch)
 
 
@@ -417,7 +419,7 @@ def proxy():
             self.wfile.write(b"<html>")
 
         def do_GET(self) -> None:
-            time.sleep(3)
+            threading.Event().wait(3)
 
         def log_message(self, *said: object) -> None:
             pass
