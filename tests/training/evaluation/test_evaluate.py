@@ -36,6 +36,29 @@ def test_normalise_spans_the_percentiles():
     assert np.mean(out == 1) == pytest.approx(0.005, abs=1e-3)
 
 
+def test_outputs_in_the_units_of_a_standardised_image_keep_their_dark_tissue():
+    """z-scores are told by the observed image: a bright output has few voxels below 0, and they are tissue all the same.
+
+    T1 holds equally many of -2 and 3, so that these are its percentiles; 0 is air in it and in what is made of it.
+    """
+    inside = np.zeros((12, 12, 12), bool)
+    inside[2:-2, 2:-2, 2:-2] = True
+    rng = np.random.default_rng(0)
+    t1, t2 = np.zeros((2, *inside.shape), np.float32)
+    t1[inside] = rng.permutation(np.repeat(np.float32([-2, 3]), inside.sum() // 2))
+    t2[inside] = rng.uniform(1, 100, inside.sum())
+    made, wanted = {}, {}
+    for method, dark in (("model", 0.12), ("other", 0.5)):
+        grey = np.where(rng.random(inside.shape) < dark, 0.2, 0.9)
+        made[method] = {"t2": np.where(inside, 5 * grey - 2, 0).astype(np.float32)}
+        wanted[method] = np.where(inside, grey, 0)
+    others = {"other": made["other"]}
+    found = compare.compare_brain({"t1": t1, "t2": t2}, ["t2"], made["model"], (-2, 3), None, others=others)
+    images = {pair.method: pair.image for pair in found}
+    for method, image in wanted.items():
+        assert images[method] == pytest.approx(image, abs=1e-6), method
+
+
 # ---- with a tiny model of random weights -------------------------------------------------------------------
 
 

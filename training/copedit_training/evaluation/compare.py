@@ -15,7 +15,7 @@ import numpy as np
 
 from copedit_rt.images.grids import Orientation, slice_axis, spacing
 from copedit_rt.images.nifti import Volume
-from copedit_rt.images.prepare import slabs_touched, to_unit_range
+from copedit_rt.images.prepare import Backdrop, slabs_touched, to_unit_range
 from copedit_rt.images.study import Study
 from copedit_rt.task import STACK, Task
 from copedit_training.evaluation.baselines import (
@@ -138,16 +138,18 @@ def compare_brain(
 ) -> Iterator[Pair]:
     """Per missing modality the model, other methods, then the baselines (no regression: without that one).
 
-    truth: the complete study; synthesised, std: the outputs, in the file's units, of which `intensity` is 0 and 1;
-    others: those of each other method.
+    truth: the complete study; synthesised, std: the outputs, in the units of its first observed volume, of which
+    `intensity` is 0 and 1; others: those of each other method.
     """
     normal = {name: normalise(image) for name, image in truth.items()}
     observed = {name: image for name, image in normal.items() if name not in missing}
     inside = np.any([image > 0 for image in normal.values()], axis=0)
     low, high = intensity
+    reference = next(image for name, image in truth.items() if name not in missing)
+    backdrop = Backdrop.of(reference, low, high)  # an output has the reference's, whatever its own voxels look like
     for name in missing:
         outputs = {"model": synthesised, **(others or {})}
-        made = {method: to_unit_range(volumes[name], low, high)[0] for method, volumes in outputs.items()}
+        made = {method: to_unit_range(volumes[name], low, high, backdrop)[0] for method, volumes in outputs.items()}
         made["mean of observed"] = mean_of_observed(observed)
         if regression:
             made["linear regression"] = regression.predict(observed, name)
