@@ -37,7 +37,7 @@ def test_normalise_spans_the_percentiles():
 
 
 def test_outputs_in_the_units_of_a_standardised_image_keep_their_dark_tissue():
-    """z-scores are told by the observed image: a bright output has few voxels below 0, and they are tissue all the same.
+    """z-scores are told by the observed image. A bright output has few voxels below 0, and those are tissue, too.
 
     T1 holds equally many of -2 and 3, so that these are its percentiles; 0 is air in it and in what is made of it.
     """

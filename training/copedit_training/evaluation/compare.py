@@ -70,7 +70,7 @@ def missing_slices(config: ModelConfig, truth: Study | Phantom, missing: Sequenc
     return slices.tolist() if (touched[slices].any(axis=0) == wanted).all() else []
 
 
-def synthesised(study: Study) -> np.ndarray:
+def made_of(study: Study) -> np.ndarray:
     """All that was made of a study, on one array: missing modalities, or a heart's missing slices."""
     volumes = [study.volumes[name] for name in sorted(study.synthetic)]
     slices = study.missing_slices

@@ -25,10 +25,10 @@ from copedit_training.evaluation.compare import (
     compare,
     incomplete,
     intensity_of,
+    made_of,
     normalise,
     pairs,
     possible,
-    synthesised,
 )
 from copedit_training.evaluation.metrics import measure, psnr
 from copedit_training.evaluation.subjects import Cohort, Phantoms
@@ -287,7 +287,7 @@ def sweep(
                 start = time.perf_counter()
                 result = model.synthesize(study, steps=n, seed=seed, solver=solver)
                 seconds[solver, n] += time.perf_counter() - start
-                volumes = synthesised(result.study)
+                volumes = made_of(result.study)
                 best = volumes if best is None else best
                 low, high = intensity_of(result.record)
                 converged = min(psnr(volumes, best, high - low), 100.0)
