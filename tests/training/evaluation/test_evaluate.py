@@ -300,8 +300,10 @@ def test_a_folder(brain, model_folder, tmp_path):
     (tmp_path / "watched.json").write_text(json.dumps(["BraTS/BraTS2021_00002"]))
     before = own.read_bytes()
     chosen = CliRunner().invoke(app, [*command, "--split", str(own)])
-    studies = json.loads(chosen.stdout)["studies"]
-    assert "BraTS2021_00003" in studies and "BraTS2021_00002" not in studies and own.read_bytes() == before
+    report = json.loads(chosen.stdout)
+    assert "BraTS2021_00003" in report["studies"] and "BraTS2021_00002" not in report["studies"]
+    assert own.read_bytes() == before and report["people_watched"] == 1 and found["people_watched"] == 0
+    assert ", without the 1 that the run was watched on" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
 def test_a_folder_that_cannot_be_used(model_folder, tmp_path):

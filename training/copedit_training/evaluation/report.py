@@ -97,7 +97,9 @@ def _whom(report: Report) -> str:
     which = {"test": "held-out subjects", "all": "subjects"}.get(
         report["split"], f"subjects held out by {report['split']}"
     )
-    return f"{report['subjects']} {which} of {report['data']}"
+    watched = report["people_watched"]
+    without = f", without the {watched} that the run was watched on" if watched else ""
+    return f"{report['subjects']} {which} of {report['data']}{without}"
 
 
 def _sweep(report: Report) -> list[str]:

@@ -107,7 +107,7 @@ class Folder(Cohort):
 
     side: "test" for the subjects that training holds out, "all" for every one (of a model that was trained on others),
     or the split.json of a training run, whose `watched` subjects are left out. subjects: at most so many persons
-    (None: all).
+    (None: all). watched: how many were left out so.
     Raises CopeditError as `layouts.find` does, and where nobody is left.
     """
 
@@ -120,6 +120,7 @@ class Folder(Cohort):
         self.folder, self.side = folder, side
         away = watched(file.parent) if file else set()
         self.people = data.subjects if side == "all" else [s for s in sides["test"] if s not in away]
+        self.watched = len(away.intersection(sides["test"]))
         chosen = set(self.people[:subjects])
         self._entries = [entry for entry in data.studies if entry.subject in chosen]
         self._others = [] if side == "all" else [e for e in data.studies if e.subject in set(sides["train"])]
@@ -157,6 +158,7 @@ class Folder(Cohort):
             "data": str(self.folder),
             "split": self.side,
             "people_held_out": len(self.people),
+            "people_watched": self.watched,
             "skipped": [asdict(item) for item in self.skipped],
         }
 
