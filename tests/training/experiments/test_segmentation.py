@@ -112,6 +112,39 @@ def test_labels_of_brats_come_onto_the_models_grid(model_folder, tmp_path):
         seg.load_cases(config, tmp_path / "o", str(tmp_path), TINY)
 
 
+def test_half_made_cases_are_begun_anew_where_the_studies_are_others(model_folder, tmp_path, monkeypatch):
+    """And no more studies are looked for than are wanted."""
+    config = checkpoint.read_config(model_folder("demo-brain"))
+    names = [f"BraTS2021_{i:05d}" for i in range(5)]
+    for seed, name in enumerate(names):
+        write_brats(tmp_path / "data", name, config, seed)
+    people = [f"BraTS/{name}" for name in names]
+    split = tmp_path / "out" / "split.json"
+    split.parent.mkdir()
+    split.write_text(json.dumps({"train": people[:4], "test": people[4:]}))
+    prepare, label_file, prepared, looked = seg.prepare, seg.label_file, [], []
+
+    def stopped(study, *given, **options):
+        prepared.append(study.name)
+        if len(prepared) == 2:
+            raise KeyboardInterrupt
+        return prepare(study, *given, **options)
+
+    def load():
+        return seg.load_cases(config, split.parent, str(tmp_path / "data"), replace(TINY, train=2, test=1))
+
+    monkeypatch.setattr(seg, "prepare", stopped)
+    monkeypatch.setattr(seg, "label_file", lambda entry: looked.append(entry.files.name) or label_file(entry))
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    assert prepared == names[:2] and names[2] not in looked
+    (tmp_path / "data" / names[0] / f"{names[0]}_seg.nii.gz").unlink()
+    cases = load()
+    assert prepared[2:] == [*names[1:3], names[4]]
+    for image, seed in zip(cases["train"].images, (1, 2), strict=True):
+        assert np.array_equal(image, seg.model_images(config, seed)[:, 0].astype(np.float16))
+
+
 def test_cases_are_never_in_memory_all_at_once(tmp_path, monkeypatch):
     config = replace(ModelConfig.preset("demo-brain"), image=(32, 32, 16))
     row = np.full((4, 32, 32, 16), 0.5, np.float32), np.ones((3, 32, 32, 16), bool)

@@ -177,11 +177,12 @@ def load_cases(
         path = folder / f"{side}-{_short(config.name, _origin(data))}-{wanted}.npy"
         outlines = path.with_name(f"{path.stem}-regions.npy")
         if not (path.exists() and outlines.exists()):
-            count, source = wanted, phantom_cases(config, first, wanted)
+            count, source, names = wanted, phantom_cases(config, first, wanted), ""
             if found:
                 members = set(sides[side])
-                entries = [e for e in found.studies if e.subject in members and label_file(e)][:wanted]
+                entries = list(islice((e for e in found.studies if e.subject in members and label_file(e)), wanted))
                 count, source = len(entries), folder_cases(config, entries)
+                names = _short(*(e.files.name for e in entries))
             if not count:
                 raise CopeditError(
                     f"{data}: no study to {side} on has its segmentation (*_seg.nii.gz, *-seg.nii.gz) beside it"
@@ -190,7 +191,7 @@ def load_cases(
                 path: ((count, len(config.elements), *config.image), np.float16),
                 outlines: ((count, len(REGIONS), *config.image), np.bool_),
             }
-            grow(files, lambda rows: islice(source, rows.start, None), progress)
+            grow(files, lambda rows: islice(source, rows.start, None), progress, names)
         return Cases(mapped(path), None, mapped(outlines), path)
 
     return {"train": of("train", budget.train, TRAINING), "test": of("test", budget.test, HELD_OUT)}
