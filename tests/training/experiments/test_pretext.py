@@ -123,7 +123,7 @@ def test_scores_are_of_what_the_tokenizer_decodes_and_its_heads_say(experiment):
     assert score(seen, 1)["which"] == 0.5
 
 
-def test_data_that_cannot_do_leave_no_folder(experiment, tmp_path):
+def test_no_folder_is_left_where_no_data_are_found(experiment, tmp_path):
     with pytest.raises(CopeditError, match="--subjects 1: this ablation needs 2 or more"):
         experiment(test_subjects=1)
     with pytest.raises(CopeditError, match="--data brats is not a folder"):
