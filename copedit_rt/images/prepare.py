@@ -438,13 +438,12 @@ def empty_border(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def to_unit_range(
     data: NDArray[np.float32], low: float, high: float, backdrop: Backdrop | None = None
-) -> tuple[NDArray[np.float32], NDArray, float]:
-    """A skull-stripped image with low..high as 0..1, clipped; where it shows nothing (bool); and the value there.
+) -> NDArray[np.float32]:
+    """A skull-stripped image with low..high as 0..1, clipped, and 0 where it shows nothing.
 
     backdrop: of the image that low and high are of, where that is another.
     """
-    backdrop = backdrop or Backdrop.of(data, low, high)
-    return _unit(low, high, backdrop)(data), backdrop.where(data), backdrop.fill
+    return _unit(low, high, backdrop or Backdrop.of(data, low, high))(data)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def simulated_study(config: ModelConfig, simulator: Simulator, seed: int) -> np.
     study = simulator.study(seed)
     images = [study.images[name].numpy() for name in config.elements]
     ranges = [np.percentile(image, config.preprocessing.percentiles) for image in images]
-    normal = [to_unit_range(x, float(low), float(high))[0] for x, (low, high) in zip(images, ranges, strict=True)]
+    normal = [to_unit_range(x, float(low), float(high)) for x, (low, high) in zip(images, ranges, strict=True)]
     return np.stack(normal)[:, None]
 
 

@@ -38,7 +38,7 @@ PERCENTILES = (0.5, 99.5)
 def normalise(image: np.ndarray, percentiles: tuple[float, float] = PERCENTILES) -> np.ndarray:
     """A skull-stripped volume with its percentiles as 0 and 1, clipped; float32. The preprocessing of the models."""
     low, high = np.percentile(image, percentiles)
-    return to_unit_range(image, low, max(high, low + 1e-12))[0].astype(np.float32)
+    return to_unit_range(image, low, max(high, low + 1e-12)).astype(np.float32)
 
 
 def incomplete(
@@ -149,7 +149,7 @@ def compare_brain(
     backdrop = Backdrop.of(reference, low, high)  # an output has the reference's, whatever its own voxels look like
     for name in missing:
         outputs = {"model": synthesised, **(others or {})}
-        made = {method: to_unit_range(volumes[name], low, high, backdrop)[0] for method, volumes in outputs.items()}
+        made = {method: to_unit_range(volumes[name], low, high, backdrop) for method, volumes in outputs.items()}
         made["mean of observed"] = mean_of_observed(observed)
         if regression:
             made["linear regression"] = regression.predict(observed, name)
