@@ -7,6 +7,7 @@ stands for. File systems of networks lock files between machines, folders at mos
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -166,6 +167,21 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX", "lost+found")))
         yield Path(top), sorted(name for name in names if not name.startswith("."))
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, in order, but for what is hidden. Raises CopeditError as `walk` does."""
+    try:
+        with os.scandir(folder) as there:
+            return sorted(folder / entry.name for entry in there if not entry.name.startswith("."))
+    except OSError as error:
+        _unreadable(error)
+
+
+def refuse_broken(path: Path) -> None:
+    """CopeditError for a broken link: if it led to a folder, what lies there would count as missing."""
+    if not os.path.exists(path):
+        _unreadable(OSError(errno.ENOENT, "it is a broken link", str(path)))
 
 
 def _unreadable(error: OSError) -> NoReturn:

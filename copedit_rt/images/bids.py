@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import walk, write_atomically
+from copedit_rt.files import entries, refuse_broken, write_atomically
 
 DESCRIPTION = "dataset_description.json"
 VERSION = "1.10.0"
@@ -38,11 +38,23 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def images(root: Path) -> Iterator[Path]:
-    """The files in the anat folders of a data set, in order: nothing else there is an anatomical image."""
-    for subject in sorted(path for path in root.glob("sub-*") if path.is_dir()):
-        for folder, names in walk(subject):
-            if re.fullmatch(r"(ses-[^/]+/)?anat", folder.relative_to(subject).as_posix()):
-                yield from (folder / name for name in names if re.search(r"\.nii(\.gz)?$", name))
+    """The files in the anat folders of a data set, in order: nothing else there is an anatomical image.
+
+    CopeditError for one of these folders, or those above, that cannot be read: what lies there would count as missing.
+    """
+    for subject in _folders(root, "sub-.+"):
+        for above in (subject, *_folders(subject, "ses-.+")):
+            for anat in _folders(above, "anat"):
+                yield from (path for path in entries(anat) if re.search(r"\.nii(\.gz)?$", path.name))
+
+
+def _folders(folder: Path, called: str) -> Iterator[Path]:
+    """The folders in a folder whose name is that (a regular expression)."""
+    for path in (path for path in entries(folder) if re.fullmatch(called, path.name)):
+        if path.is_dir():
+            yield path
+        elif not path.suffix:
+            refuse_broken(path)
 
 
 def entities(path: Path) -> dict[str, str]:
@@ -56,8 +68,11 @@ def chosen(path: Path, labels: Mapping[str, Sequence[str]]) -> bool:
     A file that names no run is of all runs: there was one of its kind.
     """
     there = entities(path)
-    keys = [key for key in labels if key in there or key != "run"]
-    return all(_label(key, there.get(key, "")) in {_label(key, label) for label in labels[key]} for key in keys)
+    return all(
+        _label(key, there.get(key, "")) in {_label(key, label) for label in labels[key]}
+        for key in labels
+        if key in there or key != "run"
+    )
 
 
 def _label(key: str, label: str) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unicodedata import normalize
 
 from copedit_rt.archive import Unpacked, is_zip
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import is_file, walk
+from copedit_rt.files import is_file, refuse_broken, walk
 from copedit_rt.images import bids
-from copedit_rt.images.dicom.headers import dicom_files
+from copedit_rt.images.dicom.headers import is_dicom
 from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
 from copedit_rt.images.names import (
     FOREIGN,
@@ -22,6 +22,7 @@ from copedit_rt.images.names import (
     LABELS,
     MODALITIES,
     MSCMR,
+    NIFTI,
     OTHER_VIEW,
     PLAIN,
     STYLES,
@@ -44,7 +45,8 @@ from copedit_rt.images.nifti import is_synthetic, refuse_synthetic
 from copedit_rt.task import STACK, Task
 
 _SERIES = "a series over time; its frames are used instead"
-_BESIDE = "DICOM files beside NIfTI files, which are used; give this folder itself if it is another study"
+_BESIDE = "DICOM files beside NIfTI files, which are used; give a folder of them alone if they are another study"
+_NOT_DICOM = re.compile(r"\.(?:nii(?:\.gz)?|json)$", re.I)
 _KNOWN = ", ".join(MODALITIES)
 _BY_HAND = "name every file with --file t1=FILE and so on"
 _UNKNOWN = (
@@ -170,6 +172,7 @@ class _Search:
     scratch: Path | None = None
     zips: dict[Path, Unpacked] = field(default_factory=dict)  # the folders that zips were unpacked in
     medical: list[tuple[Path, DicomStudy]] = field(default_factory=list)  # the root, and a DICOM study below it
+    walked: dict[Path, list[tuple[Path, list[str]]]] = field(default_factory=dict)  # root -> its folders, other files
     top: dict[Path, Path] = field(default_factory=dict)  # file -> the subfolder for its outputs
     named: set[Path] = field(default_factory=set)  # files that were given themselves
     images: list[Path] = field(default_factory=list)
@@ -210,7 +213,7 @@ class _Search:
             self.dataset = self.roots[0]
         for root in self.roots:
             if _is_folder(root):
-                for path in bids.images(root) if self.dataset else _walk(root, self.skipped):
+                for path in bids.images(root) if self.dataset else self._walk(root):
                     self.top.setdefault(path, Path(root.resolve().name) if several else Path())
             elif not root.exists():
                 raise CopeditError(f"{root} does not exist; give a NIfTI file or a folder of them")
@@ -236,13 +239,40 @@ class _Search:
         for path in self.named.intersection(self.images):
             refuse_synthetic(path)
         above = {folder for path in self.images for folder in path.parents}
-        for root in self.roots if not self.dataset else ():
+        for root, folders in self.walked.items():
             if root in above:
-                apart = (folder for folder, _ in walk(root) if folder not in above and folder.parent in above)
-                self.skipped.extend((folder, _BESIDE) for folder in apart if any(dicom_files(folder)))
-            elif _is_folder(root):
+                self._beside(folders, above)
+            else:
                 found = dicom_studies(root, self.explicit, self.scratch, self.zips.get(root))
                 self.medical.extend((root, study) for study in found)
+
+    def _walk(self, root: Path) -> Iterator[Path]:
+        """The NIfTI files below a folder that are raw data; what else lies there is remembered."""
+        images, self.walked[root] = [], []
+        for folder, names in walk(root):
+            images += [folder / name for name in names if NIFTI.search(name)]
+            self.walked[root].append((folder, [name for name in names if not _NOT_DICOM.search(name)]))
+        for path in sorted(images):
+            parts = path.relative_to(root).parts
+            if "derivatives" in parts or "sourcedata" in parts:
+                self.skipped.append((path, "not raw data (BIDS derivatives or sourcedata)"))
+            else:
+                yield path
+
+    def _beside(self, folders: Iterable[tuple[Path, list[str]]], above: Set[Path]) -> None:
+        """Tell the DICOM files beside NIfTI files, by two files of each folder: there may be millions.
+
+        above: the folders that lie above a NIfTI file. CopeditError for a broken link there that has no suffix, as it
+        may have led to a folder.
+        """
+        told = set()
+        for folder, names in folders:
+            for name in names if folder in above else ():
+                if not Path(name).suffix:
+                    refuse_broken(folder / name)
+            if any(is_dicom(folder / name) for name in names[:2]):
+                told.add(next(path for path in (folder, *folder.parents) if {path, path.parent} & above))
+        self.skipped.extend((folder, _BESIDE) for folder in sorted(told))
 
     def _opened(self, root: Path) -> Path:
         """The folder that a zip holds; anything else as it is."""
@@ -472,16 +502,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError as error:  # a name that is too long, for one
         raise CopeditError(f"cannot read {str(path)[:200]}: {error.strerror or error}") from error
-
-
-def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
-    every = (folder / name for folder, names in walk(root) for name in names)
-    for path in sorted(path for path in every if is_nifti(path)):
-        parts = path.relative_to(root).parts
-        if "derivatives" in parts or "sourcedata" in parts:
-            skipped.append((path, "not raw data (BIDS derivatives or sourcedata)"))
-        else:
-            yield path
 
 
 def _not_observed(path: Path) -> str | None:

@@ -86,13 +86,14 @@ def need_extra(where: Path) -> None:
 
 
 def dicom_files(folder: Path) -> Iterator[Path]:
-    """The DICOM files below a folder, in order: those that say so in their first bytes, or have the usual suffix."""
+    """The files below a folder, in order, that are DICOM files or cannot be read (`is_dicom`)."""
     for top, names in walk(folder):
-        yield from (path for name in names if _is_dicom(path := top / name))
+        yield from (path for name in names if is_dicom(path := top / name))
 
 
-def _is_dicom(path: Path) -> bool:
-    """Also what cannot be read, as it may be one, such as a broken link."""
+def is_dicom(path: Path) -> bool:
+    """Whether a file says so in its first bytes, or has the usual suffix; also of what cannot be read, as it may be
+    one, such as a broken link."""
     try:
         if path.exists() and not path.is_file():  # a pipe would block for ever
             return False
@@ -129,7 +130,7 @@ def _read(path: Path) -> Header:
 
     with open(path, "rb") as file:
         if _DEFLATED in file.read(2048):
-            raise CopeditError("its transfer syntax is deflated; convert it, for example with dcmconv +te")
+            raise CopeditError("a deflated DICOM file (convert it, for example with dcmconv +te)")
     read = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
     text, number, numbers = partial(_text, read), partial(_number, read), partial(_numbers, read)
     header = Header(

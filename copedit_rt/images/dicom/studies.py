@@ -114,21 +114,23 @@ def dicom_studies(
     headers, damaged = read_headers(paths)
     made = {header.series for header in headers if header.synthetic}
     divided = _divide(root, [header for header in headers if header.series not in made])
+    outputs = [header for header in headers if header.series in made]
     for folder, files in divided:  # an output is told beside its study; it makes no other folder that study's
         study = files[0].study
-        files += [h for h in headers if h.series in made and h.study == study and h.path.is_relative_to(folder)]
+        files += [header for header in outputs if header.study == study and header.path.is_relative_to(folder)]
     if explicit and len(divided) > 1:
         raise CopeditError(f"--file names series of one study, and {root} holds {len(divided)}; give one of them")
     several = (_study(folder, files, explicit or {}) for folder, files in divided)
     found = [replace(study, scratch=scratch, keep=keep) for study in several if study is not None]
-    if not found and damaged:
-        raise CopeditError(f"{damaged[0][0]}: {damaged[0][1]}; copy or export the study again")
-    return [_with_damaged(study, damaged, len(found) == 1) for study in found]
+    if lost := [one for one in damaged if not any(one[0].is_relative_to(study.folder) for study in found)]:
+        path, reason = lost[0]  # of a study of its own, perhaps
+        raise CopeditError(f"{path} is {reason}; copy or export it again, or move it away")
+    return [_with_damaged(study, damaged) for study in found]
 
 
-def _with_damaged(study: DicomStudy, damaged: Sequence[tuple[Path, str]], alone: bool) -> DicomStudy:
+def _with_damaged(study: DicomStudy, damaged: Sequence[tuple[Path, str]]) -> DicomStudy:
     """Refused where a file that cannot be read may be one of its slices."""
-    mine = [(path, reason) for path, reason in damaged if alone or path.is_relative_to(study.folder)]
+    mine = [(path, reason) for path, reason in damaged if path.is_relative_to(study.folder)]
     if not mine:
         return study
     (path, reason), more = mine[0], f", and {len(mine) - 1} more" * (len(mine) > 1)
@@ -166,7 +168,7 @@ def _study(folder: Path, headers: Sequence[Header], explicit: Mapping[str, str |
             continue
         if element is None:
             left_out.append((one, why))
-        elif STACK in chosen:
+        elif asked.get(STACK):
             left_out.append((one, f"the {STACK} was asked for"))
         elif element in asked:
             left_out.append((one, f"{'another' if asked[element] else 'no'} {element} was asked for"))

@@ -128,21 +128,44 @@ def test_broken_link(tmp_path):
     assert list(Study.read(other).volumes) == ["t2"]
 
 
-@pytest.mark.parametrize("bids", [False, True])
-def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, bids):
+def subjects(root: Path, described: bool) -> None:
+    """Two of them, named as BIDS has it, as a data set or not."""
     for name in ("sub-01", "sub-02"):
-        save(tmp_path / name / "anat" / f"{name}_T1w.nii.gz")
-    if bids:
-        (tmp_path / "dataset_description.json").write_text('{"BIDSVersion": "1.8.0"}')
+        save(root / name / "anat" / f"{name}_T1w.nii.gz")
+    if described:
+        (root / "dataset_description.json").write_text('{"BIDSVersion": "1.8.0"}')
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("name", ["sub-02", "anat", "meg"])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, described, name):
+    """But where BIDS says that it holds no anatomical image."""
+    subjects(tmp_path, described)
+    (tmp_path / "sub-01" / "meg").mkdir()
     scan = os.scandir
 
     def denied(path):
-        if Path(path).name == "sub-02":
+        if Path(path).name == name:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    refuses("cannot read .*sub-02: Permission denied; .* make it readable", find_studies, tmp_path)
+    if described and name == "meg":
+        assert len(find_studies(tmp_path)) == 2
+    else:
+        refuses(f"cannot read .*{name}: Permission denied; .* make it readable", find_studies, tmp_path)
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("name", ["sub-03", "sub-01/ses-2", "sub-01/ses-1/anat"])
+def test_a_broken_link_to_a_folder_is_not_passed_over(tmp_path, described, name):
+    subjects(tmp_path, described)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    save(tmp_path / "sub-01" / "ses-0" / "anat" / "sub-01_ses-0_T1w.nii.gz")
+    if not described:
+        save(tmp_path / "sub-01" / "ses-1" / "sub-01_ses-1_T1w.nii.gz")
+    (tmp_path / name).symlink_to("gone")
+    refuses(f"cannot read .*{name}: it is a broken link; .* make it readable", find_studies, tmp_path)
 
 
 def test_links_to_folders_are_followed_and_a_folder_is_taken_once(tmp_path):

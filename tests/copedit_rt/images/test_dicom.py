@@ -26,6 +26,7 @@ from dicoms import FLAIR, T1, T2, Made, tilted
 
 from copedit_rt import archive
 from copedit_rt.errors import CopeditError
+from copedit_rt.images import find
 from copedit_rt.images.dicom.studies import dicom_studies
 from copedit_rt.images.dicom.write import Made as Output
 from copedit_rt.images.dicom.write import stored, write_series
@@ -150,6 +151,16 @@ def test_a_cohort(tmp_path):
         find_studies(tmp_path / "cohort", {"t1": "3"})
 
 
+def test_a_study_that_cannot_be_read_is_not_missing(tmp_path):
+    for n in ("1", "2", "3"):
+        dicoms.study(tmp_path / "cohort" / n, T2, study=n)
+    for path in (tmp_path / "cohort" / "2").rglob("IM*"):
+        path.unlink()
+        path.symlink_to("gone")
+    with pytest.raises(CopeditError, match=r"2/0003/IM00000 is a file that cannot be read \(No such file"):
+        find_studies(tmp_path / "cohort")
+
+
 def test_a_cohort_with_its_outputs_below(tmp_path):
     made = {"SyntheticData": "YES", "ImageType": ["DERIVED", "SECONDARY", "OTHER"]}
     for n in ("1", "2"):
@@ -199,6 +210,18 @@ def test_dicom_studies_among_others_are_told(tmp_path, hospital):
         (tmp_path / site / "p3").mkdir()
         (tmp_path / site / "p3" / "notes.txt").write_text("neither")
     assert len(find_studies(tmp_path)) == 2 and passed_over(tmp_path) == ["p2", "p2"]
+    shutil.copy(hospital / "0003" / "IM00000", tmp_path / "site" / "p1")
+    assert passed_over(tmp_path) == ["p2", "p1", "p2"]
+
+
+def test_of_other_files_two_a_folder_are_opened(tmp_path, monkeypatch):
+    """To look for DICOM: there may be millions."""
+    save(tmp_path / "p1" / "p1_t1.nii.gz", image())
+    for n in range(100):
+        (tmp_path / "p1" / f"notes{n}.txt").write_text("neither")
+    looked_at: list[Path] = []
+    monkeypatch.setattr(find, "is_dicom", lambda path: looked_at.append(path))
+    assert len(find_studies(tmp_path)) == 1 and len(looked_at) == 2
 
 
 def test_frames_of_reference(tmp_path):
@@ -268,6 +291,10 @@ def test_the_task_chooses(tmp_path):
         (named,) = find_studies(case, {"sax": sax})
         assert named.task == "cardiac" and list(named.files) == ["sax"]
         assert [why for _, why in named.source.left_out] == ["the sax was asked for"]
+    (several,) = find_studies(dicoms.study(tmp_path / "two", Made("SAX", 5), Made("short axis", 6)))
+    assert "2 series may be the sax: 5 (SAX), 6 (short axis)" in several.problem
+    (brain,) = find_studies(dicoms.study(tmp_path / "head", Made("SAX", 1), Made("T1", 2), Made("T2", 3)))
+    assert brain.task == "brain" and list(brain.files) == ["t1", "t2"]
     with pytest.raises(CopeditError, match="give one or the other"):
         find_studies(case, {"sax": "9", "t2": "3"})
     with pytest.raises(CopeditError, match="a DICOM study of the other task than --task cardiac"):
