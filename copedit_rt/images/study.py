@@ -196,7 +196,7 @@ class Study:
         written = []
         for element in (name for name in self.volumes if name in self.synthetic):
             path = self.output_path(folder, element)
-            before = complete_sidecar(path) or {}
+            before = _told(path)
             sidecar = {
                 "synthetic": True,
                 "element": element,
@@ -222,9 +222,9 @@ class Study:
             sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=scaled)
             text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
             write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
-            for kind, old in (("sd", sd_path), ("dicom", self.dicom_path(folder, element))):
-                if kind not in sidecar and old.name in before.get(kind, {}).values():  # of an image that is no more
-                    remove(old)
+            for kind, (old, digest) in before.items():
+                if kind not in sidecar and old in (sd_path, self.dicom_path(folder, element)) and _is(old, digest):
+                    remove(old)  # of an image that is no more
             written.append(path)
         return written
 
@@ -298,16 +298,40 @@ def complete_sidecar(path: Path) -> dict[str, Any] | None:
     """The sidecar of an output that is there with that of the same run, which holds its sha256, and that of the SD map
     if it has one; None otherwise."""
     try:
-        sidecar: dict[str, Any] = json.loads(path.with_name(f"{stem_of(path)}.json").read_text(encoding="utf-8"))
-        images = [(path, sidecar["sha256"])]
-        if "sd" in sidecar:
-            images.append((path.with_name(sidecar["sd"]["file"]), sidecar["sd"]["sha256"]))
-        same = all(hashlib.sha256(image.read_bytes()).hexdigest() == digest for image, digest in images)
-        if same and (series := sidecar.get("dicom")):
-            same = digest_of(path.with_name(series["folder"])) == series["sha256"]
-        return sidecar if same else None
+        sidecar = _sidecar(path)
+        images = [(path, sidecar["sha256"]), *_beside(path, sidecar).values()]
+        return sidecar if all(_is(image, digest) for image, digest in images) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    sidecar: dict[str, Any] = json.loads(path.with_name(f"{stem_of(path)}.json").read_text(encoding="utf-8"))
+    return sidecar
+
+
+def _beside(path: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
+    """{"sd" or "dicom": (where it lies, its sha256)} of the SD map and the series that belong to an output."""
+    names = {kind: sidecar[kind][key] for kind, key in (("sd", "file"), ("dicom", "folder")) if kind in sidecar}
+    return {kind: (path.with_name(name), sidecar[kind]["sha256"]) for kind, name in names.items()}
+
+
+def _told(path: Path) -> dict[str, tuple[Path, str]]:
+    """Likewise of an output that is there or was, by its sidecar; empty where that is none of ours."""
+    try:
+        sidecar = _sidecar(path)
+        return _beside(path, sidecar) if sidecar["synthetic"] and sidecar["file"] == path.name else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _is(path: Path, digest: str) -> bool:
+    """Whether a file, or a series' folder, is there with this sha256."""
+    try:
+        there = digest_of(path) if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return False
+    return there == digest
 
 
 def _only_study(files: Mapping[str, Path | str] | Sequence[Path | str] | Path | str) -> StudyFiles:

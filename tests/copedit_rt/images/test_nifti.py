@@ -254,6 +254,34 @@ def test_an_output_is_complete_with_the_sidecar_of_its_own_run(tmp_path, monkeyp
     assert complete_sidecar(out) and "sd" not in json.loads(sidecar.read_text())
 
 
+@pytest.mark.parametrize(
+    ("spoil", "stays"),
+    [
+        (lambda out, sd: None, False),
+        (lambda out, sd: out.unlink(), False),
+        (lambda out, sd: out.write_bytes(b"by hand"), False),
+        (lambda out, sd: sd.write_bytes(b"by hand"), True),
+        (lambda out, sd: out.with_name("A_t2.json").write_text("[1]"), True),
+        (lambda out, sd: out.with_name("A_t2.json").write_text('{"sd": {"note": "A_t2_sd.nii.gz"}}'), True),
+    ],
+)
+def test_the_sd_map_of_an_image_that_is_replaced_goes(tmp_path, spoil, stays):
+    """By the sidecar alone, whatever became of the image; what somebody changed stays."""
+    study = Study.read(save(tmp_path / "A_t1.nii.gz"))
+    (out,) = write(study, tmp_path / "o", std={"t2": image(seed=3)})
+    sd = out.with_name("A_t2_sd.nii.gz")
+    spoil(out, sd)
+    write(study, tmp_path / "o")
+    assert complete_sidecar(out) and sd.exists() == stays
+
+
+def test_what_lies_there_is_not_read_to_be_replaced(tmp_path, monkeypatch):
+    study = Study.read(save(tmp_path / "A_t1.nii.gz"))
+    write(study, tmp_path / "o", std={"t2": image(seed=3)})
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"read {path}"))
+    write(study, tmp_path / "o", std={"t2": image(seed=4)})
+
+
 @pytest.mark.parametrize("slope", [1e-38, 3e38])
 def test_a_scale_that_cannot_hold_the_filled_slices(tmp_path, slope):
     data = image((8, 9, 6))
