@@ -240,9 +240,8 @@ class Study:
 
         assert self.source is not None
         reference = next(iter(self.volumes))
-        along = self.task.joint and slice_axis(data.shape, self.reference.affine) == 2
-        real = [k for k in range(data.shape[2]) if k not in self.missing_slices] if along else []
-        made = Made(element, data, self.reference.affine, reference, model, record, real)
+        axis, affine = slice_axis(data.shape, self.reference.affine) if self.task.joint else 2, self.reference.affine
+        made = Made(element, data, affine, reference, model, record, self.missing_slices, axis)
         return write_series(self.dicom_path(folder, element), self.source, made)
 
     def _bids(self) -> dict[str, Any]:

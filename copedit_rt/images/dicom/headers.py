@@ -22,7 +22,7 @@ _TAGS = (
     "BodyPartExamined ContrastBolusAgent ScanningSequence RepetitionTime EchoTime InversionTime "
     "ProtocolName SequenceName DiffusionBValue StudyInstanceUID SeriesInstanceUID SeriesNumber "
     "ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID NumberOfFrames Rows Columns PixelSpacing "
-    "BitsAllocated SamplesPerPixel"
+    "SliceThickness BitsAllocated SamplesPerPixel"
 ).split()
 
 
@@ -64,6 +64,7 @@ class Header:
     position: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
     spacing: tuple[float, ...] | None
+    thickness: float | None = None
 
     @property
     def is_mr(self) -> bool:
@@ -164,6 +165,7 @@ def _read(path: Path) -> Header:
         position=numbers("ImagePositionPatient", 3),
         orientation=numbers("ImageOrientationPatient", 6),
         spacing=numbers("PixelSpacing", 2),
+        thickness=number("SliceThickness"),
     )
     _check(header)
     return header

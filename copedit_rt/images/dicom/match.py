@@ -43,11 +43,14 @@ _AGENT = (
     r"\+?(?:w/?|c/)?(?:c|ce|gd|gad[a-z]*|dotarem|prohance|multihance|magnevist|km|mdc|post|postcontrast|postgad|postgd"
     r"|contrast|kontrast|contraste|enhanced|cont)\+?"
 )
-_PLAIN = (
-    r"pre|precontrast|pregad|pregd|native?|nativ|unenhanced|without|w/?o|wout|ohne|sans|senza|zonder|utan|uden|bez|plain"
-    rf"|(?!sinc$)(?:no|non|minus|sin|sem|s/)(?:{_AGENT})"  # a sinc is a pulse
+_WITHOUT = (
+    r"pre|precontrast|pregad|pregd|native?|nativ|unenhanced|without|w/?o|wout|ohne|sans|senza|zonder|utan|uden|bez"
+    r"|plain"
 )
-_SLASH = re.compile(r"(?<!\b[wcs])(?<!\bpre)/")  # that parts words: not in w/o, c/contraste, or pre/post, which is both
+_PLAIN = rf"{_WITHOUT}|(?!sinc$)(?:no|non|minus|sin|sem|s/)(?:{_AGENT})"  # a sinc is a pulse
+_SLASH = re.compile(r"(?<!\b[wcs])/")  # that parts words: not in w/o or c/contraste
+_EITHER = rf"(?:{_AGENT}|w|with|mit|con|com|avec)", rf"(?:{_WITHOUT}|sin|sem)"
+_BOTH = re.compile("|".join(rf"\b{one}\s*/\s*{other}\b" for one, other in (_EITHER, _EITHER[::-1])))  # pre/post
 _T1_AGENT = r"s?[23]?d?t1w?\+?(?:ce|c|gd|gad|gado|km|post|\+)"
 _FAT = re.compile(r"(?:fat|fett)[-_ ]?(?:sat|sup|saettig|suppr)\w*|water[-_ ]?(?:exc|sel)\w*", re.I)
 _CHEST = ("HEART", "CARDIAC", "CHEST", "THORAX")  # body parts
@@ -158,7 +161,9 @@ def named(text: str) -> set[str]:
 
 
 def agent(text: str) -> bool | None:
-    """Whether a description says with contrast agent or without; None where it says neither."""
+    """Whether a description says with contrast agent or without; None where it says neither, or both."""
+    if _BOTH.search(text.lower()):
+        return None
     tokens = _tokens(_SLASH.sub(" ", text.lower()))
     if MINUS.search(text) or _has(tokens, _PLAIN):
         return False

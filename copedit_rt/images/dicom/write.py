@@ -23,6 +23,7 @@ import copedit_rt
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import new_folder, unwritable
 from copedit_rt.images.dicom.headers import MR
+from copedit_rt.images.dicom.match import SYNTHETIC
 from copedit_rt.images.dicom.series import Series
 from copedit_rt.images.dicom.studies import DicomStudy
 from copedit_rt.images.names import MODALITIES, STYLES
@@ -41,7 +42,9 @@ _IMPLEMENTATION = "2.25.156741429252609168188955388097473286541"
 _COPIED = (
     "SpecificCharacterSet TimezoneOffsetFromUTC "
     "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientAge PatientSize PatientWeight "
-    "OtherPatientIDs EthnicGroup PatientSpeciesDescription PatientSpeciesCodeSequence ResponsiblePerson "
+    "OtherPatientIDs EthnicGroup PatientSpeciesDescription PatientSpeciesCodeSequence PatientBreedDescription "
+    "PatientBreedCodeSequence BreedRegistrationSequence AnatomicalOrientationType ResponsiblePerson "
+    "ResponsiblePersonRole ResponsibleOrganization "
     "PatientIdentityRemoved DeidentificationMethod DeidentificationMethodCodeSequence "
     "StudyInstanceUID StudyDate StudyTime StudyID StudyDescription AccessionNumber IssuerOfAccessionNumberSequence "
     "ReferringPhysicianName ProcedureCodeSequence "
@@ -60,7 +63,8 @@ class Made:
     """What is to be written.
 
     data [X, Y, Z], slices along Z, on the grid of `reference`, one of the study's modalities, whose affine is that from
-    voxels to RAS mm. real: slices of it that were observed. record: how it was made; model: its name.
+    voxels to RAS mm. missing: slices of a stack along this axis, which were synthesised. record: how it was made;
+    model: its name.
     """
 
     element: str
@@ -69,14 +73,19 @@ class Made:
     reference: str
     model: str
     record: Mapping[str, Any]
-    real: Sequence[int] = ()
+    missing: Sequence[int] = ()
+    axis: int = 2
+
+    def synthetic(self, k: int) -> bool:
+        """Whether an image along the third axis is synthetic, at least in part."""
+        return self.element != STACK or self.axis != 2 or k in self.missing
 
 
 def write_series(folder: Path, study: DicomStudy, made: Made) -> dict[str, Any]:
     """A folder of one file a slice; it is there as a whole or not at all, and replaces an older one.
 
-    Returns what a sidecar holds of it: grey value = value * step + low. Raises CopeditError where the grid is none of
-    DICOM's, or the folder cannot be written.
+    Returns what a sidecar holds of it: number of `made.data` = value * step + low, which the header's slope of a heart
+    makes a grey value. Raises CopeditError where the grid is none of DICOM's, or the folder cannot be written.
     """
     from pydicom import config
 
@@ -117,12 +126,17 @@ def stored(data: NDArray) -> tuple[NDArray, float, float]:
 def _template(study: DicomStudy, made: Made, values: NDArray) -> Dataset:
     """What all slices share."""
     import pydicom
+    from pydicom.datadict import dictionary_VR
+    from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
 
     reference = study.chosen[made.reference][0]
     source = pydicom.dcmread(reference.first.path, stop_before_pixels=True, force=True)
     image = pydicom.Dataset()
-    for keyword in _COPIED:
-        if keyword in source:
+    for keyword in (keyword for keyword in _COPIED if keyword in source):
+        raw, kind = source.get_item(keyword), dictionary_VR(keyword)
+        if kind in CUSTOMIZABLE_CHARSET_VR:  # bytes, as text need not be of the character set that it is said to be of
+            image[keyword] = pydicom.DataElement(keyword, kind, raw.value)
+        else:
             image[keyword] = source[keyword]
     for keyword in "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID".split():
         _default(image, keyword)
@@ -130,8 +144,9 @@ def _template(study: DicomStudy, made: Made, values: NDArray) -> Dataset:
         _default(image, keyword)
     _default(image, "FrameOfReferenceUID", _uid(study, "frame of reference"))
     _default(image, "BodyPartExamined", "HEART" if made.element == STACK else "BRAIN")
-    if image.BodyPartExamined in _PAIRED:
-        image.Laterality = source.get("Laterality") or source.get("ImageLaterality") or ""
+    if reference.first.body_part in _PAIRED:
+        sides = [source.get(keyword) for keyword in ("Laterality", "ImageLaterality")]
+        image.Laterality = next((side for side in sides if side in ("R", "L")), "")  # an image's may be both, B
     _series(image, study, made, values)
     _equipment(image)
     _pixels(image, values)
@@ -149,17 +164,17 @@ def _series(image: Dataset, study: DicomStudy, made: Made, values: NDArray) -> N
     how = drawn(made.record.get("sampler", {}))
     inputs = ", ".join(study.files())
     if made.element == STACK:
-        missing = ", ".join(str(k) for k in range(values.shape[2]) if k not in made.real)
-        what = f"Slices {missing} (from 0) of the stack synthesised from the others"
+        along = f" along axis {made.axis} of the NIfTI image" * (made.axis != 2)  # not the slices of this series
+        what = f"Slices {', '.join(map(str, made.missing))} (from 0{along}) of the stack synthesised from the others"
     else:
         what = f"{called} synthesised from {inputs}"
     image.SOPClassUID, image.Modality, image.ImageType = MR, "MR", ["DERIVED", "SECONDARY", "OTHER"]
-    image.DerivationDescription = f"{what} by CoPeDiT {copedit_rt.__version__}, {made.model}, {how}"[:1024]
+    image.DerivationDescription = _ascii(f"{what} by CoPeDiT {copedit_rt.__version__}, {made.model}, {how}", 1024)
     content = hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
-    grid = made.affine.tobytes().hex()
-    image.SeriesInstanceUID = _uid(study, made.element, content, grid, image.DerivationDescription)
-    image.SeriesNumber = str(_next_number(study) + [*MODALITIES, STACK].index(made.element))
-    image.SeriesDescription = f"{called} synthetic, CoPeDiT {made.model}"[:64]
+    grid, number = made.affine.tobytes().hex(), str(_next_number(study) + [*MODALITIES, STACK].index(made.element))
+    image.SeriesInstanceUID = _uid(study, made.element, content, grid, image.DerivationDescription, number)
+    image.SeriesNumber = number
+    image.SeriesDescription = _ascii(f"{called} synthetic, CoPeDiT {made.model}", 64)
     image.ImageComments = "Synthetic: computed, not measured. Research only; not for diagnosis."
     image.BurnedInAnnotation = "NO"
     image.ScanningSequence, image.SequenceVariant = "RM", "NONE"
@@ -167,9 +182,14 @@ def _series(image: Dataset, study: DicomStudy, made: Made, values: NDArray) -> N
         setattr(image, keyword, None)
 
 
+def _ascii(text: str, most: int) -> str:
+    """What any character set of a source can hold, of so many letters."""
+    return text.encode("ascii", "replace").decode()[:most]
+
+
 def _next_number(study: DicomStudy) -> int:
-    """A series number behind those of the study."""
-    series = [*(one for one, _ in study.chosen.values()), *(one for one, _ in study.left_out)]
+    """A series number behind those that the scanner made."""
+    series = [one for one, why in (*study.chosen.values(), *study.left_out) if why != SYNTHETIC]
     numbers = [int(one.first.number) for one in series if one.first.number.isdecimal()]
     return min(max([0, *numbers]), 2**30) + 1
 
@@ -253,8 +273,9 @@ def _places(made: Made, reference: Series) -> list[dict[str, list[float]]]:
         theirs = {name: np.array(getattr(header, name) or np.inf) for name in here}
         if all(t.shape == here[n].shape and np.abs(t - here[n]).max() < _SAME for n, t in theirs.items()):
             here = theirs
-        thickness = {"thickness": [float(f"{size[2]:.6g}")]}
-        places.append({name: [float(x) for x in value] for name, value in (here | thickness).items()})
+        apart = float(f"{size[2]:.6g}")
+        depth = {"thickness": [reference.first.thickness or apart], "apart": [apart]}
+        places.append({name: [float(x) for x in value] for name, value in (here | depth).items()})
     return places
 
 
@@ -265,7 +286,7 @@ def _slice(template: Dataset, made: Made, values: NDArray, k: int, place: Mappin
 
     image = Dataset()
     image.update(template)
-    image.SyntheticData = "NO" if k in made.real else "YES"
+    image.SyntheticData = "YES" if made.synthetic(k) else "NO"
     image.SOPInstanceUID = f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, f'{template.SeriesInstanceUID}.{k}').int}"
     image.InstanceNumber = str(k + 1)
 
@@ -273,8 +294,8 @@ def _slice(template: Dataset, made: Made, values: NDArray, k: int, place: Mappin
         return [DSfloat(value, auto_format=True) for value in place[name]]
 
     image.ImagePositionPatient, image.ImageOrientationPatient = numbers("position"), numbers("orientation")
-    image.PixelSpacing, image.SliceThickness = numbers("spacing"), numbers("thickness")[0]
-    image.SpacingBetweenSlices = image.SliceThickness
+    image.PixelSpacing = numbers("spacing")
+    image.SliceThickness, image.SpacingBetweenSlices = numbers("thickness")[0], numbers("apart")[0]
     image.PixelData = np.ascontiguousarray(values.T[::-1]).astype(values.dtype.newbyteorder("<")).tobytes()
     image["PixelData"].VR = "OW"
     return image

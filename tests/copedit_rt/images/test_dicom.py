@@ -260,6 +260,17 @@ def test_a_stack_of_the_heart(tmp_path, heart_model):
     assert read[0].BodyPartExamined == "HEART" and "Slices 5, 6 (from 0)" in read[0].DerivationDescription
 
 
+def test_a_stack_whose_slices_are_not_the_scanners(tmp_path):
+    """Cut along another axis than the coarsest: every image is in part synthetic, and it is said which slices are."""
+    tags = {"BodyPartExamined": "HEART"}
+    case = dicoms.study(tmp_path / "heart", Made("cine_sax", 1, tilted(), (6, 20, 24), (8, 2, 2), tags=tags))
+    study = Study.read(case, missing_slices=[2, 3])
+    study.with_synthetic({"sax": study.reference.data}).write(tmp_path / "o", model="m", record=RECORD)
+    one = pydicom.dcmread(tmp_path / "o" / "heart_dicom" / "0001.dcm")
+    assert one.DerivationDescription.startswith("Slices 2, 3 (from 0 along axis 0 of the NIfTI image) of the stack")
+    assert one.SyntheticData == "YES"
+
+
 def test_the_scale_of_a_stack_is_in_its_sidecar(tmp_path):
     """Its numbers are the file's own, which a source's rescale slope makes grey values."""
     scale = {"BodyPartExamined": "HEART", "RescaleSlope": 0.5, "RescaleIntercept": -3}
@@ -372,6 +383,52 @@ def test_attributes(outputs, hospital):
     assert list(one.PixelSpacing) == list(source.PixelSpacing) and one.SliceThickness == 1.5
 
 
+def written(folder: Path, **changed) -> pydicom.Dataset:
+    """The first image of a T1 that was made of a T2 with these tags."""
+    case = dicoms.study(folder / "case", replace(T2, tags={**T2.tags, **changed}))
+    (study,) = dicom_studies(case)
+    affine = Study.read(case).reference.affine
+    write_series(folder / "o", study, Output("t1", np.zeros(T2.shape, np.float32), affine, "t2", "Müller's", RECORD))
+    return pydicom.dcmread(folder / "o" / "0001.dcm")
+
+
+@pytest.mark.parametrize(("thickness", "told"), [(3, 3), (None, 4)])
+def test_slices_are_as_thick_as_the_sources(tmp_path, thickness, told):
+    one = written(tmp_path, SliceThickness=thickness)
+    assert one.SliceThickness == told and one.SpacingBetweenSlices == 4
+
+
+def test_text_of_our_own_is_ascii(tmp_path):
+    one = written(tmp_path, SpecificCharacterSet="ISO_IR 13")
+    assert "M?ller's" in one.SeriesDescription and "M?ller's" in one.DerivationDescription
+
+
+def test_one_body_part_or_several(tmp_path):
+    assert list(written(tmp_path, BodyPartExamined=["HEAD", "NECK"]).BodyPartExamined) == ["HEAD", "NECK"]
+
+
+def test_who_is_responsible_for_an_animal(tmp_path):
+    told = {"ResponsiblePerson": "Roe^Jane", "ResponsiblePersonRole": "OWNER", "ResponsibleOrganization": "Zoo"}
+    told |= {"PatientBreedDescription": "Beagle", "AnatomicalOrientationType": "QUADRUPED"}
+    one = written(tmp_path, **told)
+    assert {keyword: one[keyword].value for keyword in told} == told
+
+
+def test_other_outputs_do_not_change_a_series(tmp_path):
+    """The same UIDs, the same content, whatever of our own lies beside it; another number, other UIDs."""
+    first, case = written(tmp_path), tmp_path / "case"
+    dicoms.save(dicoms.images(replace(T1, number=20, tags={"SyntheticData": "YES"})), case / "made")
+    (study,) = dicom_studies(case)
+    affine = Study.read(case).reference.affine
+    output = Output("t1", np.zeros(T2.shape, np.float32), affine, "t2", "Müller's", RECORD)
+    write_series(tmp_path / "o", study, output)
+    assert pydicom.dcmread(tmp_path / "o" / "0001.dcm") == first
+    dicoms.save(dicoms.images(dicoms.DIFFUSION), case / "0005")
+    write_series(tmp_path / "o", dicom_studies(case)[0], output)
+    other = pydicom.dcmread(tmp_path / "o" / "0001.dcm")
+    assert other.SeriesNumber == first.SeriesNumber + 2 and other.SeriesInstanceUID != first.SeriesInstanceUID
+
+
 def test_the_same_image_has_the_same_uids(outputs, hospital, brain_model, tmp_path):
     copied = shutil.copytree(hospital, tmp_path / "case")
     options = ["-o", tmp_path / "o", "--model", brain_model, "--resample"]
@@ -383,15 +440,12 @@ def test_the_same_image_has_the_same_uids(outputs, hospital, brain_model, tmp_pa
     assert other.SeriesInstanceUID != pydicom.dcmread(one).SeriesInstanceUID
 
 
-def test_paired_parts_have_a_side(tmp_path):
-    tags = {"BodyPartExamined": "KNEE", "Laterality": "L", "LossyImageCompression": "01"}
-    dicoms.study(tmp_path / "case", replace(T2, tags=tags))
-    (study,) = dicom_studies(tmp_path / "case")
-    data = np.zeros(T2.shape, np.float32)
-    affine = Study.read(tmp_path / "case").volumes["t2"].affine
-    write_series(tmp_path / "o", study, Output("t1", data, affine, "t2", "m", RECORD))
-    one = pydicom.dcmread(tmp_path / "o" / "0001.dcm")
-    assert one.Laterality == "L" and one.LossyImageCompression == "01"
+@pytest.mark.parametrize(
+    ("tags", "side"), [({"Laterality": "L"}, "L"), ({"ImageLaterality": "R"}, "R"), ({"ImageLaterality": "B"}, "")]
+)
+def test_paired_parts_have_a_side(tmp_path, tags, side):
+    one = written(tmp_path, BodyPartExamined="KNEE", LossyImageCompression="01", **tags)
+    assert one.Laterality == side and one.LossyImageCompression == "01"
 
 
 def test_what_is_complete_is_kept(outputs, hospital, brain_model, tmp_path):
@@ -655,6 +709,28 @@ def test_names_in_any_script(tmp_path, charset, name):
     write_series(tmp_path / "o", found.source, Output("t1", data, affine, "t2", "m", RECORD))
     one = pydicom.dcmread(tmp_path / "o" / "0002.dcm")
     assert one.PatientName == name and one.StudyDescription == tags["StudyDescription"]
+
+
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [("ISO_IR 192", "Müller^Jörg ".encode("latin-1")), ("ISO_IR 13", "山田^太郎 ".encode("shift-jis"))],
+)
+def test_bytes_of_another_script_than_is_said(tmp_path, charset, name):
+    """They are repeated."""
+    case = dicoms.study(tmp_path / "case", replace(T2, tags={**T2.tags, "SpecificCharacterSet": charset}))
+    keywords = ("PatientName", "PatientID", "StudyDescription")
+    for path in case.rglob("IM*"):
+        one = pydicom.dcmread(path)
+        for keyword in keywords:
+            tag, vr = pydicom.tag.Tag(keyword), pydicom.datadict.dictionary_VR(keyword)
+            one[tag] = pydicom.dataelem.RawDataElement(tag, vr, len(name), name, 0, False, True)
+        one.save_as(path)
+    (found,) = find_studies(case)
+    data, affine = np.zeros(T2.shape, np.float32), Study.read(case).reference.affine
+    write_series(tmp_path / "o", found.source, Output("t1", data, affine, "t2", "m", RECORD))
+    one, source = pydicom.dcmread(tmp_path / "o" / "0002.dcm"), pydicom.dcmread(path)
+    assert [one.get_item(k).value for k in keywords] == [source.get_item(k).value for k in keywords]
+    assert one.get_item("PatientID").value == name
 
 
 def test_duplicates_are_one(tmp_path):

@@ -131,11 +131,21 @@ def test_contrast_agent_and_protocol():
     assert judge(series("t1_se_tra", contrast=True)) == ("t1ce", "by its description and contrast agent")
     assert judge(series("T1 pre", contrast=True))[0] == "t1"
     assert judge(series("T1 post", contrast=False))[0] == "t1ce"
-    assert judge(series("T1 C-", contrast=True))[0] == "t1" and judge(series("T1 pre/post", contrast=True))[0] == "t1ce"
+    assert judge(series("T1 C-", contrast=True))[0] == "t1"
     assert judge(series("head axial", protocol="FLAIR_AX"))[0] == "flair"
     assert judge(series("t2_tirm", repetition_time=9000, echo_time=90, inversion_time=2500))[0] == "flair"
     assert judge(series("FLAIR", repetition_time=500, echo_time=10))[0] is None
     assert judge(series("axial", repetition_time=500, echo_time=10, contrast=True))[0] == "t1ce"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pre/post", "POST/PRE", "pre / post GD", "WITH/WITHOUT", "without/with gad", "W/WO", "mit/ohne KM", "sin/con"],
+)
+def test_with_and_without_agent_is_neither(text):
+    """The header decides."""
+    assert match.agent(f"T1 {text}") is None
+    assert [judge(series(f"T1 {text}", contrast=c))[0] for c in (True, False)] == ["t1ce", "t1"]
 
 
 def test_hearts():
