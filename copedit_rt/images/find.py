@@ -330,7 +330,9 @@ class _Search:
             label = label.strip("-_. ") or folder.resolve().name
             found.append((folder, self._brain(label, group, self._subfolder(folder, self.top[group[0].path]))))
         for path in stacks:
-            naming = Naming(stem_of(path), {STACK: ""}, self._subfolder(path.parent, self.top[path]))
+            derived = self.dataset is not None
+            called = re.sub(r"([^_]*)$", rf"{bids.DERIVED * derived}\1", stem_of(path), count=1)
+            naming = Naming(called, {STACK: ""}, self._subfolder(path.parent, self.top[path]), derived)
             found.append((path.parent, StudyFiles(stem_of(path), Task.HEART, {STACK: path}, naming)))
         found = [*self._with_unclear(found), *self._from_dicom()]
         found.sort(key=lambda item: (str(item[0]), item[1].name))
@@ -447,12 +449,14 @@ class _Search:
     def _brain(self, label: str, names: Sequence[Name], subfolder: Path) -> StudyFiles:
         problem = None
         files: dict[str, Path] = {}
+        chosen: list[Name] = []
         for element in dict.fromkeys(name.element for name in names):
             one, *more = choose([name for name in names if name.element == element], self.select)
             files[element] = one.path
+            chosen += [one, *more]
             if more:
                 problem = f"{label}: two files for {element}: {one.path} and {more[0].path}; {_choices([one, *more])}"
-        return StudyFiles(label, Task.BRAIN, files, naming_of(names, subfolder, self.dataset is not None), problem)
+        return StudyFiles(label, Task.BRAIN, files, naming_of(chosen, subfolder, self.dataset is not None), problem)
 
 
 def _choices(names: Sequence[Name]) -> str:

@@ -331,9 +331,11 @@ def _channels(folder: Path) -> dict[str, str]:
 
 
 def naming_of(names: Sequence[Name], subfolder: Path, derived: bool = False) -> Naming:
+    """How a brain's outputs are named, by the names of the chosen files; of BIDS with their run, if it is one."""
     first = names[0]
     if first.tail is not None:  # BIDS
-        tail = first.tail + DERIVED * derived
+        runs = {mark for name in names for mark in name.marks if mark.startswith("run-")}
+        tail = f"{''.join(runs)}_" * (len(runs) == 1) + first.tail + DERIVED * derived
         agent = next((m[1] for n in names if (m := re.search(r"_ce-([^_]+)", n.path.name))), "gadolinium")
         spelling = {row.name: f"ce-{agent}_" * bool(row.enhanced) + tail + row.bids for row in TABLE}
         return Naming(first.head, spelling, subfolder, derived)

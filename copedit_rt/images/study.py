@@ -245,10 +245,11 @@ class Study:
         return write_series(self.dicom_path(folder, element), self.source, made)
 
     def _bids(self) -> dict[str, Any]:
-        """What BIDS wants to know of a derivative. Skull-stripped: most of the reference is exactly its background."""
-        read = (v.path for name, v in self.volumes.items() if v.path and name not in self.synthetic)
+        """What BIDS wants to know of a derivative. Skull-stripped: most of a brain is exactly its background."""
+        joint = self.task.joint
+        read = (v.path for name, v in self.volumes.items() if v.path and (joint or name not in self.synthetic))
         data = self.reference.data
-        stripped = bool((data == np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])).mean() > STRIPPED)
+        stripped = not joint and bool((data == np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])).mean() > STRIPPED)
         return {"Synthetic": True, "Sources": bids.sources(list(read)), "SkullStripped": stripped}
 
     def images(self, *, model: str, std: Mapping[str, NDArray] | None = None) -> dict[str, nib.Nifti1Image]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import nibabel as nib
 import pytest
-from commands import files, image, refused, run, save
+from commands import SHORT_AXIS, files, image, refused, run, save, slices
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.images import bids
 from copedit_rt.images.find import find_studies
+from copedit_rt.images.study import Study
 
 VALIDATOR = os.environ.get("BIDS_VALIDATOR") or shutil.which("bids-validator-deno")
 
@@ -52,6 +53,8 @@ def test_the_walk(dataset):
     path = found[0].output_path(Path("out"), "flair")
     assert path == Path("out/sub-01/ses-a/anat/sub-01_ses-a_desc-copedit_FLAIR.nii.gz")
     assert found[0].output_path(Path("out"), "t1ce").name == "sub-01_ses-a_ce-gadolinium_desc-copedit_T1w.nii.gz"
+    assert found[2].output_path(Path("out"), "t1ce").name == "sub-02_ce-gadolinium_run-02_desc-copedit_T1w.nii.gz"
+    assert find_studies(dataset)[2].output_path(Path("out"), "flair").name == "sub-02_desc-copedit_FLAIR.nii.gz"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,18 @@ def test_outputs_are_a_derivative(dataset, brain_model):
     before = files(out)
     assert "kept" in run(*command[:-4]).stdout or files(out) >= before  # its own outputs are no inputs
     assert not [study for study in find_studies(dataset) if "desc" in str(study.files)]
+
+
+def test_a_heart_is_a_derivative(dataset, tmp_path):
+    path = save(dataset / "sub-03" / "anat" / "sub-03_acq-sax_T2w.nii.gz", slices(20, 8), SHORT_AXIS)
+    (found,) = find_studies(dataset, labels={"sub": ["03"]}, task="cardiac")
+    study = Study.read(found, missing_slices=[3])
+    (made,) = study.with_synthetic({"sax": study.reference.data}).write(tmp_path / "o", model="m")
+    assert made == tmp_path / "o" / "sub-03" / "anat" / "sub-03_acq-sax_desc-copedit_T2w.nii.gz"
+    sidecar = json.loads(made.with_name("sub-03_acq-sax_desc-copedit_T2w.json").read_text())
+    assert sidecar["Synthetic"] is True and sidecar["SkullStripped"] is False
+    assert sidecar["Sources"] == [f"bids:raw:sub-03/anat/{path.name}"]
+    assert find_studies(path, task="cardiac")[0].output_path(Path("o"), "sax") == Path("o") / path.name
 
 
 def test_raw_data_stay_raw(dataset, brain_model):

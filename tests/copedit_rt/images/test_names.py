@@ -245,7 +245,7 @@ def test_what_is_no_file(tmp_path):
         find_studies(tmp_path / ("x" * 300))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "IM0001.dcm").write_bytes(b"DICM")
-    with pytest.raises(CopeditError, match=r"IM0001.dcm: a damaged DICOM file|pip install 'copedit\[dicom\]'"):
+    with pytest.raises(CopeditError, match=r"IM0001.dcm is a damaged DICOM file|pip install 'copedit\[dicom\]'"):
         find_studies(tmp_path / "d")
 
 
