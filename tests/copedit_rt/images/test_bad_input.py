@@ -103,7 +103,7 @@ def test_empty_file(tmp_path, content):
 def test_another_file_type(tmp_path):
     (tmp_path / "A.dcm").write_bytes(b"DICM")
     refuses(r"A.dcm is not a NIfTI file .* give the whole folder of DICOM files", find_studies, tmp_path / "A.dcm")
-    refuses(r"A.dcm: a damaged DICOM file|pip install 'copedit\[dicom\]'", find_studies, tmp_path)
+    refuses(r"A.dcm is a damaged DICOM file|pip install 'copedit\[dicom\]'", find_studies, tmp_path)
     (tmp_path / "A.dcm").rename(tmp_path / "A.txt")
     refuses("no images found; files must end in .nii or .nii.gz", find_studies, tmp_path)
 
