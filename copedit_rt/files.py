@@ -7,7 +7,6 @@ stands for. File systems of networks lock files between machines, folders at mos
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ except ImportError:  # Windows: leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 _PART = re.compile(r"\.[0-9a-f]{16}\.part$")
+SUFFIX = re.compile(r"\.[a-z]\w*$", re.I)  # of a file; the end of a UID is none
 MOST_JSON = 64 << 20  # bytes; the largest that is written here, the index of a data set, takes some 200 a study
 _SWEPT: set[Path] = set()
 _OPEN: set[Path] = set()  # folders that this process is filling
@@ -79,7 +79,11 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             if replace and folder.exists():
                 with _claimed_folder(folder) as old:
                     os.replace(folder, old)
-                    os.replace(part, folder)
+                    try:
+                        os.replace(part, folder)
+                    except OSError:
+                        os.replace(old, folder)
+                        raise
             else:
                 os.replace(part, folder)
     except OSError as error:
@@ -92,8 +96,8 @@ def _claimed(path: Path) -> Iterator[tuple[Path, int]]:
     while True:
         part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
         handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        _lock(handle)
-        if os.path.lexists(part):  # nobody took it for a leftover between the two
+        _lock(handle, wait=True)  # for one who takes it for a leftover between the two
+        if os.path.lexists(part):
             break
         os.close(handle)
     try:
@@ -119,11 +123,11 @@ def _folder_of(part: Path) -> Path:
     return part.with_suffix(".parts")
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int, wait: bool = False) -> bool:
     """Whether nobody else holds it; where nothing can be locked, nothing is a leftover."""
     try:
         if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         return bool(fcntl)
     except OSError:
         return False
@@ -179,9 +183,14 @@ def entries(folder: Path) -> list[Path]:
 
 
 def refuse_broken(path: Path) -> None:
-    """CopeditError for a broken link: if it led to a folder, what lies there would count as missing."""
-    if not os.path.exists(path):
-        _unreadable(OSError(errno.ENOENT, "it is a broken link", str(path)))
+    """CopeditError for a link, unless it has the suffix of a file, that leads nowhere, or where nobody may look: what
+    lies there would count as missing."""
+    if SUFFIX.search(path.name):
+        return
+    try:
+        path.stat()
+    except OSError as error:
+        _unreadable(error)
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -191,8 +200,8 @@ def _unreadable(error: OSError) -> NoReturn:
 
 def sweep(folder: Path) -> None:
     """Remove what processes that are dead left below a folder: at the start of a job that writes there."""
-    for top, folders, files in os.walk(folder):
-        _sweep(Path(top), [*folders, *files])
+    for top, _, files in os.walk(folder):
+        _sweep(Path(top), files)
 
 
 def _sweep_once(folder: Path) -> None:
@@ -208,7 +217,8 @@ def _sweep(folder: Path, names: Iterable[str]) -> None:
             try:
                 if _lock(handle):
                     remove(_folder_of(part))
-                    remove(part)
+                    if not _folder_of(part).exists():  # files that NFS still holds go the next time
+                        remove(part)
             finally:
                 os.close(handle)
 

@@ -51,9 +51,9 @@ def images(root: Path) -> Iterator[Path]:
 def _folders(folder: Path, called: str) -> Iterator[Path]:
     """The folders in a folder whose name is that (a regular expression)."""
     for path in (path for path in entries(folder) if re.fullmatch(called, path.name)):
-        if path.is_dir():
+        if os.path.isdir(path):
             yield path
-        elif not path.suffix:
+        else:
             refuse_broken(path)
 
 

@@ -12,7 +12,7 @@ from unicodedata import normalize
 
 from copedit_rt.archive import Unpacked, is_zip
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import is_file, refuse_broken, walk
+from copedit_rt.files import SUFFIX, is_file, refuse_broken, walk
 from copedit_rt.images import bids
 from copedit_rt.images.dicom.headers import is_dicom
 from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
@@ -241,7 +241,7 @@ class _Search:
         above = {folder for path in self.images for folder in path.parents}
         for root, folders in self.walked.items():
             if root in above:
-                self._beside(folders, above)
+                self._beside(root, folders, above)
             else:
                 found = dicom_studies(root, self.explicit, self.scratch, self.zips.get(root))
                 self.medical.extend((root, study) for study in found)
@@ -251,26 +251,27 @@ class _Search:
         images, self.walked[root] = [], []
         for folder, names in walk(root):
             images += [folder / name for name in names if NIFTI.search(name)]
-            self.walked[root].append((folder, [name for name in names if not _NOT_DICOM.search(name)]))
+            others = [name for name in names if not _NOT_DICOM.search(name)]
+            self.walked[root].append((folder, others[:2] + [name for name in others[2:] if not SUFFIX.search(name)]))
         for path in sorted(images):
-            parts = path.relative_to(root).parts
-            if "derivatives" in parts or "sourcedata" in parts:
+            if _no_raw_data(path, root):
                 self.skipped.append((path, "not raw data (BIDS derivatives or sourcedata)"))
             else:
                 yield path
 
-    def _beside(self, folders: Iterable[tuple[Path, list[str]]], above: Set[Path]) -> None:
+    def _beside(self, root: Path, folders: Iterable[tuple[Path, list[str]]], above: Set[Path]) -> None:
         """Tell the DICOM files beside NIfTI files, by two files of each folder: there may be millions.
 
-        above: the folders that lie above a NIfTI file. CopeditError for a broken link there that has no suffix, as it
-        may have led to a folder.
+        above: the folders that lie above a NIfTI file. CopeditError for a broken link that may have led to a folder;
+        among many files only in these.
         """
         told = set()
         for folder, names in folders:
-            for name in names if folder in above else ():
-                if not Path(name).suffix:
-                    refuse_broken(folder / name)
-            if any(is_dicom(folder / name) for name in names[:2]):
+            few = [folder / name for name in names[:2]]
+            for path in (folder / name for name in names) if folder in above else few:
+                if not _no_raw_data(path, root):
+                    refuse_broken(path)
+            if any(is_dicom(path) for path in few if os.path.exists(path)):
                 told.add(next(path for path in (folder, *folder.parents) if {path, path.parent} & above))
         self.skipped.extend((folder, _BESIDE) for folder in sorted(told))
 
@@ -506,6 +507,10 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError as error:  # a name that is too long, for one
         raise CopeditError(f"cannot read {str(path)[:200]}: {error.strerror or error}") from error
+
+
+def _no_raw_data(path: Path, root: Path) -> bool:
+    return not {"derivatives", "sourcedata"}.isdisjoint(path.relative_to(root).parts)
 
 
 def _not_observed(path: Path) -> str | None:

@@ -220,11 +220,11 @@ class Study:
                 low, step = (inter or 0) + (slope or 1) * series["low"], (slope or 1) * series["step"]
                 sidecar["dicom"] = series | {"low": low, "step": step}
             sidecar["sha256"] = write_nifti(path, data, header, f"{MARK} {model}", scaled=scaled)
-            text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
-            write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             for kind, (old, digest) in before.items():
                 if kind not in sidecar and old in (sd_path, self.dicom_path(folder, element)) and _is(old, digest):
                     remove(old)  # of an image that is no more
+            text = json.dumps(sidecar, indent=2, default=_plain) + "\n"
+            write_atomically(self._naming.path(folder, element, ending=".json"), text.encode())
             written.append(path)
         return written
 

@@ -134,6 +134,23 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         pass
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").write_text("")
+    real, renamed = os.replace, []
+
+    def replace(source, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(CopeditError, match="Input/output error"), new_folder(tmp_path / "x", replace=True) as part:
+        (part / "new").write_text("")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and [p.name for p in (tmp_path / "x").iterdir()] == ["old"]
+
+
 def test_a_folder_takes_the_place_of_another(tmp_path):
     def fill(name: str) -> None:
         with new_folder(tmp_path / "x", replace=True) as part:

@@ -50,7 +50,11 @@ _WITHOUT = (
 _PLAIN = rf"{_WITHOUT}|(?!sinc$)(?:no|non|minus|sin|sem|s/)(?:{_AGENT})"  # a sinc is a pulse
 _SLASH = re.compile(r"(?<!\b[wcs])/")  # that parts words: not in w/o or c/contraste
 _EITHER = rf"(?:{_AGENT}|w|with|mit|con|com|avec)", rf"(?:{_WITHOUT}|sin|sem)"
-_BOTH = re.compile("|".join(rf"\b{one}\s*/\s*{other}\b" for one, other in (_EITHER, _EITHER[::-1])))  # pre/post
+_AND = r"(?:\s*[/&+]\s*|\s+(?:and|und|et|y|e)\s+)"
+_BOTH = re.compile(  # pre/post, c+/c-
+    "|".join(rf"\b{one}{_AND}{other}\b(?!-)" for one, other in (_EITHER, _EITHER[::-1]))
+    + r"|\bc\+\s*/\s*c-|\bc-\s*/\s*c\+"
+)
 _T1_AGENT = r"s?[23]?d?t1w?\+?(?:ce|c|gd|gad|gado|km|post|\+)"
 _FAT = re.compile(r"(?:fat|fett)[-_ ]?(?:sat|sup|saettig|suppr)\w*|water[-_ ]?(?:exc|sel)\w*", re.I)
 _CHEST = ("HEART", "CARDIAC", "CHEST", "THORAX")  # body parts

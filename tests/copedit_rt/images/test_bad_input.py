@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("described", [False, True])
-@pytest.mark.parametrize("name", ["sub-03", "sub-01/ses-2", "sub-01/ses-1/anat"])
+@pytest.mark.parametrize("name", ["sub-03", "sub-03.04", "sub-01/ses-2", "sub-01/ses-1/anat"])
 def test_a_broken_link_to_a_folder_is_not_passed_over(tmp_path, described, name):
     subjects(tmp_path, described)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -165,7 +165,16 @@ def test_a_broken_link_to_a_folder_is_not_passed_over(tmp_path, described, name)
     if not described:
         save(tmp_path / "sub-01" / "ses-1" / "sub-01_ses-1_T1w.nii.gz")
     (tmp_path / name).symlink_to("gone")
-    refuses(f"cannot read .*{name}: it is a broken link; .* make it readable", find_studies, tmp_path)
+    refuses(f"cannot read .*{name}: No such file or directory; .* make it readable", find_studies, tmp_path)
+
+
+def test_broken_links_to_what_is_no_study_do_no_harm(tmp_path):
+    subjects(tmp_path, described=False)
+    count = len(find_studies(tmp_path))
+    for name in ("derivatives", "notes.txt"):
+        (tmp_path / name).symlink_to("gone")
+    found = find_studies(tmp_path)
+    assert len(found) == count and not found.skipped
 
 
 def test_links_to_folders_are_followed_and_a_folder_is_taken_once(tmp_path):

@@ -140,10 +140,14 @@ def test_contrast_agent_and_protocol():
 
 @pytest.mark.parametrize(
     "text",
-    ["pre/post", "POST/PRE", "pre / post GD", "WITH/WITHOUT", "without/with gad", "W/WO", "mit/ohne KM", "sin/con"],
+    [
+        *("pre/post", "POST/PRE", "pre / post GD", "WITH/WITHOUT", "without/with gad", "W/WO", "mit/ohne KM", "sin/con"),
+        *("C-/C+", "C+/C-", "with and without contrast", "pre & post", "pre+post gd"),
+    ],
 )
 def test_with_and_without_agent_is_neither(text):
     """The header decides."""
+    assert match.agent("T1 pre/c-spine") is False
     assert match.agent(f"T1 {text}") is None
     assert [judge(series(f"T1 {text}", contrast=c))[0] for c in (True, False)] == ["t1ce", "t1"]
 
