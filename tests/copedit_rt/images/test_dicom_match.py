@@ -141,8 +141,8 @@ def test_contrast_agent_and_protocol():
 @pytest.mark.parametrize(
     "text",
     [
-        *("pre/post", "POST/PRE", "pre / post GD", "WITH/WITHOUT", "without/with gad", "W/WO", "mit/ohne KM", "sin/con"),
-        *("C-/C+", "C+/C-", "with and without contrast", "pre & post", "pre+post gd"),
+        *("pre/post", "POST/PRE", "pre / post GD", "WITH/WITHOUT", "without/with gad", "W/WO", "mit/ohne KM"),
+        *("sin/con", "C-/C+", "C+/C-", "with and without contrast", "pre & post", "pre+post gd"),
     ],
 )
 def test_with_and_without_agent_is_neither(text):
