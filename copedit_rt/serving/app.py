@@ -282,13 +282,16 @@ def _too_large(limit: int) -> Refused:
 
 
 async def _drain(request: Request) -> None:
-    """Read what else comes of a request that is refused, within reason: who still sends does not hear an answer."""
+    """Read what else comes of a request that is refused, within reason: who still sends does not hear an answer.
+
+    A second without anything is the end.
+    """
     if getattr(request.state, "received", False) or "100-continue" in request.headers.get("expect", ""):
         return
     left = _DRAINED
     with suppress(TimeoutError):
         async with asyncio.timeout(10):
-            while left > 0 and (message := await request.receive())["type"] == "http.request":
+            while left > 0 and (message := await asyncio.wait_for(request.receive(), 1))["type"] == "http.request":
                 left -= len(message.get("body", b""))
                 if not message.get("more_body"):
                     return

@@ -80,7 +80,8 @@ def test_what_dead_processes_left_is_swept_and_of_the_living_kept(tmp_path):
             (tmp_path / name.format(pid)).write_bytes(b"x")
     (tmp_path / "checkpoint-00000004.tmp").mkdir()
     for mark in ("1234567890123456", "abcdef0123456789"):  # of writers that are gone; the first looks like a number
-        (tmp_path / f".checkpoint-00000006.{mark}.part").mkdir()
+        (tmp_path / f".checkpoint-00000006.{mark}.parts").mkdir()
+        (tmp_path / f".checkpoint-00000006.{mark}.part").touch()
         (tmp_path / f".log.jsonl.{mark}.part").touch()
     claim(tmp_path, DESCRIBED, resume=False)
     left = {p.name for p in tmp_path.iterdir()}
