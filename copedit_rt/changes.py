@@ -55,6 +55,14 @@ def changes(
     return found
 
 
+def of_another(sidecar: Mapping[str, Any], study: str, files: Mapping[str, Sequence[Path]]) -> bool:
+    """Whether an output is of a study of another name, with not one image in common."""
+    if sidecar.get("study", study) == study:
+        return False
+    inputs = _part(sidecar, "inputs")
+    return not any(_same_files(paths, _part(inputs, name)) for name, paths in files.items() if name in inputs)
+
+
 def _changed_inputs(inputs: Mapping[str, Any], files: Mapping[str, Sequence[Path]]) -> Iterator[str]:
     """Of a sidecar's inputs."""
     for name, paths in files.items():

@@ -87,6 +87,8 @@ def _root(
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        ctx.fail("Missing command.")
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -231,7 +233,7 @@ def synth(
         found = {"task": terminal.choice(task, "--task", TASKS), "select": terminal.words(select), "explicit": explicit}
         found["labels"] = _labels(participant_label, session, run)
         rows = cohort.survey([*(inputs or ()), *(more or ())], output, model=model, target=target, **found)
-        return _summarise(rows, as_json)
+        return _summarise(rows, as_json, quiet)
     missing, memory = terminal.numbers(missing_slices), terminal.size(max_memory)
     say = terminal.nothing if as_json else terminal.say
     with terminal.Screen(say, bool(ctx.obj), quiet, verbose) as screen:
@@ -291,21 +293,22 @@ def _labels(participants: list[str] | None, sessions: list[str] | None, runs: li
     return {key: ",".join(given).replace(",", " ").split() for key, given in asked.items() if given}
 
 
-def _summarise(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """What became of a cohort; exit code 1 where something is left to do."""
+def _summarise(rows: list[dict[str, Any]], as_json: bool, quiet: bool) -> None:
+    """What became of a cohort, or of what is left to do of it; exit code 1 where that is something."""
     from copedit_rt import summary
 
-    counts = summary.count(rows)
+    counts, left = summary.count(rows), [row for row in rows if row["outcome"] in summary.LEFT]
     if as_json:
         terminal.print_json({**counts, "studies": rows})
-    else:
-        terminal.show(summary.render(rows))
-    if counts["failed"] or counts["not done"]:
+    elif left or not quiet:
+        terminal.show(summary.render(left if quiet else rows, counts))
+    if left:
         raise typer.Exit(1)
 
 
 @app.command()
 def inspect(
+    ctx: typer.Context,
     more: More = None,
     inputs: Input = None,
     file: Files = None,
@@ -337,7 +340,7 @@ def inspect(
     from copedit_rt.models import Models
 
     explicit = terminal.files_by_modality(file, t1=t1, t1ce=t1ce, t2=t2, flair=flair, pd=pd, sax=sax)
-    with terminal.Screen(quiet=quiet) as screen:
+    with terminal.Screen(debug=bool(ctx.obj), quiet=quiet) as screen:
         paths, which = [*(inputs or ()), *(more or ())], terminal.choice(task, "--task", TASKS)
         labels = _labels(participant_label, session, run)
         found = find_studies(paths, explicit, task=which, select=terminal.words(select), labels=labels)

@@ -15,7 +15,7 @@ from typing import Any
 
 import copedit_rt
 from copedit_rt import summary
-from copedit_rt.changes import changes, request
+from copedit_rt.changes import changes, of_another, request
 from copedit_rt.config import ModelConfig
 from copedit_rt.engines.engine import TORCHLESS, choose_engine
 from copedit_rt.errors import CopeditError, failure
@@ -96,12 +96,12 @@ def synthesise(
     job = Job(output, models, elements, overwrite, preview, report, several, reading, sampler, listener, dicom)
     entries = job.run(mine)
     counts = Counter(entry["status"] for entry in entries)
+    if several:
+        summary.keep(entries, output, rank * shards + first % shards, shards * world)
     if counts["complete"] == len(found):
         raise CopeditError(
             f"nothing is missing in any of the {len(entries)} studies, so there is nothing to synthesise"
         )
-    if several:
-        summary.keep(entries, output, rank * shards + first % shards, shards * world)
     if several and report:
         from copedit_rt.report import page
 
@@ -224,7 +224,12 @@ class Job:
         entry["outputs"] = {element: str(path) for element, path in outputs.items()}
         sidecars = {element: files.naming.path(self.output, element, ending=".json") for element in outputs}
         entry["sidecars"] = {element: str(path) for element, path in sidecars.items()}
-        done = {} if self.overwrite else {e: there for e, p in outputs.items() if (there := complete_sidecar(p))}
+        done = {e: there for e, path in outputs.items() if (there := complete_sidecar(path))}
+        for element, sidecar in done.items():
+            if of_another(sidecar, files.name, files.inputs()):
+                whose = f"{outputs[element]} is of the study {sidecar['study']}, not of {files.name}"
+                raise CopeditError(f"{whose}; choose another output folder with -o")
+        done = {} if self.overwrite else done
         entry["notes"] = self.outdated(name, config, files, done)
         if files.source and self.dicom and (bare := [e for e, sidecar in done.items() if "dicom" not in sidecar]):
             entry["notes"].append(f"kept without a DICOM series: {', '.join(bare)}; --overwrite makes it again")

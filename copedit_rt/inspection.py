@@ -38,11 +38,13 @@ def inspect(
     reports = []
     for files in found:
         (listener or Listener()).began(files.name)
-        reports.append(_look(files, models, missing_slices, several=len(found) > 1))
+        reports.append(_look(files, models, missing_slices, listener or Listener(), several=len(found) > 1))
     return reports
 
 
-def _look(files: StudyFiles, models: Models, missing_slices: Sequence[int] | None, *, several: bool) -> Report:
+def _look(
+    files: StudyFiles, models: Models, missing_slices: Sequence[int] | None, listener: Listener, *, several: bool
+) -> Report:
     shown = {element: path.name for element, path in files.files.items()}
     report = Report(files.name, files.task, shown)
     try:
@@ -51,6 +53,7 @@ def _look(files: StudyFiles, models: Models, missing_slices: Sequence[int] | Non
         told = failure(files.name, error, "free some, or give a smaller image")
         if not several:
             raise told from told.__cause__
+        listener.failed(told)
         report.findings.append(Finding("unreadable", str(told)))
         return report
     report.missing_slices = study.missing_slices
@@ -58,11 +61,11 @@ def _look(files: StudyFiles, models: Models, missing_slices: Sequence[int] | Non
     report.findings += [Finding("note", note, flag=False) for note in study.notes]
     report.findings += examine(study.volumes, shown, task=files.task)
     constant = {f.element for f in report.findings if f.kind == "constant" and f.element}
-    _perceive(report, _only_finite(study, constant), files, models)
+    _perceive(report, _only_finite(study, constant), files, models, listener)
     return report
 
 
-def _perceive(report: Report, study: Study, files: StudyFiles, models: Models) -> None:
+def _perceive(report: Report, study: Study, files: StudyFiles, models: Models, listener: Listener) -> None:
     """Fill in what the network perceives, and where it disagrees with the files."""
     name, config = models.choose(files.task, files.files)
     if not files.task.joint:
@@ -75,6 +78,7 @@ def _perceive(report: Report, study: Study, files: StudyFiles, models: Models) -
         raise
     except Exception as error:
         told = failure(files.name, error, "use a smaller model with --model, or another --device")
+        listener.failed(told)
         report.findings.append(Finding("unperceived", str(told)))
         return
     report.perception = perceived

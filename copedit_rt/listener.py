@@ -31,5 +31,8 @@ class Listener:
     def ended(self, entry: Mapping[str, Any], error: CopeditError | None) -> None:
         """A study's entry of the summary, and why it failed if it did."""
 
+    def failed(self, error: CopeditError) -> None:
+        """What went wrong and is told as a finding; its cause is where."""
+
     def remark(self, text: str) -> None:
         """Something to know about the model or the engine, in a sentence."""

@@ -22,6 +22,7 @@ NAME = "copedit_summary"
 # What is kept of an entry.
 KEPT = ("study", "task", "status", "model", "outputs", "preview", "report", "dicom", "seconds", "notes", "error")
 OUTCOMES = ("done", "complete", "failed", "not done")  # complete: nothing is missing; not done: or only in part
+LEFT = OUTCOMES[2:]
 
 
 def keep(entries: Iterable[Mapping[str, Any]], output: Path, number: int, of: int) -> Path:
@@ -47,12 +48,14 @@ def _below(value: Any, output: Path) -> Any:
 
 
 def gather(output: Path) -> dict[str, dict[str, Any]]:
-    """The newest entry of every study that any process left; files that cannot be read are passed over."""
+    """The newest entry of every study that any process left, and when ("noted", ns); files that cannot be read are
+    passed over."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(output.glob(f"{NAME}*.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))["studies"]
-            news = {str(entry["study"]): dict(entry) for entry in entries}
+            noted = {"noted": path.stat().st_mtime_ns}
+            news = {str(entry["study"]): dict(entry) | noted for entry in entries}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         for name, entry in news.items():
@@ -69,6 +72,8 @@ def judge(there: Sequence[Mapping[str, Any]], output: Path) -> list[dict[str, An
     for now in there:
         before = told.get(now["study"], {})
         outcome = {"kept": "done", "complete": "complete"}.get(now["status"], "not done")
+        if outcome == "done" and before.get("status") == "failed" and _later(before["noted"], now):
+            outcome = "not done"  # an --overwrite that failed left what was there before
         if outcome == "not done" and (error := now.get("error") or before.get("error")):
             outcome, before = "failed", before | {"error": error}
         if before.get("status") == "complete" and outcome == "not done":  # a heart, as only its voxels tell
@@ -79,14 +84,20 @@ def judge(there: Sequence[Mapping[str, Any]], output: Path) -> list[dict[str, An
     return rows
 
 
+def _later(noted: int, now: Mapping[str, Any]) -> bool:
+    """Than all that was written of a study."""
+    there = [path for path in map(Path, now.get("sidecars", {}).values()) if path.exists()]
+    return all(path.stat().st_mtime_ns < noted for path in there)
+
+
 def count(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """How many studies have which outcome."""
     counts = Counter(row["outcome"] for row in rows)
     return {outcome: counts[outcome] for outcome in OUTCOMES}
 
 
-def render(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """A table of the studies, and the counts under it."""
+def render(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> RenderableType:
+    """A table of studies, and under it the counts of all."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -100,5 +111,5 @@ def render(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         cells = [row["study"], row["outcome"], ", ".join(row["outputs"]), str(row["model"] or ""), seconds]
         shown = [Text(printable(cell)) for cell in (*cells, row.get("error", ""))]
         table.add_row(*shown, style=style.get(row["outcome"], ""))
-    said = ", ".join(f"{number} {outcome}" for outcome, number in count(rows).items() if number)
-    return Group(table, f"{len(rows)} studies: {said}")
+    said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
+    return Group(table, f"{sum(counts.values())} studies: {said}")

@@ -190,7 +190,7 @@ def show(*what: RenderableType) -> None:
     from rich.console import Console
 
     for table in what:
-        Console().print(table)
+        Console(emoji=False).print(table)
 
 
 def tell_error(error: BaseException, debug: bool = False, to: Console | None = None) -> None:
@@ -234,7 +234,7 @@ def console() -> Console:
     """Rich's console of stderr."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)  # a path may hold :x:
 
 
 def progress(quiet: bool = False) -> Progress:
@@ -248,7 +248,7 @@ def progress(quiet: bool = False) -> Progress:
         console=shown,
         transient=True,
         disable=quiet or not shown.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=bool(sys.stdout and sys.stdout.isatty()),
     )
 
 
@@ -307,6 +307,10 @@ class Screen(Listener):
 
     def remark(self, text: str) -> None:
         self._tell(f"copedit: {text}")
+
+    def failed(self, error: CopeditError) -> None:
+        if self._debug:
+            tell_error(error, True, self._bar.console)
 
     def ended(self, entry: Mapping[str, Any], error: CopeditError | None) -> None:
         self._bar.advance(self._studies)

@@ -490,7 +490,7 @@ def _distinct(found: Sequence[tuple[Path, StudyFiles]]) -> list[StudyFiles]:
     studies = []
     for (_, study), name in zip(found, names, strict=True):
         if any(outputs[place] > 1 for place in _places(study)):
-            problem = f"{study.name}: another input would have the same output; give one at a time"
+            problem = f"{study.name}: another input would have the same output; give each alone, with an -o of its own"
             study = replace(study, problem=study.problem or problem)
         studies.append(replace(study, name=name))
     return studies
@@ -556,7 +556,10 @@ def _explicit(explicit: Mapping[str, Path | str]) -> StudyFiles:
 
 
 def output_path(naming: Naming, folder: Path, element: str, inputs: Sequence[Path]) -> Path:
+    """Where an element's output goes; CopeditError if an image lies there that is not synthetic, an input or not."""
     path = naming.path(folder, element)
     if path.resolve() in {p.resolve() for p in inputs}:
         raise CopeditError(f"the output {path} would replace an input; choose another output folder with -o")
+    if is_file(path) and not is_synthetic(path):
+        raise CopeditError(f"{path} is there and not of CoPeDiT; choose another output folder with -o, or move it away")
     return path

@@ -10,6 +10,7 @@ import gzip
 import html
 import json
 import math
+import os
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def index(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
     for entry in entries:
         name = html.escape(str(entry["study"]))
         if page := entry.get("report"):
-            link = html.escape(urllib.parse.quote(page))
+            link = html.escape(urllib.parse.quote(os.fsencode(page)))
             name = f'<a href="{link}">{name}</a>'
         made = ", ".join(entry.get("outputs", {}))
         flags = len(entry.get("notes", ()))

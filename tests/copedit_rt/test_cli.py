@@ -31,7 +31,7 @@ from commands import (
 )  # fmt: skip
 from processors import Faulty, Sound
 
-from copedit_rt import checkpoint, cli
+from copedit_rt import checkpoint, cli, terminal
 from copedit_rt.images.nifti import read_volume
 from copedit_rt.synthesizer import Synthesizer
 
@@ -343,6 +343,21 @@ def walk(command, path=()):
     yield path
     for name, inner in getattr(command, "commands", {}).items():
         yield from walk(inner, (*path, name))
+
+
+def test_an_option_is_no_command():
+    assert run("--debug").exit_code == 2
+
+
+def test_a_path_is_shown_as_it_is(tmp_path):
+    refused(run("inspect", tmp_path / "a:x:b"), "a:x:b does not exist")
+
+
+def test_without_a_stdout(monkeypatch):
+    """As `>&-` has it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with terminal.progress() as bar:
+        bar.add_task("")
 
 
 @pytest.mark.parametrize("path", walk(typer.main.get_command(cli.app)), ids=" ".join)

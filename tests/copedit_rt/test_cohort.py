@@ -225,8 +225,9 @@ def test_names_that_are_no_text(tmp_path, brain_model):
     save(tmp_path / "in" / name / f"{name}_seg.nii.gz", image())
     study(tmp_path / "in" / "z", "z")
     command = ["-i", tmp_path / "in", "--model", brain_model]
-    result = run("synth", *command, "-o", tmp_path / "out", "--preview")
-    assert result.exit_code == 0 and len(files(tmp_path / "out")) == 6
+    result = run("synth", *command, "-o", tmp_path / "out", "--preview", "--report")
+    assert result.exit_code == 0 and len(files(tmp_path / "out")) == 9
+    assert "caf%E9" in (tmp_path / "out" / "index.html").read_text()
     looked = run("inspect", *command)
     assert looked.exit_code in (0, FLAGGED)
     for output in (result.stdout, result.stderr, looked.stdout, looked.stderr):
@@ -429,7 +430,30 @@ def test_a_cohort_in_which_nothing_is_missing(tmp_path, brain_model, heart_model
     for folder, model in (("brains", brain_model), ("hearts", heart_model)):
         result = run("synth", "-i", tmp_path / folder, "-o", tmp_path / "out", "--model", model)
         assert result.exit_code == 1 and "nothing is missing in any" in result.stderr
-    assert not (tmp_path / "out").exists()
+    there = ["synth", "-i", tmp_path / "hearts", "-o", tmp_path / "out", "--model", heart_model, "--summary"]
+    assert files(tmp_path / "out") == set() and run(*there).exit_code == 0
+
+
+def test_an_acquired_image_is_never_replaced(tmp_path, brain_model):
+    before = {path: path.read_bytes() for path in study(tmp_path / "in", elements=("t1", "flair")).iterdir()}
+    command = ["synth", "-i", tmp_path / "in" / "case_t1.nii.gz", "-o", tmp_path / "in", "--model", brain_model]
+    for more in ([], ["--overwrite"], ["--target", "flair"]):
+        refused(run(*command, *more), "case_flair.nii.gz is there and not of CoPeDiT; choose another output folder")
+    assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+def test_an_output_of_another_patient_is_not_kept(tmp_path, brain_model):
+    for number, patient in enumerate(("P1", "P2")):
+        for element in ("t1", "t2"):
+            save(tmp_path / patient / f"{element}.nii.gz", image(number))
+    command = ["synth", "-o", tmp_path / "out", "--model", brain_model, "-i"]
+    assert run(*command, tmp_path / "P1").exit_code == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")}
+    for more in ([], ["--overwrite"]):
+        refused(run(*command, tmp_path / "P2", *more), "is of the study P1, not of P2; choose another output folder")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")} == before
+    (tmp_path / "P1").rename(tmp_path / "renamed")
+    assert "kept" in run(*command, tmp_path / "renamed").stdout, "the same images"
 
 
 def test_unwritable_output_is_told_before_anything_is_read(tmp_path, brain_model, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from commands import GRID, SHORT_AXIS, filled, image, other_grid, refused, run, save, slices, study, truncated, twice
 from rich.console import Console
 
+from copedit_rt import inspection
 from copedit_rt.cli import FLAGGED
 from copedit_rt.inspection import Report, contradictions, examine
 from copedit_rt.perception import Perception
@@ -87,6 +88,15 @@ def test_inspect_names_the_missing_slices_of_a_heart(tmp_path, heart_model, monk
     constant = save(tmp_path / "sax_flat.nii.gz", np.ones((16, 16, 16)), SHORT_AXIS)
     result = run("inspect", "-i", constant, "--model", heart_model)
     assert result.exit_code == FLAGGED and "constant" in result.stdout
+
+
+def test_debug_shows_where_what_is_a_finding_happened(tmp_path, brain_model, monkeypatch):
+    for name in "ab":
+        study(tmp_path / name, name)
+    monkeypatch.setattr(inspection, "_read_what_can_be_read", lambda *given: 1 / 0)
+    for debug in ([], ["--debug"]):
+        result = run(*debug, "inspect", tmp_path, "--model", brain_model)
+        assert result.exit_code == FLAGGED and ("test_inspection.py" in result.stderr) == bool(debug)
 
 
 def test_inspect_of_nothing_readable_is_an_error(tmp_path, brain_model):

@@ -94,6 +94,31 @@ def test_the_summary_of_what_shards_did(many, tmp_path, brain_model):
     assert len(summary.gather(tmp_path / "out")) == 7
 
 
+def test_what_failed_last_is_not_done(tmp_path, brain_model, monkeypatch):
+    """Though the output of an earlier run is there."""
+    for name in "ab":
+        study(tmp_path / "in" / name, name)
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
+    quiet = [*command, "--summary", "-q"]
+    assert run(*command).exit_code == 0
+    done = run(*quiet)
+    assert done.exit_code == 0 and done.stdout == ""
+    with monkeypatch.context() as patch:
+        real = cohort.Job.compute
+
+        def compute(job, opened, study):
+            if opened.files.name == "a":
+                raise MemoryError
+            return real(job, opened, study)
+
+        patch.setattr(cohort.Job, "compute", compute)
+        assert run(*command, "--overwrite").exit_code == 1
+    left = run(*quiet)
+    assert left.exit_code == 1 and "2 studies: 1 done, 1 failed" in left.stdout
+    assert "│ a " in left.stdout and "│ b " not in left.stdout
+    assert run(*command, "--overwrite").exit_code == 0 and run(*quiet).exit_code == 0
+
+
 def test_an_index_of_all_shards(many, tmp_path, brain_model):
     command = ["synth", many, "-o", tmp_path / "out", "--model", brain_model, "--report"]
     run(*command, "--shard", "1/2")

@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_names_the_intact_one_before_it(tmp_path, name, dam
         assert restore(tmp_path)[0] == 8
         return
     with pytest.raises(
-        CopeditError, match=r"checkpoint-00000008.*(damaged|missing).*; delete .*8, and --resume goes on"
+        CopeditError, match=r"checkpoint-00000008.*(damaged|missing).*; delete .*8, and the same command goes on from"
     ):
         restore(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-00000008")

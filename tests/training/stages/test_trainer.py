@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from copedit_rt import checkpoint
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.trained import TrainedOn
 from copedit_training.data import prepared
 from copedit_training.stages import checkpoints, progress, trainer
@@ -186,7 +186,7 @@ def test_a_signal_saves_the_step_and_says_so(tmp_path, number, capfd):
     process.join()
     assert process.exitcode == 128 + number
     done = steps_done(tmp_path / "stopped")
-    said = f"{number.name}: stopped after step {done - 1}, and all is saved; go on with --resume"
+    said = f"{number.name}: stopped after step {done - 1}, and all is saved; repeat the command with --resume to go on"
     assert said in capfd.readouterr().out
     assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
     for folder, resume in (("stopped", True), ("whole", False)):  # in processes alike: threads change the bits
@@ -360,6 +360,15 @@ def test_what_prepares_images_ends_with_the_run_and_leaves_nothing(tmp_path, num
     monkeypatch.setattr(trainer, "phantom_images", smooth)
     train("tokenizer", tmp_path / "a", "subjects=50", "steps=1", resume=True)
     assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_interrupted_before_its_first_step_a_run_says_how_it_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_images", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Stopped, match="SIGINT: stopped; repeat the command with --resume") as stopped:
+            train("tokenizer", tmp_path / "run", "steps=2")
+    assert stopped.value.exit_code == 130
+    train("tokenizer", tmp_path / "run", "steps=2", resume=True)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])

@@ -147,7 +147,7 @@ def restore(output: Path) -> tuple[int, Tensors, Tensors] | None:
         return _read(every[-1])
     except CopeditError as error:
         before = next((folder for folder in reversed(every[:-1]) if _intact(folder)), None)
-        remedy = f"delete {every[-1]}, and --resume goes on from {before}"
+        remedy = f"delete {every[-1]}, and the same command goes on from {before} (of train with --resume)"
         if before is None:
             remedy = "no other one is intact: start again in another folder"
         raise CopeditError(f"{error}; {remedy}") from error

@@ -18,7 +18,7 @@ PAUSE = 10.0  # seconds between two lines
 
 def terminal() -> Console:
     """Where a run says how it gets on; of several processes the first one's says it."""
-    return Console(stderr=True, quiet=distributed.rank() > 0)
+    return Console(stderr=True, quiet=distributed.rank() > 0, emoji=False)
 
 
 @contextmanager

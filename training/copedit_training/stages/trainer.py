@@ -62,8 +62,18 @@ from copedit_training.stages.task import Task, Terms
 from copedit_training.stages.tokenizer_task import TokenizerTask, check_prior
 
 PRIORS = "seed", "subjects", "patients", "patients_share", "phantoms_share", "prior_steps"  # what a prior goes by
+_AGAIN = "repeat the command with --resume to go on (ablate: as it is)"
 KNOWN = 200  # training subjects whose grey values the model remembers
 Source = layouts.DataSet | Labels | None  # None: phantoms
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Inside, Ctrl-C says how the run goes on; its folder is claimed."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(f"SIGINT: stopped; {_AGAIN}", signal.SIGINT) from error
 
 
 def run(
@@ -90,6 +100,7 @@ def run(
         return _run(preset, output, data, settings, resume, config, settings.subjects if quick else None)
 
 
+@_resumable()
 def fit_prior_alone(
     preset: str,
     output: Path,
@@ -155,6 +166,7 @@ def describe(settings: Settings, config: ModelConfig, data: str, found: Source) 
     return described
 
 
+@_resumable()
 def carry_out(
     described: dict[str, Any],
     output: Path,
@@ -353,7 +365,7 @@ def _loop(
             if stop and done < settings.steps:
                 distributed.wait()
                 name = signal.Signals(stop).name
-                _leave(Stopped(f"{name}: stopped after step {step}, and all is saved; go on with --resume", stop))
+                _leave(Stopped(f"{name}: stopped after step {step}, and all is saved; {_AGAIN}", stop))
 
 
 class _Log:
@@ -443,7 +455,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     """Inside, SIGTERM ends what is under way as Ctrl-C does, so that nothing half done is left behind."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped("SIGTERM: stopped while images were prepared; go on with --resume", number)
+        raise Stopped(f"SIGTERM: stopped while images were prepared; {_AGAIN}", number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
