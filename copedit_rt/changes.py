@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from copedit_rt.config import ModelConfig
+from copedit_rt.images.study import named_slices
 from copedit_rt.schedule import PRIOR_ALONE
 
 
@@ -23,7 +24,7 @@ def request(config: ModelConfig, sampler: Mapping[str, Any], reading: Mapping[st
         "sampler": {"method": asked["solver"] if asked["steps"] else PRIOR_ALONE, **drawn},
         "output": {"detail": asked["detail"]},
         "reading": {
-            "missing_slices": sorted(set(reading.get("missing_slices") or ())),
+            "missing_slices": sorted(set(named_slices(reading.get("missing_slices")))),
             "resample": bool(reading.get("resample")),
         },
     }

@@ -99,6 +99,7 @@ def noise(seed: int, study: str, element: str, shape: tuple[int, ...], sample: i
 
     Counter-based (Philox) and drawn by numpy, so that a seed gives the same bits on every engine, device and batch.
     """
-    digest = hashlib.sha256(repr((seed, study, element, sample)).encode()).digest()
+    plain = int(seed), str(study), str(element), int(sample)  # NumPy's numbers and texts have a repr of their own
+    digest = hashlib.sha256(repr(plain).encode()).digest()
     key = np.frombuffer(digest[:16], dtype="<u8")
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)

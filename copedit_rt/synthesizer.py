@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import platform
 import threading
 import warnings
@@ -203,15 +204,20 @@ class Synthesizer:
         detail: brain; whether to carry over what the model's grid cannot hold from the observed images (None: the
         model's).
 
-        Raises CopeditError for a study that the model cannot take, an unknown target or solver, steps or samples out of
-        range, and a max_memory that is too small.
+        Raises CopeditError for a study that the model cannot take, an unknown target or solver, numbers that are not
+        whole or out of range, and a max_memory that is too small.
         """
         config = self.config
-        steps = config.diffusion.steps if steps is None else steps
+        try:
+            steps = operator.index(config.diffusion.steps if steps is None else steps)
+            seed, samples = operator.index(seed), operator.index(samples)
+        except TypeError as error:
+            said = f"steps {steps!r}, seed {seed!r}, samples {samples!r}"
+            raise CopeditError(f"{said}: each must be a whole number") from error
         self._check_sampling(steps, solver, samples)
         if detail is not None and config.task.joint:
             raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
-        detail = config.preprocessing.detail if detail is None else detail
+        detail = config.preprocessing.detail if detail is None else bool(detail)
         prepared = prepare(study, config)
         wanted = self._targets(prepared, target)
         mean: dict[str, np.ndarray] = {}
@@ -302,6 +308,7 @@ class Synthesizer:
 
     def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
+        target = None if target is None else list(target)
         if self.config.task.joint:
             if target:
                 raise CopeditError(

@@ -117,7 +117,7 @@ def find_studies(
     inputs: Sequence[Path | str] | Path | str = (),
     explicit: Mapping[str, Path | str] | None = None,
     *,
-    task: Task | None = None,
+    task: Task | str | None = None,
     select: Sequence[str] = (),
     labels: Mapping[str, Sequence[str]] | None = None,
     scratch: Path | None = None,
@@ -152,7 +152,7 @@ def find_studies(
     if not inputs:
         raise CopeditError("no input was given; name a study folder, a folder of studies, or NIfTI files")
     roots = [Path(item) for item in inputs]
-    search = _Search(roots, task and Task(task), tuple(select), labels or {}, explicit or {}, scratch)
+    search = _Search(roots, Task(task) if task else None, tuple(select), labels or {}, explicit or {}, scratch)
     try:
         return search.found()
     except BaseException:

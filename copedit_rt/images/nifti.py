@@ -42,6 +42,7 @@ NEAR = 0.1  # voxels: grids that differ by less count as equal
 WORKING = 20  # bytes a voxel that filling in a study takes at most beside the images that were read
 VOXEL_MM, EXTENT_MM = (0.05, 50.0), (20.0, 1000.0)  # what voxels measure, and images along their longest side
 _UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of metres, millimetres, micrometres, in mm
+_NO_FILE = "an image in memory"
 _GZIP = b"\x1f\x8b"
 _SILENT = logging.Logger("copedit")
 _SILENT.addHandler(logging.NullHandler())
@@ -66,16 +67,22 @@ class Volume:
 
     @classmethod
     def from_array(cls, data: NDArray, affine: NDArray) -> Volume:
-        """A volume that has no file, with a header made for it."""
+        """A volume that has no file, with a header made for it.
+
+        Raises CopeditError for an array that is no volume, and for an affine that gives its voxels no place in space.
+        """
         import nibabel as nib
 
+        data, affine = np.asarray(data, np.float32), np.asarray(affine, np.float64)
+        check_affine(_NO_FILE, affine)
         header = nib.Nifti1Header()
         header.set_data_shape(data.shape)
         header.set_data_dtype(np.float32)
         header.set_qform(affine, 1)
         header.set_sform(affine, 1)
         header.set_xyzt_units("mm")
-        return cls(np.asarray(data, np.float32), np.asarray(affine, np.float64), header)
+        shape, _ = _volume_shape(_NO_FILE, header)
+        return cls(data.reshape(shape), affine, header)
 
     @classmethod
     def from_image(cls, image: SpatialImage, what: str) -> Volume:
@@ -108,13 +115,16 @@ class Volume:
         """A volume of an array and its affine, checked as `from_image` does, and the affine too."""
         import nibabel as nib
 
-        check_affine(Path(what), affine)
+        check_affine(what, affine)
+        _check_type(what, array.dtype)
+        if array.dtype.type is np.float16:  # no NIfTI file has it
+            array = array.astype(np.float32)
         return cls.from_image(nib.Nifti1Image(array, affine, dtype=array.dtype), what)
 
     @property
     def called(self) -> Path | str:
         """Its file; of a volume without one, that it has none."""
-        return self.path or "an image in memory"
+        return self.path or _NO_FILE
 
     def save(self, path: Path, description: str | None = None) -> None:
         """Write data as float32 .nii or .nii.gz with this header, atomically."""
@@ -203,14 +213,16 @@ def _header_of(image: SpatialImage) -> nib.Nifti1Header:
     from nibabel.spatialimages import HeaderDataError
 
     data: Any = image.dataobj
-    kind = nib.Nifti2Header if isinstance(image, nib.Nifti2Image) else nib.Nifti1Header
-    header = image.header.copy() if isinstance(image.header, kind) else kind()
+    given: Any = image.header
+    kind = nib.Nifti2Header if isinstance(given, nib.Nifti2Header) else nib.Nifti1Header
+    # Made anew, as that of a pair of files has another kind.
+    header = kind(given.binaryblock, given.endianness, False, given.extensions) if isinstance(given, kind) else kind()
     header.set_data_shape(image.shape)
     with contextlib.suppress(HeaderDataError):  # a type that no NIfTI file has is refused by its name
         header.set_data_dtype(data.dtype)
     header.set_slope_inter(*((data.slope, data.inter) if nib.is_proxy(data) else (1, 0)))
     if image.affine is not None and not (
-        isinstance(image.header, kind) and np.array_equal(header.get_best_affine(), image.affine)
+        isinstance(given, kind) and np.array_equal(header.get_best_affine(), image.affine)
     ):
         header.set_xyzt_units("mm")
         header.set_sform(image.affine, 2)
@@ -316,7 +328,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int, int], str]:
+def _volume_shape(path: Path | str, header: nib.Nifti1Header) -> tuple[tuple[int, int, int], str]:
     """(X, Y, Z) and the dimensions in words, after all checks of what the header promises of them."""
     from nibabel.spatialimages import HeaderDataError
 
@@ -336,9 +348,13 @@ def _volume_shape(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int,
         )
     if len(shape) < 3 or 1 in shape:
         raise CopeditError(f"{path} is a 2-D image ({size}); a 3-D volume is needed, so give the whole series")
+    _check_type(path, dtype)
+    return (shape[0], shape[1], shape[2]), size
+
+
+def _check_type(path: Path | str, dtype: np.dtype) -> None:
     if dtype.kind not in "iuf":
         raise CopeditError(f"{path} holds {dtype} voxels; convert it to integers or floating-point grey values")
-    return (shape[0], shape[1], shape[2]), size
 
 
 def _check_size(promise: Promise) -> None:
@@ -391,12 +407,16 @@ def _too_large(promise: Promise, needed: int, available: int) -> CopeditError:
     )
 
 
-def check_affine(path: Path, affine: NDArray) -> None:
+def check_affine(path: Path | str, affine: NDArray) -> None:
     """CopeditError where an affine gives voxels no place in space."""
+    if affine.shape != (4, 4):
+        raise CopeditError(f"{path}: its affine has the shape {affine.shape}; give a 4 x 4 matrix, voxels to RAS mm")
     columns = affine[:3, :3]
     if np.isfinite(affine).all() and (size := np.linalg.norm(columns, axis=0)).all():
         if abs(np.linalg.det(columns / size)) > 1e-3:
-            return
+            if np.allclose(affine[3], (0, 0, 0, 1)):
+                return
+            raise CopeditError(f"{path}: the last row of its affine is not 0, 0, 0, 1; transpose the affine")
     raise CopeditError(
         f"{path}: its affine is singular or not finite, so the voxels have no place in space; correct sform, "
         f"qform and voxel sizes, or convert the image again"
@@ -546,7 +566,7 @@ def as_image(data: NDArray, header: nib.Nifti1Header, description: str, *, scale
     if scaled and header.get_slope_inter() not in ((None, None), (1, 0)):
         data = _scaled(data, header)
         header = _header_for(data, header, None, scaled=False)
-    return kind(data, header.get_best_affine(), header)
+    return kind(np.array(data), header.get_best_affine(), header)  # whoever changes it changes no study
 
 
 def _header_for(data: NDArray, header: nib.Nifti1Header, description: str | None, scaled: bool) -> nib.Nifti1Header:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,14 +110,15 @@ class Study:
             raise CopeditError(f"{name}: expected images of a brain, or one short-axis stack of a heart ({STACK})")
         if unknown := [element for element in volumes if element not in (*MODALITIES, STACK)]:
             raise CopeditError(f"{name}: unknown modality {unknown[0]!r}; known are {', '.join(MODALITIES)}")
-        copies = {element: replace(volume, data=volume.data.copy()) for element, volume in volumes.items()}
+        copies = {element: deepcopy(volume) for element, volume in volumes.items()}
         return cls(name, Task.HEART if STACK in volumes else Task.BRAIN, copies)._checked(missing_slices, resample)
 
     def _checked(self, missing_slices: Sequence[int] | None, resample: bool, check_content: bool = True) -> Study:
         """Itself, after all checks of what the images show, with what the user should know."""
+        named = named_slices(missing_slices)
         if self.task.joint:
-            _read_stack(self, missing_slices or (), check_content)
-        elif missing_slices:
+            _read_stack(self, named, check_content)
+        elif named:
             raise CopeditError(f"{self.name} is a brain study; missing slices can be named for cardiac stacks only")
         else:
             _read_modalities(self, resample, check_content)
@@ -177,7 +180,7 @@ class Study:
 
     def write(
         self,
-        folder: Path,
+        folder: Path | str,
         *,
         model: str,
         record: Mapping[str, Any] | None = None,
@@ -193,7 +196,7 @@ class Study:
         interrupted, or written by two at once, is not complete (`complete_sidecar`). Existing files are replaced,
         inputs never; an SD map or series of the image before, by its sidecar, goes. Returns the images' paths.
         """
-        written = []
+        folder, written = Path(folder), []
         for element in (name for name in self.volumes if name in self.synthetic):
             path = self.output_path(folder, element)
             before = _told(path)
@@ -334,6 +337,14 @@ def _is(path: Path, digest: str) -> bool:
     return there == digest
 
 
+def named_slices(missing_slices: Iterable[int] | None) -> list[int]:
+    """The slices that a user names, of whatever kind. Raises CopeditError for what is no whole number."""
+    try:
+        return [] if missing_slices is None else [operator.index(index) for index in missing_slices]
+    except TypeError as error:
+        raise CopeditError(f"missing slices {missing_slices}: give whole numbers, as in [4, 5]") from error
+
+
 def _only_study(files: Mapping[str, Path | str] | Sequence[Path | str] | Path | str) -> StudyFiles:
     found = find_studies((), files) if isinstance(files, Mapping) else find_studies(files)
     if len(found) > 1:
@@ -401,7 +412,7 @@ def _read_stack(study: Study, missing_slices: Sequence[int], check_content: bool
             f"{volume.called} has no slice {wrong[0]}; it has {count} slices, counted from 0 to {count - 1}"
         )
     blank = blank_slices(volume.data, axis)
-    missing = sorted({*map(int, missing_slices), *blank})
+    missing = sorted({*missing_slices, *blank})
     study.missing_slices = tuple(missing)
     if blank:
         study.notes += (f"slices {', '.join(map(str, blank))} are blank and count as missing",)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from commands import SHORT_AXIS, files, image, refused, run, save, slices, study
 
-from copedit_rt import checkpoint, cohort
+from copedit_rt import changes, checkpoint, cohort
 from copedit_rt.cli import FLAGGED
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.study import Study
@@ -120,6 +120,11 @@ def test_slices_named_otherwise_are_told_of_a_stack_that_is_kept(tmp_path, heart
     assert run(*command, "--missing-slices", "3").exit_code == 0
     assert run(*command, "--missing-slices", "3").stderr == ""
     assert "(missing_slices [3], now [3, 4])" in run(*command, "--missing-slices", "3,4").stderr
+
+
+def test_slices_to_compare_may_be_an_array(heart_model):
+    asked = changes.request(checkpoint.read_config(heart_model), {}, {"missing_slices": np.array([5, 2, 5])})
+    assert json.dumps(asked["reading"]) == '{"missing_slices": [2, 5], "resample": false}'
 
 
 def test_kept_outputs_need_no_weights(tmp_path, brain_model, monkeypatch):

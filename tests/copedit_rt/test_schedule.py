@@ -28,6 +28,11 @@ from copedit_rt.schedule import alpha_bar, begun, ddim_table, drawn, noise, solv
 CONFIG = DiffusionConfig()
 
 
+def test_noise_is_the_same_for_numpys_kinds_of_its_key():
+    plain = noise(5, "s1", "t1", (4,), 2)
+    assert np.array_equal(noise(np.int64(5), np.str_("s1"), np.str_("t1"), (4,), np.uint8(2)), plain)
+
+
 def naive_alpha_bar() -> list[float]:
     """Running product of 1 - beta, with betas linear in their square root from 0.0015 to 0.0195."""
     product, out = 1.0, []

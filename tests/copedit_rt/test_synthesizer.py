@@ -1,6 +1,7 @@
 """The whole path on tiny random models: what is returned, what is repeatable, what is refused."""
 
 import dataclasses
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -286,9 +287,18 @@ def test_noise_comes_from_seed_study_and_element(brain_model):
     assert not np.array_equal(made(), made(name="s2"))
 
 
-def test_target_returns_a_part_of_the_same_synthesis(brain_model):
+def test_numbers_of_numpy_are_numbers(brain_model):
+    plain = brain_model.synthesize(brain("t1"), seed=5, steps=2, samples=2, detail=True)
+    options = {"seed": np.int64(5), "steps": np.int8(2), "samples": np.uint16(2), "detail": np.True_}
+    result = brain_model.synthesize(brain("t1"), **options)
+    assert json.dumps(result.record) == json.dumps(plain.record)
+    assert np.array_equal(result.study.volumes["t2"].data, plain.study.volumes["t2"].data)
+
+
+@pytest.mark.parametrize("several", [list, iter])
+def test_target_returns_a_part_of_the_same_synthesis(brain_model, several):
     whole = brain_model.synthesize(brain("t1", "t2"))
-    part = brain_model.synthesize(brain("t1", "t2"), target=["flair"])
+    part = brain_model.synthesize(brain("t1", "t2"), target=several(["flair"]))
     assert part.study.synthetic == {"flair"} and "t1ce" not in part.study.volumes
     assert np.array_equal(part.study.volumes["flair"].data, whole.study.volumes["flair"].data)
 
@@ -380,8 +390,6 @@ def test_identity_is_the_heads_verdict_on_one_image_alone(brain_model):
 
 
 def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
-    import json
-
     checkpoint.save(tmp_path / "m", BRAIN, *networks(BRAIN))
     loaded = Synthesizer.load(tmp_path / "m", "cpu")
     result = loaded.synthesize(brain("t1"), steps=3, seed=7)
@@ -402,6 +410,8 @@ def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
         ({"target": ["t1"]}, "s1 has a file for it"),
         ({"steps": 0}, "steps 0: must be between 1 and 500"),
         ({"steps": 501}, "steps 501: must be between 1 and 500"),
+        ({"steps": 2.5}, "steps 2.5, seed 0, samples 1: each must be a whole number"),
+        ({"seed": "7"}, "seed '7', samples 1: each must be a whole number"),
         ({"samples": 0}, "samples 0: must be between 1 and 10000"),
         ({"solver": "euler"}, "solver 'euler' is unknown; choose one of ddim, dpm2m"),
     ],

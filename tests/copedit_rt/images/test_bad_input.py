@@ -353,6 +353,12 @@ def test_slice_that_is_not_there(tmp_path, index):
     )
 
 
+@pytest.mark.parametrize("missing", [[1.5], 3, ["2"]])
+def test_slices_that_are_no_whole_numbers(tmp_path, missing):
+    path = save(tmp_path / "heart.nii.gz")
+    refuses("missing slices .*: give whole numbers", Study.read, path, missing_slices=missing)
+
+
 def test_more_slices_than_any_heart_has(tmp_path):
     path = save(tmp_path / "heart.nii.gz", np.zeros((40, 40, 1001), np.int8), np.diag([0.5, 0.5, 0.6, 1.0]))
     refuses("heart.nii.gz has 1001 slices along its axis 2, more than the 1000 of any heart", Study.read, path)
@@ -366,6 +372,7 @@ def test_every_slice_named_as_missing(tmp_path):
 def test_slices_of_a_brain(tmp_path):
     save(tmp_path / "A_t1.nii.gz")
     refuses("A is a brain study; missing slices", Study.read, tmp_path, missing_slices=[1])
+    refuses("A is a brain study; missing slices", Study.read, tmp_path, missing_slices=np.array([0]))
 
 
 # ---- which files -------------------------------------------------------------------------------------------
@@ -451,6 +458,20 @@ def test_grids_that_do_not_overlap(tmp_path):
 
 def volume(shape=(8, 9, 16)):
     return Volume.from_array(image(shape), np.diag([2, 2, 5, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "sentence"),
+    [
+        ((8, 9), np.eye(4), "an image in memory is a 2-D image"),
+        ((8, 9, 6, 2), np.eye(4), "an image in memory holds 2 volumes"),
+        ((8, 9, 6), np.zeros((4, 4)), "an image in memory: its affine is singular"),
+        ((8, 9, 6), np.full((4, 4), np.nan), "an image in memory: its affine is singular or not finite"),
+        ((8, 9, 6), np.eye(4)[:3], "an image in memory: its affine has the shape .3, 4."),
+    ],
+)
+def test_arrays_that_are_no_volume(shape, affine, sentence):
+    refuses(sentence, Volume.from_array, np.ones(shape), affine)
 
 
 def test_nothing_missing():

@@ -130,6 +130,19 @@ def test_nifti2_line_ends_are_set_right(tmp_path, line_ends):
     assert nib.load(out).header["eol_check"].tolist() == [13, 10, 26, 10]
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.Nifti2Pair])
+def test_a_pair_of_files_gives_single_ones(tmp_path, kind):
+    pair = kind(image(), GRID)
+    pair.set_sform(GRID, 3)
+    nib.save(pair, tmp_path / "a.img")
+    study = Study.of({"t1": Volume.from_image(nib.load(tmp_path / "a.img"), "t1")})
+    (out,) = write(study, tmp_path / "o")
+    made = nib.load(out)
+    assert made.header["sform_code"] == 3 and made.header["sizeof_hdr"] == pair.header["sizeof_hdr"]
+    np.testing.assert_array_equal(made.affine, GRID)
+    np.testing.assert_array_equal(made.get_fdata(), image(seed=1))
+
+
 @pytest.mark.parametrize("name", ["minc1_1_scale.mnc", "scaled+tlrc.HEAD"])
 def test_images_of_any_format_mean_their_grey_values(name):
     loaded = nib.load(Path(nibabel.testing.data_path) / name)

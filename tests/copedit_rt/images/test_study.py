@@ -298,11 +298,11 @@ def test_resampling_is_on_request_and_noted(tmp_path):
     assert study.notes == ("t2 was resampled from 6 x 7 x 5 voxels of 1.2 x 1.22 x 4 mm onto the grid of t1",)
 
 
-@pytest.mark.parametrize("blank", [0, 7, np.nan])
-def test_blank_slices_are_missing(tmp_path, blank):
+@pytest.mark.parametrize(("blank", "several"), [(0, list), (7, np.array), (np.nan, iter)])
+def test_blank_slices_are_missing(tmp_path, blank, several):
     data = image((6, 7, 8))
     data[..., [2, 5]] = blank
-    study = Study.read(save(tmp_path / "heart.nii.gz", data), missing_slices=[6, 2])
+    study = Study.read(save(tmp_path / "heart.nii.gz", data), missing_slices=several([6, 2]))
     assert study.missing_slices == (2, 5, 6)
     assert study.notes == ("slices 2, 5 are blank and count as missing",)
 
@@ -505,6 +505,19 @@ def test_a_study_without_files_can_be_written(tmp_path):
     np.testing.assert_allclose(nib.load(out).affine, AFFINE, atol=1e-5)
     study.volumes["t1"].save(tmp_path / "sim_t1.nii.gz", "simulated")
     assert list(Study.read(tmp_path).volumes) == ["t1"]
+
+
+def test_a_study_shares_no_array_with_who_gives_or_takes_images():
+    data = image((6, 7, 8))
+    data[..., 3] = 0
+    given = nib.Nifti1Image(data.copy(), AFFINE)
+    study = Study.of({"sax": Volume.from_image(given, "sax")})
+    given.dataobj[:] = -1
+    made = study.with_synthetic({"sax": data + 1}).images(model="m")["sax"]
+    np.testing.assert_array_equal(made.get_fdata()[..., 4:], data[..., 4:])
+    brain = Study.of({"t1": Volume.from_array(image(), AFFINE)}).with_synthetic({"t2": image(seed=1)})
+    np.asarray(brain.images(model="m")["t2"].dataobj)[:] = -1
+    np.testing.assert_array_equal(brain.volumes["t2"].data, image(seed=1).astype(np.float32))
 
 
 # ---- real studies ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -221,7 +222,7 @@ def broken(root: Path) -> Path:
     path = {i: root / f"BraTS2021_{i:05d}" / f"BraTS2021_{i:05d}_t2.nii.gz" for i in range(8)}
     path[1].unlink()
     truncate(path[2])
-    save(path[3], shape=(12, 14, 9, 2))
+    nib.save(nib.Nifti1Image(np.ones((12, 14, 9, 2)), np.eye(4)), path[3])
     shutil.copytree(path[0].parent, root / "again" / "BraTS2021_00000")
     save(root / "BraTS2021_00004" / "BraTS2021_00004_T2.nii.gz")
     content = bytearray(path[5].read_bytes())
