@@ -206,6 +206,8 @@ def sweep(folder: Path) -> None:
 
 def _sweep_once(folder: Path) -> None:
     if folder not in _SWEPT:
+        if len(_SWEPT) >= 10_000:  # a server writes into ever new ones
+            _SWEPT.clear()
         _SWEPT.add(folder)
         _sweep(folder, os.listdir(folder))
 

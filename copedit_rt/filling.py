@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # A file, an image of nibabel's, or (array [X, Y, Z], affine [4, 4] from voxels to RAS millimetres).
 Image = str | os.PathLike[str] | SpatialImage | tuple[Any, Any]
+_CHOOSING = threading.Lock()  # several threads that begin at once share the models
 
 
 def fill(
@@ -66,10 +68,11 @@ def fill(
         >>> made["flair"].to_filename("flair.nii.gz")
     """
     study = _study(images, name, missing_slices, resample)
-    models = _models(None if model is None else str(model), device, max_memory, engine, dtype)
+    with _CHOOSING:
+        models = _models(None if model is None else str(model), device, max_memory, engine, dtype)
     chosen, _ = models.choose(study.task, study.volumes)
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
-    wanted = [modality(element) for element in target] if target else None
+    wanted = None if target is None else [modality(element) for element in target]
     result = models.load(chosen).synthesize(study, target=wanted, progress=progress, **sampler)
     for note in result.study.notes:
         warnings.warn(note, stacklevel=2)

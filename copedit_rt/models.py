@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from copedit_rt.listener import Listener
 from copedit_rt.prior import PRIOR
 from copedit_rt.synthesizer import Synthesizer
 from copedit_rt.task import Task
+
+_LOADING = threading.RLock()  # one at a time: how warnings are caught concerns all threads
 
 
 class UnusableModel(CopeditError):
@@ -73,20 +76,22 @@ class Models:
 
     def load(self, name: str) -> Synthesizer:
         """The model of a name that `choose` gave. Raises UnusableModel where it cannot be loaded."""
-        if name not in self._loaded:
-            try:
-                with remarks(self._listener.remark):
-                    loaded = Synthesizer.load(name, self._device, progress=self._listener.building, **self._options)
-            except CopeditError as error:
-                raise UnusableModel(error) from error
-            for note in getattr(loaded.engine, "notes", ()):
-                self._listener.remark(note)
-            self._loaded[name] = loaded
-        return self._loaded[name]
+        with _LOADING:
+            if name not in self._loaded:
+                try:
+                    with remarks(self._listener.remark):
+                        loaded = Synthesizer.load(name, self._device, progress=self._listener.building, **self._options)
+                except CopeditError as error:
+                    raise UnusableModel(error) from error
+                for note in getattr(loaded.engine, "notes", ()):
+                    self._listener.remark(note)
+                self._loaded[name] = loaded
+            return self._loaded[name]
 
     def introduced(self, name: str) -> Synthesizer:
         """`load`; the first time it says what the model was trained on."""
-        new, model = name not in self._loaded, self.load(name)
+        with _LOADING:
+            new, model = name not in self._loaded, self.load(name)
         if new and model.trained:
             self._listener.remark(f"{name} was trained on {model.trained.words}")
         return model

@@ -49,6 +49,12 @@ def test_content_and_its_hash(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_what_has_been_swept_is_not_remembered_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SWEPT", {tmp_path / str(i) for i in range(10_000)})
+    write_atomically(tmp_path / "x", b"")
+    assert files._SWEPT == {tmp_path}
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_link_at_a_temporary_name_is_not_followed(tmp_path, monkeypatch, kind):
     victim = tmp_path / "victim"

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -13,6 +15,7 @@ from commands import AFFINE, GRID, SHORT_AXIS, image, run, save, slices, study
 import copedit_rt
 from copedit_rt import CopeditError, Study, Volume, fill, filling
 from copedit_rt.images.nifti import MARK, is_synthetic, read_volume, write_nifti
+from copedit_rt.models import Models
 from copedit_rt.synthesizer import Synthesizer
 
 ROOT = Path(copedit_rt.__file__).parents[1]
@@ -47,6 +50,12 @@ def test_every_kind_of_image_gives_the_same(tmp_path, brain_model):
         assert other.header["descrip"].item().startswith(MARK.encode())
     assert made[0].shape == GRID and np.array_equal(loaded["t1"].get_fdata(), arrays["t1"][0])
     assert not np.array_equal(fill(**files, name="y", model=brain_model)["t1ce"].get_fdata(), made[0].get_fdata())
+
+
+def test_half_precision_means_its_grey_values(brain_model):
+    half = image(0).astype(">f2")
+    made = [fill(t1=(array, AFFINE), model=brain_model)["t2"].get_fdata() for array in (half, half.astype(np.float32))]
+    assert np.array_equal(*made)
 
 
 def test_scaled_integers_and_other_formats(tmp_path, brain_model):
@@ -98,7 +107,9 @@ def test_a_stack_keeps_its_slices(tmp_path, heart_model):
         ({"t1": (np.full(GRID, 7.0), AFFINE)}, ["an image in memory", "every voxel of t1 is 7"]),
         ({"t1": (image(0), np.zeros((4, 4)))}, ["t1", "affine"]),
         ({"t1": (image(0), np.diag([900.0, 900, 900, 1]))}, ["t1", "mm"]),
+        ({"t1": (image(0), AFFINE.T)}, ["t1", "transpose the affine"]),
         ({"t1": (image(0).astype(complex), AFFINE)}, ["t1", "complex"]),
+        ({"t1": (image(0) > 0, AFFINE)}, ["t1 holds bool voxels", "convert it"]),
         ({"t1": (image(0), AFFINE), "T1w": (image(1), AFFINE)}, ["two images for t1"]),
         ({"t1": (image(0), AFFINE), "t2": (image(1)[:, :, 1:], AFFINE)}, ["different grids", "--resample"]),
         ({"sax": (slices(16, 8), SHORT_AXIS), "t1": (image(0), AFFINE)}, ["short-axis"]),
@@ -134,6 +145,17 @@ def test_the_model_stays_loaded(brain_model, monkeypatch):
     monkeypatch.setattr(Synthesizer, "load", lambda *given, **more: loads.append(given) or load(*given, **more))
     for _ in range(2):
         fill(t1=(image(0), AFFINE), model=brain_model)
+    assert len(loads) == 1
+
+
+def test_threads_that_begin_at_once_load_a_model_once(brain_model, monkeypatch):
+    filling._models.cache_clear()
+    loads, load, begin = [], Synthesizer.load, Models.__init__
+    slow = lambda call: lambda *given, **more: time.sleep(0.1) or call(*given, **more)  # noqa: E731
+    monkeypatch.setattr(Models, "__init__", slow(begin))
+    monkeypatch.setattr(Synthesizer, "load", slow(lambda *given, **more: loads.append(given) or load(*given, **more)))
+    with ThreadPoolExecutor(3) as pool:
+        assert len(list(pool.map(lambda _: fill(t1=(image(0), AFFINE), model=brain_model), range(3)))) == 3
     assert len(loads) == 1
 
 
