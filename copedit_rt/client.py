@@ -27,6 +27,9 @@ class ServerError(CopeditError):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self) -> tuple[object, ...]:  # so that it comes back from another process
+        return type(self), (str(self), self.status)
+
 
 class Client:
     """Of the server at `address`, http://HOST:PORT; token: what it wants to hear, by default that of COPEDIT_TOKEN.
@@ -39,6 +42,7 @@ class Client:
         try:
             parts = urllib.parse.urlsplit(address)
             self._host, self._port = parts.hostname or "", parts.port
+            self._host.encode("idna"), parts.path.encode("ascii")  # as they will be sent
         except ValueError:
             self._host = ""
         if not self._host or parts.scheme not in ("http", "https"):
@@ -46,6 +50,10 @@ class Client:
         self._https = parts.scheme == "https"
         self._base, self._seconds, self._tries = parts.path.rstrip("/"), seconds, tries
         self._token = (token if token is not None else os.environ.get("COPEDIT_TOKEN", "")).strip()
+        if not (self._token.isascii() and self._token.isprintable()):  # not quoted: it is secret
+            raise CopeditError("the token holds a line break or what is no ASCII; give one line of letters and digits")
+        if tries < 1:
+            raise CopeditError(f"tries {tries}: must be 1 or more")
 
     def synth(self, files: Files, output: str | Path | None = None, **fields: object) -> dict[str, bytes]:
         """What is missing from one study: {name: content} of images, sidecars and what else was asked for.
@@ -145,14 +153,15 @@ def _form(files: Files, fields: Mapping[str, object]) -> tuple[bytes, str]:
     for name, value in fields.items():
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            pieces.append(f'--{edge}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode())
+            piece = f'--{edge}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'
+            pieces.append(piece.encode(errors="replace"))
     pairs = files.items() if isinstance(files, Mapping) else (("file", path) for path in files)
     for key, path in pairs:
         name = Path(path).name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
         head = f'--{edge}\r\nContent-Disposition: form-data; name="{key}"; filename="{name}"\r\n'
         head += "Content-Type: application/octet-stream\r\n\r\n"
         try:
-            pieces += [head.encode(), Path(path).read_bytes(), b"\r\n"]
+            pieces += [head.encode(errors="replace"), Path(path).read_bytes(), b"\r\n"]
         except OSError as error:
             raise CopeditError(f"cannot read {path}: {error.strerror or error}") from error
     return b"".join([*pieces, f"--{edge}--\r\n".encode()]), f"multipart/form-data; boundary={edge}"

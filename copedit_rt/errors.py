@@ -20,6 +20,9 @@ class Stopped(CopeditError):
         super().__init__(message)
         self.exit_code = 128 + signal
 
+    def __reduce__(self) -> tuple[object, ...]:  # so that it comes back from another process
+        return type(self), (str(self), self.exit_code - 128)
+
 
 def failure(about: str, error: BaseException, memory: str) -> CopeditError:
     """Whatever went wrong with `about` as one sentence; the error itself where it is one already.

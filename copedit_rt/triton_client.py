@@ -34,7 +34,10 @@ class TritonClient:
     """
 
     def __init__(self, address: str, model: str, *, seconds: float = 900.0) -> None:
-        parts = urllib.parse.urlsplit(address)
+        try:
+            parts = urllib.parse.urlsplit(address)
+        except ValueError:  # half an address of IPv6
+            parts = urllib.parse.urlsplit("")
         if parts.scheme not in _WAYS or not parts.netloc:
             raise CopeditError(f"{address}: expected an address such as http://127.0.0.1:8000 or grpc://127.0.0.1:8001")
         try:
@@ -68,8 +71,9 @@ class TritonClient:
 
         Raises ServerError for what the server refuses, CopeditError where it cannot be reached.
         """
+        wanted = [] if target is None else [modality(name) for name in target]
         options: dict[str, Any] = {"study": study.name, "steps": steps, "seed": seed, "samples": samples}
-        options |= {"solver": solver, "target": [modality(name) for name in target] if target else None}
+        options |= {"solver": solver, "target": wanted or None}
         options["detail"] = None if detail is None else ("none", "guided")[detail]
         options["missing_slices"] = list(study.missing_slices) or None
         with self._telling():

@@ -19,7 +19,7 @@ def test_the_extra_is_named(monkeypatch, way):
         TritonClient(f"{way}://127.0.0.1:8001", "brain-2mm")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8000", "https://127.0.0.1:8000", "grpc://", ""])
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "https://127.0.0.1:8000", "grpc://", "http://[::1", ""])
 def test_what_is_no_address(address):
     with pytest.raises(CopeditError, match="expected an address such as http:"):
         TritonClient(address, "brain-2mm")

@@ -5,6 +5,7 @@ import errno
 import http.server
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -30,9 +31,9 @@ from copedit_rt import archive, terminal
 from copedit_rt.archive import safe_name
 from copedit_rt.client import Client, ServerError
 from copedit_rt.cohort import Job
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.serving import server
-from copedit_rt.serving.asked import public
+from copedit_rt.serving.asked import Refused, public
 from copedit_rt.serving.desk import Desk, where
 from copedit_rt.terminal import secret
 
@@ -117,9 +118,28 @@ def test_the_client(house, case, tmp_path, brain_model):
         client.synth({"t1": "no/such.nii"})
     with pytest.raises(CopeditError, match="is copedit serve running"):
         Client("http://127.0.0.1:1").inspect(paths)
-    for address in ("127.0.0.1:80", "http://HOST:PORT"):
+    for address in ("127.0.0.1:80", "http://HOST:PORT", "http://a..b:80", "http://127.0.0.1/ü"):
         with pytest.raises(CopeditError, match="expected an address"):
             Client(address)
+
+
+def test_what_the_client_cannot_send_is_told_in_a_sentence(tmp_path):
+    for token in ("s3cret\nX-Other: 1", "s3crét"):
+        with pytest.raises(CopeditError, match="the token holds") as told:
+            Client("http://127.0.0.1:1", token)
+        assert "s3cr" not in str(told.value)
+    with pytest.raises(CopeditError, match="tries 0"):
+        Client("http://127.0.0.1:1", tries=0)
+    odd = tmp_path / os.fsdecode(b"\xff.nii")
+    odd.write_bytes(b"")
+    with pytest.raises(CopeditError, match="is copedit serve running"):
+        Client("http://127.0.0.1:1").inspect([odd], name=odd.stem)
+
+
+@pytest.mark.parametrize("error", [ServerError("no", 503), Stopped("no", 15), Refused("no", 503, 2)])
+def test_errors_come_back_from_other_processes(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == "no" and vars(again) == vars(error)
 
 
 def hostile(case: dict[str, bytes]) -> list[tuple[int, list[bytes], str]]:
