@@ -214,10 +214,11 @@ class Job:
         name, config = self.models.choose(files.task, files.files)
         entry["model"] = name
         # A model for the other task is refused where every study is prepared.
-        outputs = files.outputs(self.output, config.elements) if config.task == files.task else {}
+        elements = config.elements
         if self.target is not None:
             _check_target(files, config, self.target)
-            outputs = {element: path for element, path in outputs.items() if element in self.target}
+            elements = tuple(element for element in elements if element in self.target)
+        outputs = files.outputs(self.output, elements) if config.task == files.task else {}
         if not outputs and not files.problem and set(files.files) == set(config.elements):
             self.complete(opened, complete_brain(files.name, config))
             return False
@@ -229,7 +230,8 @@ class Job:
             if of_another(sidecar, files.name, files.inputs()):
                 whose = f"{outputs[element]} is of the study {sidecar['study']}, not of {files.name}"
                 raise CopeditError(f"{whose}; choose another output folder with -o")
-        done = {} if self.overwrite else done
+        if self.overwrite and done:
+            entry["overwrite"], done = True, {}
         entry["notes"] = self.outdated(name, config, files, done)
         if files.source and self.dicom and (bare := [e for e, sidecar in done.items() if "dicom" not in sidecar]):
             entry["notes"].append(f"kept without a DICOM series: {', '.join(bare)}; --overwrite makes it again")

@@ -103,7 +103,7 @@ def _claimed(path: Path) -> Iterator[tuple[Path, int]]:
     try:
         yield part, handle
     finally:
-        remove(part)
+        _remove_claim(part)
         os.close(handle)
 
 
@@ -121,6 +121,11 @@ def _claimed_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
 
 def _folder_of(part: Path) -> Path:
     return part.with_suffix(".parts")
+
+
+def _remove_claim(part: Path) -> None:
+    if not _folder_of(part).exists():  # of files that NFS still holds it stays, for the next sweep
+        remove(part)
 
 
 def _lock(handle: int, wait: bool = False) -> bool:
@@ -219,8 +224,7 @@ def _sweep(folder: Path, names: Iterable[str]) -> None:
             try:
                 if _lock(handle):
                     remove(_folder_of(part))
-                    if not _folder_of(part).exists():  # files that NFS still holds go the next time
-                        remove(part)
+                    _remove_claim(part)
             finally:
                 os.close(handle)
 

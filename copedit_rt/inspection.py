@@ -30,15 +30,15 @@ def inspect(
     listener: Listener | None = None,
 ) -> list[Report]:
     """A report on every study that `find_studies` found. missing_slices: those of `Study.read`. listener: hears of
-    each study that it began.
+    each study that it began, and what failed.
 
     What is wrong with a file is a finding. Raises CopeditError where of a single study nothing can be read, and where a
     model cannot be used.
     """
-    reports = []
+    reports, listener = [], listener or Listener()
     for files in found:
-        (listener or Listener()).began(files.name)
-        reports.append(_look(files, models, missing_slices, listener or Listener(), several=len(found) > 1))
+        listener.began(files.name)
+        reports.append(_look(files, models, missing_slices, listener, several=len(found) > 1))
     return reports
 
 

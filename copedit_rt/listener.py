@@ -32,7 +32,7 @@ class Listener:
         """A study's entry of the summary, and why it failed if it did."""
 
     def failed(self, error: CopeditError) -> None:
-        """What went wrong and is told as a finding; its cause is where."""
+        """What went wrong and is told as a finding; `__cause__` says where it happened."""
 
     def remark(self, text: str) -> None:
         """Something to know about the model or the engine, in a sentence."""

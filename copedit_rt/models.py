@@ -76,6 +76,8 @@ class Models:
 
     def load(self, name: str) -> Synthesizer:
         """The model of a name that `choose` gave. Raises UnusableModel where it cannot be loaded."""
+        if name in self._loaded:  # nobody waits for the plans of another model
+            return self._loaded[name]
         with _LOADING:
             if name not in self._loaded:
                 try:
@@ -90,8 +92,7 @@ class Models:
 
     def introduced(self, name: str) -> Synthesizer:
         """`load`; the first time it says what the model was trained on."""
-        with _LOADING:
-            new, model = name not in self._loaded, self.load(name)
+        new, model = name not in self._loaded, self.load(name)
         if new and model.trained:
             self._listener.remark(f"{name} was trained on {model.trained.words}")
         return model

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 NAME = "copedit_summary"
 # What is kept of an entry.
-KEPT = ("study", "task", "status", "model", "outputs", "preview", "report", "dicom", "seconds", "notes", "error")
+KEPT = {"study", "task", "status", "overwrite", "model", "outputs", "preview", "report", "dicom", "seconds", "notes"}
+KEPT |= {"error"}
 OUTCOMES = ("done", "complete", "failed", "not done")  # complete: nothing is missing; not done: or only in part
 LEFT = OUTCOMES[2:]
 
@@ -30,7 +31,7 @@ def keep(entries: Iterable[Mapping[str, Any]], output: Path, number: int, of: in
     that was kept has the seconds of the run that made it."""
     before = gather(output)
     path = output / (f"{NAME}.json" if of == 1 else f"{NAME}_{number + 1}of{of}.json")
-    short = [{key: _below(entry[key], output) for key in KEPT if key in entry} for entry in entries]
+    short = [{key: _below(value, output) for key, value in entry.items() if key in KEPT} for entry in entries]
     for entry in short:
         if entry["status"] == "kept" and "seconds" in (made := before.get(entry["study"], {})):
             entry["seconds"] = made["seconds"]
@@ -72,8 +73,8 @@ def judge(there: Sequence[Mapping[str, Any]], output: Path) -> list[dict[str, An
     for now in there:
         before = told.get(now["study"], {})
         outcome = {"kept": "done", "complete": "complete"}.get(now["status"], "not done")
-        if outcome == "done" and before.get("status") == "failed" and _later(before["noted"], now):
-            outcome = "not done"  # an --overwrite that failed left what was there before
+        if outcome == "done" and before.get("status") == "failed" and before.get("overwrite") and _later(before, now):
+            outcome = "not done"  # what was to be replaced is there still
         if outcome == "not done" and (error := now.get("error") or before.get("error")):
             outcome, before = "failed", before | {"error": error}
         if before.get("status") == "complete" and outcome == "not done":  # a heart, as only its voxels tell
@@ -84,10 +85,9 @@ def judge(there: Sequence[Mapping[str, Any]], output: Path) -> list[dict[str, An
     return rows
 
 
-def _later(noted: int, now: Mapping[str, Any]) -> bool:
-    """Than all that was written of a study."""
-    there = [path for path in map(Path, now.get("sidecars", {}).values()) if path.exists()]
-    return all(path.stat().st_mtime_ns < noted for path in there)
+def _later(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an entry was noted after all that was written of its study."""
+    return all(Path(path).stat().st_mtime_ns < before["noted"] for path in now["sidecars"].values())
 
 
 def count(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:

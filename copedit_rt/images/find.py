@@ -83,7 +83,7 @@ class StudyFiles:
         return {name: self.output_path(folder, name) for name in names if self.task.joint or name not in self.files}
 
     def output_path(self, folder: Path, element: str) -> Path:
-        """Where an element's output goes; CopeditError if that is where an input lies."""
+        """`output_path` of an element."""
         return output_path(self.naming, folder, element, list(self.files.values()))
 
 

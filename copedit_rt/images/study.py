@@ -110,7 +110,10 @@ class Study:
             raise CopeditError(f"{name}: expected images of a brain, or one short-axis stack of a heart ({STACK})")
         if unknown := [element for element in volumes if element not in (*MODALITIES, STACK)]:
             raise CopeditError(f"{name}: unknown modality {unknown[0]!r}; known are {', '.join(MODALITIES)}")
-        copies = {element: deepcopy(volume) for element, volume in volumes.items()}
+        copies = {  # of a brain nothing needs the numbers before scaling
+            element: deepcopy(volume if element == STACK else replace(volume, raw=None))
+            for element, volume in volumes.items()
+        }
         return cls(name, Task.HEART if STACK in volumes else Task.BRAIN, copies)._checked(missing_slices, resample)
 
     def _checked(self, missing_slices: Sequence[int] | None, resample: bool, check_content: bool = True) -> Study:
@@ -168,7 +171,7 @@ class Study:
         return replace(self, volumes=volumes, synthetic=self.synthetic | set(images))
 
     def output_path(self, folder: Path, element: str) -> Path:
-        """Where an element's output goes; CopeditError if that is where an input lies."""
+        """`find.output_path` of an element."""
         inputs = [volume.path for volume in self.volumes.values() if volume.path]
         return output_path(self._naming, folder, element, inputs)
 
@@ -193,8 +196,8 @@ class Study:
         DICOM also a derived series, in a folder (`..._dicom`) that is there as a whole or not at all. Headers are the
         reference's but for data type, description and (brain) display range. A cardiac stack keeps its type, scaling
         and every number of its present slices. The sidecar is written last and holds the images' sha256: what was
-        interrupted, or written by two at once, is not complete (`complete_sidecar`). Existing files are replaced,
-        inputs never; an SD map or series of the image before, by its sidecar, goes. Returns the images' paths.
+        interrupted, or written by two at once, is not complete (`complete_sidecar`). Existing outputs are replaced,
+        other images never; an SD map or series of the image before, by its sidecar, goes. Returns the images' paths.
         """
         folder, written = Path(folder), []
         for element in (name for name in self.volumes if name in self.synthetic):

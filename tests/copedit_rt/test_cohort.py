@@ -445,6 +445,8 @@ def test_an_acquired_image_is_never_replaced(tmp_path, brain_model):
     for more in ([], ["--overwrite"], ["--target", "flair"]):
         refused(run(*command, *more), "case_flair.nii.gz is there and not of CoPeDiT; choose another output folder")
     assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+    assert run(*command, "--target", "t2").exit_code == 0
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_an_output_of_another_patient_is_not_kept(tmp_path, brain_model):

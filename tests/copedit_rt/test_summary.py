@@ -117,6 +117,7 @@ def test_what_failed_last_is_not_done(tmp_path, brain_model, monkeypatch):
     assert left.exit_code == 1 and "2 studies: 1 done, 1 failed" in left.stdout
     assert "│ a " in left.stdout and "│ b " not in left.stdout
     assert run(*command, "--overwrite").exit_code == 0 and run(*quiet).exit_code == 0
+    assert run(*command, "--target", "t1").exit_code == 1 and run(*quiet).exit_code == 0, "nothing was to be replaced"
 
 
 def test_an_index_of_all_shards(many, tmp_path, brain_model):

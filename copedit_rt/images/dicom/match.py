@@ -52,7 +52,7 @@ _SLASH = re.compile(r"(?<!\b[wcs])/")  # that parts words: not in w/o or c/contr
 _EITHER = rf"(?:{_AGENT}|w|with|mit|con|com|avec)", rf"(?:{_WITHOUT}|sin|sem)"
 _AND = r"(?:\s*[/&+]\s*|\s+(?:and|und|et|y|e)\s+)"
 _BOTH = re.compile(  # pre/post, c+/c-
-    "|".join(rf"\b{one}{_AND}{other}\b(?!-)" for one, other in (_EITHER, _EITHER[::-1]))
+    "|".join(rf"\b{one}{_AND}{other}\b(?!(?<=\bc)-)" for one, other in (_EITHER, _EITHER[::-1]))
     + r"|\bc\+\s*/\s*c-|\bc-\s*/\s*c\+"
 )
 _T1_AGENT = r"s?[23]?d?t1w?\+?(?:ce|c|gd|gad|gado|km|post|\+)"

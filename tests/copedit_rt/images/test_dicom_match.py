@@ -143,6 +143,7 @@ def test_contrast_agent_and_protocol():
     [
         *("pre/post", "POST/PRE", "pre / post GD", "WITH/WITHOUT", "without/with gad", "W/WO", "mit/ohne KM"),
         *("sin/con", "C-/C+", "C+/C-", "with and without contrast", "pre & post", "pre+post gd"),
+        *("PRE/POST-CONTRAST", "WITH/WITHOUT-CONTRAST", "W/WO-GAD", "mit/ohne-KM"),
     ],
 )
 def test_with_and_without_agent_is_neither(text):

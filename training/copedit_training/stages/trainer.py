@@ -69,7 +69,7 @@ Source = layouts.DataSet | Labels | None  # None: phantoms
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Inside, Ctrl-C says how the run goes on; its folder is claimed."""
+    """Inside, Ctrl-C says how the run goes on."""
     try:
         yield
     except KeyboardInterrupt as error:
