@@ -46,6 +46,15 @@ def test_without_observed_images_nothing_changes():
     np.testing.assert_array_equal(carried(prediction, images(0)), up(prediction))
 
 
+def test_where_the_view_cuts_a_voxel_nothing_is_added_that_was_not_lost():
+    affine, plane = np.diag([1.0, 1.0, 5.0, 1.0]), (24, 20)
+    frame = Frame.of((*plane, 9), affine, Orientation.to_ras(affine), (*plane, 12), (*plane, 36.0))
+    assert frame.cuts
+    image = np.broadcast_to(images(1)[0, :, :, :1], (*plane, 9)).astype(np.float32)
+    guide = frame.to_model(image)  # which holds all of it
+    assert np.abs(Detail(guide, guide[None], frame, ridge=0.0).slab([image], ALL)).max() < 1e-3
+
+
 def test_slabs_are_parts_of_the_whole():
     prediction, observed = down(images(1)[0]), images(2, seed=1)
     detail = Detail(prediction, np.stack([down(x) for x in observed]), FRAME)

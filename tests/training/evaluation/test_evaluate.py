@@ -260,7 +260,12 @@ def brains(root, count, config):
             shown[: len(shown) // 2][image[: len(shown) // 2] == 0] = 0
             path = root / name / f"{name}_{element}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Volume.from_array(shown, phantom.affine() @ flip).save(path)
+            affine = phantom.affine() @ flip
+            if element == "flair":  # its file has another voxel order
+                turn = np.diag([-1.0, -1.0, 1.0, 1.0])
+                turn[:2, 3] = np.array(shown.shape[:2]) - 1
+                shown, affine = shown[::-1, ::-1], affine @ turn
+            Volume.from_array(shown, affine).save(path)
     return root
 
 
@@ -296,6 +301,9 @@ def test_a_folder(brain, model_folder, tmp_path):
     assert json.loads(every.stdout)["subjects"] == 2
     assert "linear regression" not in json.loads(every.stdout)["by_count"]["1"]
     own = tmp_path / "split.json"
+    own.write_text(json.dumps({"train": ["BraTS/another"], "test": []}))
+    of_another = CliRunner().invoke(app, [*command, "--split", str(own)])
+    assert of_another.exit_code == 1 and "names none of the subjects" in of_another.stderr
     own.write_text(json.dumps({"train": [], "test": ["BraTS/BraTS2021_00003", "BraTS/BraTS2021_00002"]}))
     (tmp_path / "watched.json").write_text(json.dumps(["BraTS/BraTS2021_00002"]))
     before = own.read_bytes()

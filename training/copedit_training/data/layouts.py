@@ -155,7 +155,7 @@ def split(subjects: Iterable[str], path: Path | None = None, write: bool = True)
     where that says. If one side were empty, the subject nearest to the limit goes there. Raises CopeditError for a
     damaged file and one with a subject on both sides.
     """
-    known = _read_split(path) if path and path.exists() else {"train": [], "test": []}
+    known = read_split(path) if path and path.exists() else {"train": [], "test": []}
     side = {subject: name for name, members in known.items() for subject in members}
     draw = {s: int.from_bytes(hashlib.sha256(s.encode()).digest()[:8], "big") / 2**64 for s in subjects}
     new = {s: "test" if value < TEST_SHARE else "train" for s, value in draw.items() if s not in side}
@@ -169,7 +169,8 @@ def split(subjects: Iterable[str], path: Path | None = None, write: bool = True)
     return {name: [s for s in members if s in draw] for name, members in sides.items()}
 
 
-def _read_split(path: Path) -> Sides:
+def read_split(path: Path) -> Sides:
+    """The two sides that a file names; CopeditError for a damaged one."""
     try:
         read = read_json(path)
         sides = {name: [str(s) for s in read[name]] for name in ("train", "test")}

@@ -203,12 +203,19 @@ def pairs(
         assert whole is not None and made is not None
         more = {method: np.moveaxis(found[STACK], axis, 2) for method, found in (others or {}).items()}
         return compare_heart(whole, slices, made, std=std, others=more)
-    images = {name: truth.volumes[name].data for name in config.elements}
-    upright = Orientation.to_ras(truth.reference.affine)
+    reference = result.study.reference
+    images = {name: in_order_of(reference, truth.volumes[name]) for name in config.elements}
+    upright = Orientation.to_ras(reference.affine)
     intensity = intensity_of(result.record)
     return compare_brain(
         images, missing, volumes, intensity, regression, std=result.std, orientation=upright, others=others
     )
+
+
+def in_order_of(reference: Volume, volume: Volume) -> np.ndarray:
+    """The voxels of a volume in the order of another one's, on one grid: outputs have that of the first observed."""
+    upright = Orientation.to_ras(volume.affine).apply(volume.data)
+    return Orientation.to_ras(reference.affine).invert(upright)
 
 
 def compare(

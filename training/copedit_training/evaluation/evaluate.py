@@ -23,6 +23,7 @@ from copedit_training.evaluation.beside import Beside, Differences
 from copedit_training.evaluation.calibration import Calibration
 from copedit_training.evaluation.compare import (
     compare,
+    in_order_of,
     incomplete,
     intensity_of,
     made_of,
@@ -49,7 +50,10 @@ def fit_regression(
     where there are none."""
     regression = LinearRegression(config.elements)
     training = (cohort or Phantoms(config)).training(subjects)
-    complete = ({name: normalise(volume.data) for name, volume in study.volumes.items()} for study in training)
+    complete = (
+        {name: normalise(in_order_of(study.reference, volume)) for name, volume in study.volumes.items()}
+        for study in training
+    )
     regression.fit(complete, [[e for e in config.elements if e not in missing] for missing in patterns])
     return regression if regression.fitted else None
 

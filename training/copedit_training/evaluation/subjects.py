@@ -117,6 +117,8 @@ class Folder(Cohort):
         if file and not file.is_file():
             raise CopeditError(f"--split {side}: no such file; give test, all, or the split.json of a training run")
         sides = layouts.split(data.subjects, file, write=False)
+        if file and not any(set(data.subjects) & set(named) for named in layouts.read_split(file).values()):
+            raise CopeditError(f"{file} names none of the subjects of {folder}; give the --data folder of its run")
         self.folder, self.side = folder, side
         away = watched(file.parent) if file else set()
         self.people = data.subjects if side == "all" else [s for s in sides["test"] if s not in away]

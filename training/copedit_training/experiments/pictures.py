@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copedit_rt.errors import CopeditError
+from copedit_rt.images.grids import Orientation
 from copedit_training.evaluation.beside import Beside
 from copedit_training.evaluation.compare import Pair, incomplete, normalise, pairs, possible
 from copedit_training.evaluation.evaluate import missing_patterns
@@ -93,8 +94,8 @@ def _slice(pair: Pair, image: np.ndarray, z: int) -> np.ndarray:
 def _observed(config: ModelConfig, truth: Study, missing: Sequence[str], pair: Pair, z: int) -> list[np.ndarray]:
     """Of a brain slice z of all observed modalities, of a heart the observed slices next to z."""
     if pair.slices is None:
-        there = [e for e in config.elements if e not in missing]
-        return [_slice(pair, normalise(truth.volumes[e].data), z) for e in there]
+        there = [truth.volumes[e] for e in config.elements if e not in missing]
+        return [np.rot90(normalise(Orientation.to_ras(v.affine).apply(v.data))[..., z]) for v in there]
     seen = [k for k in range(pair.truth.shape[2]) if k not in pair.slices]
     near = [*[k for k in seen if k < z][-1:], *[k for k in seen if k > z][:1]]
     return [_slice(pair, pair.truth, k) for k in near]
