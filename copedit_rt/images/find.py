@@ -514,7 +514,7 @@ def _no_raw_data(path: Path, root: Path) -> bool:
 
 
 def _not_observed(path: Path) -> str | None:
-    if re.search(r"_4d$", stem_of(path), re.I):
+    if re.search(r"_4d$|^\d{3}_sa_cine$", stem_of(path), re.I):  # ACDC, M&Ms-2
         return _SERIES
     if OTHER_VIEW.search(stem_of(path)):
         return "another view than the short axis by its name"

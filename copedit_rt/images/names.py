@@ -123,7 +123,7 @@ LABELS = re.compile(
     re.I,
 )
 FRAME = re.compile(r"[-_](?:frame\d+|E[DS])$", re.I)  # ACDC, UKBB: a stack at one moment of the heart's cycle
-OTHER_VIEW = re.compile(r"^(?:la(?:_\dch)?|ao|lvot)(?:_E[DS])?$", re.I)  # UKBB
+OTHER_VIEW = re.compile(r"^(?:la(?:_\dch)?|ao|lvot)(?:_E[DS])?$|^\d{3}_la_(?:cine|E[DS])$", re.I)  # UKBB, M&Ms-2
 MSCMR = re.compile(r"^(patient\d+)_(?:C0|LGE|DE)$", re.I)
 _HEARTS = re.compile(
     r"^patient\d{3}_(?:frame\d+|4d|E[DS])$"  # ACDC

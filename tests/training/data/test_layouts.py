@@ -75,6 +75,8 @@ def kinds(items) -> dict[str, str]:
 
 # ---- what is found -----------------------------------------------------------------------------------------
 
+UPENN, UCSF = ("UPENN-GBM-00001_11", "UPENN-GBM-00001_21"), ("UCSF-PDGM-0409", "UCSF-PDGM-0409_FU001d")  # two visits
+
 # layout: model, files, {complete study: subject}, incomplete studies
 PUBLISHED = {
     "BraTS": (
@@ -86,6 +88,25 @@ PUBLISHED = {
         ],
         {"BraTS2021_00000": "BraTS/BraTS2021_00000", "BraTS20_Training_001": "BraTS/BraTS20_Training_001"},
         ["BraTS2021_00002"],
+    ),
+    "M&Ms-2": (
+        HEART,
+        [f"001/001_{view}_{phase}{gt}.nii.gz" for view in ("LA", "SA") for phase in ("ED", "ES") for gt in ("", "_gt")]
+        + [f"001/001_{view}_CINE.nii.gz" for view in ("LA", "SA")],
+        {"001_SA_ED": "M&Ms-2/001", "001_SA_ES": "M&Ms-2/001"},
+        [],
+    ),
+    "UPENN-GBM": (
+        BRAIN,
+        [f"{n}/{n}_{m}.nii.gz" for n in UPENN for m in ("T1", "T1GD", "T2", "FLAIR")],
+        dict.fromkeys(UPENN, "UPENN-GBM/UPENN-GBM-00001"),
+        [],
+    ),
+    "UCSF-PDGM": (
+        BRAIN,
+        [f"{n}_nifti/{n}_{m}.nii.gz" for n in UCSF for m in ("T1", "T1c", "T2", "FLAIR")],
+        dict.fromkeys(UCSF, "UCSF-PDGM/UCSF-PDGM-0409"),
+        [],
     ),
     "BraTS, newer names": (
         BRAIN,

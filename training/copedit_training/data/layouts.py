@@ -51,6 +51,9 @@ _LAYOUTS = {
         "MSCMR": r"^(patient\d+)_(?:C0|LGE|DE|T2)$",
         "Sunnybrook": r"^(SC-(?:HF-I|HF-NI|HYP|N)-\d+)(?:_E[DS])?$",
         "MESA": r"^(MES(?:A[-_]?)?\d+)(?:[-_/]|$)",
+        "M&Ms-2": r"^(\d{3})_SA_E[DS]$",
+        "UPENN-GBM": r"^(UPENN-GBM-\d+)_\d+$",  # with the number of the visit
+        "UCSF-PDGM": r"^(UCSF-PDGM-\d+)(?:_FU\d+d)?(?:$|[_/])",
         "UKBB": r"^(\d{4,})[^/]*/sa(?:_E[DS])?$",
     }.items()
 }
