@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 NAME = "copedit_summary"
 # What is kept of an entry.
-KEPT = {"study", "task", "status", "overwrite", "model", "outputs", "preview", "report", "dicom", "seconds", "notes"}
-KEPT |= {"error"}
+KEPT = {
+    *("study", "task", "status", "overwrite", "model", "outputs", "preview", "report", "dicom"),
+    *("seconds", "notes", "error"),
+}
 OUTCOMES = ("done", "complete", "failed", "not done")  # complete: nothing is missing; not done: or only in part
 LEFT = OUTCOMES[2:]
 

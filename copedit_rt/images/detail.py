@@ -35,16 +35,12 @@ class Detail:
     def slab(self, images: Iterable[Array], part: slice) -> Array | float:
         """The detail of slices `part`: images, the observed ones there, in 0..1 and the model's orientation."""
         out: Array | float = 0.0
+        seen = self._frame.coverage(part) if self._frame.cuts else None  # of a voxel that the view cuts, a share
         for image, slope, guide in zip(images, self._slopes, self._guides, strict=True):
-            lost = self._seen(image, part) - self._frame.to_slab(guide, part)
+            lost = (image if seen is None else image * seen) - self._frame.to_slab(guide, part)
             lost *= self._frame.to_slab(slope, part)
             out = lost + out
         return out
-
-
-    def _seen(self, image: Array, part: slice) -> Array:
-        """As much of an image as the grid can tell of: of voxels that the view cuts, a share."""
-        return image * self._frame.coverage(part) if self._frame.cuts else image
 
 
 def local_slopes(prediction: Array, guides: Array, radius: int = RADIUS, ridge: float = RIDGE) -> Array:

@@ -24,6 +24,7 @@ from copedit_rt.images.names import (
     MSCMR,
     NIFTI,
     OTHER_VIEW,
+    OVER_TIME,
     PLAIN,
     STYLES,
     Name,
@@ -514,7 +515,7 @@ def _no_raw_data(path: Path, root: Path) -> bool:
 
 
 def _not_observed(path: Path) -> str | None:
-    if re.search(r"_4d$|^\d{3}_sa_cine$", stem_of(path), re.I):  # ACDC, M&Ms-2
+    if OVER_TIME.search(stem_of(path)):
         return _SERIES
     if OTHER_VIEW.search(stem_of(path)):
         return "another view than the short axis by its name"

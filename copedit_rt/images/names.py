@@ -123,6 +123,7 @@ LABELS = re.compile(
     re.I,
 )
 FRAME = re.compile(r"[-_](?:frame\d+|E[DS])$", re.I)  # ACDC, UKBB: a stack at one moment of the heart's cycle
+OVER_TIME = re.compile(r"_4d$|^\d{3}_sa_cine$", re.I)  # ACDC, M&Ms-2: its frames lie beside it
 OTHER_VIEW = re.compile(r"^(?:la(?:_\dch)?|ao|lvot)(?:_E[DS])?$|^\d{3}_la_(?:cine|E[DS])$", re.I)  # UKBB, M&Ms-2
 MSCMR = re.compile(r"^(patient\d+)_(?:C0|LGE|DE)$", re.I)
 _HEARTS = re.compile(

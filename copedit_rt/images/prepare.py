@@ -37,7 +37,7 @@ from copedit_rt.task import Task
 
 NOTHING = np.float32(1e-3)  # the least that tissue may be
 TISSUE = 0.1  # of the percentile range: brighter is taken for the head
-RINGING = 0.3  # of the voxels of tissue: so many below 0 are no ringing (0.05 to 0.12; z-scores 1.2 and more)
+RINGING = 0.3  # of the voxels of tissue: so many below 0 are z-scores, fewer the ringing of splines
 THICK = 5.0  # mm from slice to slice of a stack
 WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
 CISTERN = 7.0  # mm: half the width of a gap in what is bright that is taken for fluid, not for what lies around a head
@@ -196,8 +196,9 @@ class Prepared:
             share[index] = 1 - remoteness(kept, index, self.apart)
         if not share.any():
             return 0.0
-        lost = _normalise(self.fill.copy(), low, high) - self.frame.stack_to_file(self.stack)
+        lost = _normalise(self.fill.copy(), low, high)
         lost *= self.frame.orientation.invert(self.frame.coverage())
+        lost -= self.frame.stack_to_file(self.stack)
         return lost * np.expand_dims(share, [other for other in range(3) if other != axis])
 
     def _to_range(self, image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -39,6 +39,7 @@ from copedit_rt.task import STACK, Task
 if TYPE_CHECKING:
     import nibabel as nib
 
+_NO_SIDECAR = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what reading one that is none may raise
 MOST_SLICES = 1000  # of a heart; isotropic ones have some 250, and a model holds all in memory several times over
 STRIPPED = 0.6  # of the voxels are background, where a brain alone is left
 
@@ -307,7 +308,7 @@ def complete_sidecar(path: Path) -> dict[str, Any] | None:
         sidecar = _sidecar(path)
         images = [(path, sidecar["sha256"]), *_beside(path, sidecar).values()]
         return sidecar if all(_is(image, digest) for image, digest in images) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except _NO_SIDECAR:
         return None
 
 
@@ -327,7 +328,7 @@ def _told(path: Path) -> dict[str, tuple[Path, str]]:
     try:
         sidecar = _sidecar(path)
         return _beside(path, sidecar) if sidecar["synthetic"] and sidecar["file"] == path.name else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except _NO_SIDECAR:
         return {}
 
 

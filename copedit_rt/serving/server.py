@@ -48,7 +48,7 @@ def serve(
     CopeditError where the port cannot be had or `scratch` be written, and for models and devices as `Synthesizer.load`
     does.
     """
-    say, warn = careful(say), careful(warn)
+    say, warn = _careful(say), _careful(warn)
     open_scratch(scratch)
     desk = Desk(models, devices, limit=limits.size, remark=lambda text: say(f"copedit: {text}"), **options)
     service = Service(desk, limits, token, scratch, say, warn)
@@ -92,7 +92,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def careful(tell: Callable[[str], None]) -> Callable[[str], None]:
+def _careful(tell: Callable[[str], None]) -> Callable[[str], None]:
     """The same where it can: a log on a full disk must not cost an answer."""
 
     def told(text: str) -> None:

@@ -81,6 +81,17 @@ def test_an_empty_border_stays_empty_and_is_not_measured():
     assert np.array_equal(np.delete(restored, (4, 5), 2), np.delete(data, (4, 5), 2))
 
 
+def test_where_the_view_cuts_a_voxel_nothing_is_added_that_was_not_lost():
+    """Of thin slices, which get back what the plane of the model cannot hold of the interpolated ones: here nothing."""
+    data = np.broadcast_to(np.linspace(1, 9, 9, dtype=np.float32), (13, 19, 9))
+    study = heart(Volume.from_array(data.copy(), np.diag([3.2, 3.2, 4.0, 1.0])), (4,))
+    prepared = prepare(study, heart_config())
+    share = prepared.frame.coverage()
+    assert ((share > 0.2) & (share < 0.8)).any()
+    restored = prepared.restore(prepared.elements_of(prepared.stack), stack=prepared.stack)["sax"]
+    np.testing.assert_allclose(restored[..., 4], 5, atol=1e-4)
+
+
 def test_the_interpolated_stack_is_at_hand_in_the_models_plane():
     prepared = prepare(blanked(9, (3, 4)), heart_config())
     low, high = prepared.intensity["sax"]

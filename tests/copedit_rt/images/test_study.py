@@ -367,17 +367,6 @@ def test_sidecar_and_spread(tmp_path):
     assert bytes(spread.header["descrip"]).startswith(MARK.encode())
 
 
-def test_what_was_beside_an_older_image_goes(tmp_path):
-    study = Study.read(save(tmp_path / "A_t1.nii.gz"))
-    for other in (b"", b"another's"):
-        write(study, {"t2": image()}, tmp_path / "o", std={"t2": image(seed=2)})
-        spread = tmp_path / "o" / "A_t2_sd.nii.gz"
-        if other:
-            spread.write_bytes(other)
-        write(study, {"t2": image(seed=1)}, tmp_path / "o")
-        assert spread.exists() == bool(other)
-
-
 def test_a_long_model_name_fits_the_description(tmp_path):
     study = Study.read(save(tmp_path / "A_t1.nii.gz")).with_synthetic({"t2": image()})
     (out,) = study.write(tmp_path / "o", model="modèle-" * 30)

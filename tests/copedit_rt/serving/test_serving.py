@@ -33,6 +33,7 @@ from copedit_rt.client import Client, ServerError
 from copedit_rt.cohort import Job
 from copedit_rt.errors import CopeditError, Stopped
 from copedit_rt.serving import server
+from copedit_rt.serving.app import Limits
 from copedit_rt.serving.asked import Refused, public
 from copedit_rt.serving.desk import Desk, where
 from copedit_rt.terminal import secret
@@ -412,15 +413,17 @@ def test_a_log_that_cannot_be_written_costs_nothing():
     def full(text: str) -> None:
         raise OSError(errno.ENOSPC, text)
 
-    server.careful(full)("a line")
+    nowhere = {"host": "203.0.113.9", "port": 1, "models": ["demo-brain"], "devices": ["cpu"]}
+    with pytest.raises(CopeditError, match="cannot listen"):  # after it has warned that no token is set
+        server.serve(**nowhere, token=None, scratch=None, limits=Limits(), grace=1, say=full, warn=full)
 
 
 def test_told_to_end_it_loads_no_more_models(brain_model):
     desk = Desk([str(brain_model)], ["cpu"])
     desk.closing = True
     desk.warm()
-    desk.close()
     assert not desk.ready
+    desk.close()
 
 
 @pytest.fixture
