@@ -20,6 +20,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import Encoded, Engine, Whole, choose_engine
 from copedit_rt.errors import CopeditError
+from copedit_rt.images.nifti import WORKING, available_memory
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 SAMPLES = 10_000  # at most
+MOMENTS = 2 * 8  # bytes a voxel of the mean and the squares of samples
 # A turn of each device: see `Synthesizer`.
 _TURNS: dict[str, threading.RLock] = {}
 TOGETHER = 8  # samples of a study in the sampler at once
@@ -220,6 +222,8 @@ class Synthesizer:
         detail = config.preprocessing.detail if detail is None else bool(detail)
         prepared = prepare(study, config)
         wanted = self._targets(prepared, target)
+        if samples > 1:
+            _check_memory(study, len(wanted), samples)
         mean: dict[str, np.ndarray] = {}
         spread: dict[str, np.ndarray] = {}
         fill = self.prior.fill_study(prepared) if self.prior else None
@@ -231,17 +235,17 @@ class Synthesizer:
         for sample, made in enumerate(self._draw(prepared, encoded, fill, seed, samples, steps, solver, progress)):
             images = prepared.restore(made, detail, whole, stack, bright)
             for name in wanted:
-                # Welford's running mean and sum of squares: one volume in memory whatever the number of samples.
+                value = images.pop(name)
                 if samples == 1:
-                    mean[name] = images[name]
+                    mean[name] = value
                     continue
-                value = images[name].astype(np.float64)
-                if name not in mean:
-                    mean[name], spread[name] = value, np.zeros_like(value)
-                else:
-                    delta = value - mean[name]
-                    mean[name] += delta / (sample + 1)
-                    spread[name] += delta * (value - mean[name])
+                if not sample:
+                    mean[name], spread[name] = np.zeros((2, *value.shape))
+                # Welford's running mean and sum of squares, a plane at a time: MOMENTS bytes a voxel in all.
+                for centre, squares, plane in zip(mean[name], spread[name], value, strict=True):
+                    delta = plane - centre
+                    centre += delta / (sample + 1)
+                    squares += delta * (plane - centre)
         std = {k: np.sqrt(v / (samples - 1)).astype(np.float32) for k, v in spread.items()} if samples > 1 else {}
         volumes = {name: value.astype(np.float32, copy=False) for name, value in mean.items()}
         method = solver if steps else schedule.PRIOR_ALONE
@@ -417,6 +421,18 @@ class Synthesizer:
                 "python": platform.python_version(),
             },
         }
+
+
+def _check_memory(study: Study, count: int, samples: int) -> None:
+    """Raises CopeditError where the moments of samples of `count` volumes do not fit into memory beside the rest."""
+    voxels = study.reference.data.size
+    needed, available = (MOMENTS * count + WORKING) * voxels, available_memory()
+    if needed > available:
+        raise CopeditError(
+            f"{study.name}: samples {samples}: the mean and spread of {count} x {voxels} voxels and the filling in "
+            f"take {needed / 2**30:.1f} GiB, more than the {available / 2**30:.1f} GiB of memory available; leave "
+            f"samples out, or name fewer targets"
+        )
 
 
 def inputs_of(study: Study) -> dict[str, Any]:

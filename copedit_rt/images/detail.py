@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from copedit_rt.images.grids import Frame
+from copedit_rt.images.grids import Frame, slabs
 
 RADIUS = 1  # windows of 3 x 3 x 3 grid voxels; of the sizes tried on real brains the best
 RIDGE = 1e-2  # in squared units of images that run from 0 to 1: a contrast below 0.1 is not followed
@@ -97,9 +97,9 @@ def _solve(system: list[list[Array]], right: list[Array]) -> list[Array]:
     return right
 
 
-def full_range(image: Array, bright: Array | None = None) -> Array:
-    """An image [X, Y, Z] whose brightest voxels are lifted so that its 99.5 percentile is 1, as that of every image in
-    a model's training is.
+def lift_to_full_range(image: Array, bright: Array | None = None) -> None:
+    """Lifts the brightest voxels of an image [X, Y, Z] in place, so that its 99.5 percentile is 1, as that of every
+    image in a model's training is.
 
     An expectation is duller than any image that it is the mean of: whoever scales it by its own range brightens all of
     it. bright [X, Y, Z]: the chance of each voxel to be among the brightest. The one hundredth with the best is lifted;
@@ -108,10 +108,13 @@ def full_range(image: Array, bright: Array | None = None) -> Array:
     """
     start, top = (float(x) for x in np.quantile(image, (BRIGHT, TOP)))
     if not 0 < start < top < 1:
-        return image
-    if bright is None:
-        slope = (1 - start) / (top - start)
-        return np.where(image > start, start + slope * (image - start), image).astype(np.float32)
-    least, most = (float(x) for x in np.quantile(bright, (BRIGHTEST, TOP)))
-    share = np.clip((bright - least) / max(most - least, 1e-6), 0, 1)
-    return np.asarray(image + share * np.maximum(1 - image, 0), np.float32)
+        return
+    slope = (1 - start) / (top - start)
+    least, most = (0.0, 0.0) if bright is None else (float(x) for x in np.quantile(bright, (BRIGHTEST, TOP)))
+    for part in slabs(image.shape):
+        slab = image[..., part]
+        if bright is None:
+            slab[...] = np.where(slab > start, start + slope * (slab - start), slab)
+        else:
+            share = np.clip((bright[..., part] - least) / max(most - least, 1e-6), 0, 1)
+            slab += share * np.maximum(1 - slab, 0)

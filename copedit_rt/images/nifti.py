@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
-from copedit_rt.images.grids import Orientation, apart, spacing
+from copedit_rt.images.grids import Orientation, apart, slabs, spacing
+from copedit_rt.images.intensity import Backdrop
 
 if TYPE_CHECKING:  # otherwise imported where a header is made, read or judged
     import nibabel as nib
@@ -39,7 +40,7 @@ except ImportError:
 
 MARK = "synthetic, CoPeDiT"  # how the header's description of every output begins
 NEAR = 0.1  # voxels: grids that differ by less count as equal
-WORKING = 20  # bytes a voxel that filling in a study takes at most beside the images that were read
+WORKING = 28  # bytes a voxel that filling in a study takes at most beside the images that were read
 VOXEL_MM, EXTENT_MM = (0.05, 50.0), (20.0, 1000.0)  # what voxels measure, and images along their longest side
 _UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of metres, millimetres, micrometres, in mm
 _NO_FILE = "an image in memory"
@@ -513,15 +514,27 @@ def transforms_apart(volume: Volume) -> float:
 
 
 def resample_onto(volume: Volume, reference: Volume) -> NDArray[np.float32]:
-    """Linear interpolation of a volume at the reference's voxels; 0 where the volume does not reach."""
+    """Linear interpolation of a volume at the reference's voxels.
+
+    Its border voxels reach half a voxel beyond their centres. Farther out there is its background: 0, or the value of
+    its corners where it was standardised.
+    """
     if find_spec("scipy") is None:
         raise CopeditError("--resample needs the package scipy, which is not installed; pip install scipy")
     import nibabel as nib
     from nibabel.processing import resample_from_to
 
-    moving = nib.Nifti1Image(volume.data, volume.affine)
-    made = resample_from_to(moving, (reference.data.shape, reference.affine), order=1)
-    return np.asarray(made.dataobj)
+    moving, shape = nib.Nifti1Image(volume.data, volume.affine), reference.data.shape
+    data = np.asarray(resample_from_to(moving, (shape, reference.affine), order=1, mode="nearest").dataobj)
+    with np.errstate(over="ignore", invalid="ignore"):
+        nothing = Backdrop.of(volume.data, *np.percentile(volume.data, (0.5, 99.5))).fill
+    to_voxels = np.linalg.inv(volume.affine) @ reference.affine
+    for part in slabs(shape):
+        grid = np.ogrid[: shape[0], : shape[1], slice(*part.indices(shape[2]))]
+        for (*steps, start), count in zip(to_voxels[:3], volume.data.shape, strict=True):
+            where = sum(step * along for step, along in zip(steps, grid, strict=True)) + start
+            data[..., part][abs(where - (count - 1) / 2) > count / 2 + 1e-3] = nothing
+    return data
 
 
 def is_synthetic(path: Path) -> bool:

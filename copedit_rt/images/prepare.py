@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError, Fault
-from copedit_rt.images.detail import Detail, full_range
+from copedit_rt.images.detail import Detail, lift_to_full_range
 from copedit_rt.images.grids import (
     SAME_SPACING,
     Frame,
@@ -31,13 +31,11 @@ from copedit_rt.images.grids import (
     spacing,
     surroundings,
 )
+from copedit_rt.images.intensity import NOTHING, TISSUE, Backdrop, normalise, percentile_range, unit_range
 from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.study import Study
 from copedit_rt.task import Task
 
-NOTHING = np.float32(1e-3)  # the least that tissue may be
-TISSUE = 0.1  # of the percentile range: brighter is taken for the head
-RINGING = 0.3  # of the voxels of tissue: so many below 0 are z-scores, fewer the ringing of splines
 THICK = 5.0  # mm from slice to slice of a stack
 WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
 CISTERN = 7.0  # mm: half the width of a gap in what is bright that is taken for fluid, not for what lies around a head
@@ -83,8 +81,8 @@ class Prepared:
 
         Brain: {missing modality: float32 [X, Y, Z]}, 0..1 mapped to the reference's percentile range; observed
         elements are not used. detail: what the grid could not hold is carried over from the observed images
-        (`detail.Detail`); whole_range: the brightest voxels are lifted to the top of the range (`detail.full_range`),
-        by the chances bright [m, 1, H, W, D] if they are given.
+        (`detail.Detail`); whole_range: the brightest voxels are lifted to the top of the range
+        (`detail.lift_to_full_range`), by the chances bright [m, 1, H, W, D] if they are given.
         Cardiac: {"sax": the stack}, its missing slices filled and every other voxel as it was. stack [H, W, slices of
         the file]: a heart's own fill (None: `self.stack`). What it holds and the model's grid cannot, as that has fewer
         slices, is kept.
@@ -107,10 +105,21 @@ class Prepared:
     def _restore_image(
         self, image: NDArray[np.float32], detail: bool, whole_range: bool, bright: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        """One modality on the file's grid."""
+        """One modality on the file's grid, in the reference's intensities."""
+        volume = self._rendered(image, detail, whole_range)
+        volume[self.background] = 0
+        if whole_range:
+            lift_to_full_range(volume, None if bright is None else self._on_file(bright))
+        low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
+        volume *= high - low
+        volume += low
+        volume[self.background] = self.fill
+        return volume
+
+    def _rendered(self, image: NDArray[np.float32], detail: bool, whole_range: bool) -> NDArray[np.float32]:
+        """One modality on the file's grid, in 0..1."""
         guided = Detail(image, self.images[self.observed, 0], self.frame) if detail else None
         beyond = self._beyond(image)
-        low, high = (np.float32(value) for value in next(iter(self.intensity.values())))
         volume = np.empty(self.study.reference.data.shape, np.float32)
         turned = self.frame.orientation.apply(volume)
         planes = self.frame.to_plane(image)
@@ -121,12 +130,6 @@ class Prepared:
             slab += (1 - self.frame.coverage(part)) * beyond(part)
             # Above 0: an exact 0 would say that there is nothing.
             turned[..., part] = np.clip(slab, NOTHING, 1, out=slab) if detail or whole_range else slab
-        volume[self.background] = 0
-        if whole_range:
-            volume = full_range(volume, None if bright is None else self._on_file(bright))
-        volume *= high - low
-        volume += low
-        volume[self.background] = self.fill
         return volume
 
     def _on_file(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -143,7 +146,7 @@ class Prepared:
             if there:
                 volume = self.study.volumes[name]
                 turned = Orientation.to_ras(volume.affine).apply(volume.data)
-                yield _unit(*self.intensity[name], self.backdrops[name])(turned[..., part])
+                yield unit_range(*self.intensity[name], self.backdrops[name])(turned[..., part])
 
     def _beyond(self, image: NDArray[np.float32]) -> Callable[[slice], Any]:
         """What stands for an image where the model does not see, in 0..1: a linear relation to what is observed."""
@@ -196,7 +199,7 @@ class Prepared:
             share[index] = 1 - remoteness(kept, index, self.apart)
         if not share.any():
             return 0.0
-        lost = _normalise(self.fill.copy(), low, high)
+        lost = normalise(self.fill.copy(), low, high)
         lost *= self.frame.orientation.invert(self.frame.coverage())
         lost -= self.frame.stack_to_file(self.stack)
         return lost * np.expand_dims(share, [other for other in range(3) if other != axis])
@@ -296,7 +299,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
     intensity, backdrops, tissue, background = {}, {}, None, None
     first = Orientation.to_ras(study.reference.affine)
     for name, volume in observed.items():
-        low, high = _percentiles(volume.data, config.preprocessing.percentiles, f"{study.name}: {name}")
+        low, high = percentile_range(volume.data, config.preprocessing.percentiles, f"{study.name}: {name}")
         intensity[name] = (low, high)
         backdrops[name] = Backdrop.of(volume.data, low, high)
         empty = backdrops[name].where(volume.data)
@@ -318,7 +321,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
     for name, volume in observed.items():
         orientation = Orientation.to_ras(volume.affine)
         frames.append(Frame.of(volume.data.shape, volume.affine, orientation, config.image, view, offset))
-        unit = _unit(*intensity[name], backdrops[name])
+        unit = unit_range(*intensity[name], backdrops[name])
         images[config.elements.index(name), 0] = frames[-1].to_model(volume.data, unit)
     return Prepared(
         images=images,
@@ -394,7 +397,7 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
     present = [index for index in range(count) if index not in missing]
     shown = np.take(volume.data, present, axis)
     border = empty_border((shown == 0).all(axis))
-    low, high = _percentiles(np.moveaxis(shown, axis, 0)[:, ~border], config.preprocessing.percentiles, study.name)
+    low, high = percentile_range(np.moveaxis(shown, axis, 0)[:, ~border], config.preprocessing.percentiles, study.name)
     filled = fill_slices(volume.data, missing, axis)
     frame, spaced = stack_frame(volume, config), spacing(volume.affine)[axis]
     prepared = Prepared(
@@ -407,7 +410,7 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         fill=filled,
         background=np.broadcast_to(np.expand_dims(border, axis), filled.shape),
         study=study,
-        stack=frame.stack_to_model(_normalise(filled.copy(), low, high)),
+        stack=frame.stack_to_model(normalise(filled.copy(), low, high)),
         missing_slices=missing,
         version=config.preprocessing.version,
     )
@@ -437,53 +440,6 @@ def empty_border(empty: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.any([*ways, *across], axis=0)
 
 
-def to_unit_range(
-    data: NDArray[np.float32], low: float, high: float, backdrop: Backdrop | None = None
-) -> NDArray[np.float32]:
-    """A skull-stripped image with low..high as 0..1, clipped, and 0 where it shows nothing.
-
-    backdrop: of the image that low and high are of, where that is another.
-    """
-    return _unit(low, high, backdrop or Backdrop.of(data, low, high))(data)
-
-
-@dataclass(frozen=True)
-class Backdrop:
-    """What shows nothing in an image: one value where it was standardised (z-scores), else whatever is not above it."""
-
-    value: float
-    standardised: bool = False
-
-    @classmethod
-    def of(cls, data: NDArray[np.float32], low: float, high: float) -> Backdrop:
-        """The background of a standardised image has the value of its corners, and has to be told from tissue of the
-        same grey. Elsewhere little is below 0, as interpolation rings; then it rings above 0, too."""
-        below = -0.01 * high
-        if low >= below:
-            return cls(0.0)
-        if np.count_nonzero(data < below) < RINGING * np.count_nonzero(data > TISSUE * high):
-            return cls(float(NOTHING) * high)
-        return cls(float(np.median(data[np.ix_((0, -1), (0, -1), (0, -1))])), standardised=True)
-
-    def where(self, data: NDArray[np.float32]) -> NDArray[np.bool_]:
-        return data == self.value if self.standardised else data <= self.value
-
-    @property
-    def fill(self) -> float:
-        return self.value if self.standardised else 0.0
-
-
-def _unit(low: float, high: float, backdrop: Backdrop) -> Callable[[NDArray], NDArray[np.float32]]:
-    """What takes voxels of an image to 0..1: low..high, clipped, 0 where it shows nothing."""
-
-    def unit(part: NDArray[np.float32]) -> NDArray[np.float32]:
-        normal = _normalise(part, low, high)
-        normal[backdrop.where(part)] = 0
-        return normal
-
-    return unit
-
-
 def slabs_touched(
     missing: Sequence[int], count: int, size: float, extent: float, m: int, depth: int
 ) -> NDArray[np.bool_]:
@@ -511,26 +467,3 @@ def observed_slabs(
     inward, _ = nearest_matrices(count, size, m * depth, extent / (m * depth))
     lacking = inward[:, list(missing)].sum(1).reshape(m, depth).sum(1)
     return np.arange(m) == np.argmin(lacking)
-
-
-def _percentiles(data: NDArray, percentiles: tuple[float, float], what: str) -> tuple[float, float]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        low, high = (float(value) for value in np.percentile(data, percentiles))
-        span = np.float32(high - low)
-        sound = bool(np.isfinite([low, high, float(span)]).all())
-        sound = sound and (span == 0 or bool(np.isfinite(np.float32(1 / (high - low)))))
-    if not sound:
-        raise CopeditError(
-            f"{what}: its values, {low:g} to {high:g}, are too large or too small to compute with; rescale the image"
-        )
-    if not high > low:
-        raise CopeditError(
-            f"{what}: at least {percentiles[1] - percentiles[0]:g} % of the voxels have one value ({low:g}), "
-            f"so there is no image to work from; crop the empty surroundings or choose another file"
-        )
-    return low, high
-
-
-def _normalise(data: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
-    scaled = (data - np.float32(low)) * np.float32(1 / (high - low))
-    return np.clip(scaled, 0, 1, out=scaled)

@@ -17,6 +17,7 @@ from copedit_rt.config import DenoiserConfig, DiffusionConfig, ModelConfig, Prep
 from copedit_rt.device import choose_device
 from copedit_rt.engines import torch_engine
 from copedit_rt.errors import CopeditError
+from copedit_rt.images import nifti
 from copedit_rt.images.nifti import Volume
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
@@ -322,6 +323,17 @@ def test_samples_give_mean_and_standard_deviation(brain_model, monkeypatch):
     np.testing.assert_allclose(result.study.volumes["t1ce"].data, each.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(result.std["t1ce"], each.std(0, ddof=1), rtol=1e-4, atol=1e-6)
     assert calls == [(3, 12), (6, 12), (9, 12), (12, 12)]
+
+
+def test_samples_whose_moments_do_not_fit_are_refused(brain_model, monkeypatch):
+    study = brain("t1", "t2")
+    needed = study.reference.data.size * (2 * 2 * 8 + nifti.WORKING)
+    monkeypatch.setattr(synthesizer, "available_memory", lambda: needed - 1)
+    with pytest.raises(CopeditError, match=f"{study.name}: samples 2: .* 2 x {study.reference.data.size} voxels"):
+        brain_model.synthesize(study, samples=2, steps=1)
+    brain_model.synthesize(study, samples=1, steps=1)
+    monkeypatch.setattr(synthesizer, "available_memory", lambda: needed)
+    brain_model.synthesize(study, samples=2, steps=1)
 
 
 def test_more_samples_than_fit_come_in_turns(brain_model, monkeypatch):

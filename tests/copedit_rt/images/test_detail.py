@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from copedit_rt.images.detail import BRIGHT, BRIGHTEST, Detail, full_range, local_slopes, window_mean
+from copedit_rt.images.detail import BRIGHT, BRIGHTEST, Detail, lift_to_full_range, local_slopes, window_mean
 from copedit_rt.images.grids import Frame, Orientation
 
 FINE, COARSE = (24, 20, 18), (8, 10, 6)
@@ -81,6 +81,12 @@ def test_window_means():
     mean = window_mean(array, 1)
     assert mean[4, 5, 6] == pytest.approx(array[3:6, 4:7, 5:8].mean(), abs=1e-6)
     assert mean[0, 0, 0] == pytest.approx(array[:2, :2, :2].mean(), abs=1e-6)
+
+
+def full_range(image, bright=None):
+    lifted = image.copy()
+    lift_to_full_range(lifted, bright)
+    return lifted
 
 
 def test_the_brightest_voxels_are_lifted_to_the_full_range_and_nothing_else():

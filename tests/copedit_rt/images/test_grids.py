@@ -141,6 +141,26 @@ def test_fine_voxels_are_interpolated_between_centres():
     np.testing.assert_allclose(resample_matrix(2, 2, 4, 1), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
 
 
+@pytest.mark.parametrize("standardised", [False, True])
+def test_resample_onto_shows_the_outer_half_of_border_voxels_and_background_beyond(standardised):
+    data = 3 + unit_image((6, 7, 4))
+    if standardised:
+        data = data - data.mean()
+        data[np.ix_((0, -1), (0, -1), (0, -1))] = -9
+    volume = Volume.from_array(data, np.diag([1, 1, 5, 1.0]))
+    affine = np.eye(4)
+    affine[2, 3] = -4  # the first slice reaches from -2.5 to 2.5 mm, the last to 17.5
+    made = nifti.resample_onto(volume, Volume.from_array(np.zeros((6, 7, 24)), affine))
+    height = np.arange(24) - 4
+    inside = made[..., (-2.5 < height) & (height < 17.5)]
+    at = np.clip((np.arange(-2, 18) / 5), 0, 3)
+    low = np.minimum(at.astype(int), 2)
+    expected = volume.data[..., low] * (1 - (at - low)) + volume.data[..., low + 1] * (at - low)
+    np.testing.assert_allclose(inside, expected, atol=1e-5)
+    outside = made[..., (height < -2.5) | (height > 17.5)]
+    assert (outside == (-9 if standardised else 0)).all()
+
+
 def test_resample_onto_shifts_by_whole_voxels_exactly_and_pads_with_zero():
     volume = Volume.from_array(unit_image((6, 7, 8)), np.diag([1, 2, 3, 1.0]))
     affine = volume.affine.copy()
@@ -159,7 +179,9 @@ def test_resample_onto_an_oblique_grid_agrees_with_float64():
     reference = Volume.from_array(np.zeros((9, 8, 7)), affine)
     points = np.stack(np.indices((9, 8, 7)).reshape(3, -1)).T @ affine[:3, :3].T + affine[:3, 3]
     voxels = (points / [1, 1.5, 2]).T
-    expected = ndimage.map_coordinates(volume.data.astype(np.float64), voxels, order=1, cval=0.0)
+    expected = ndimage.map_coordinates(volume.data.astype(np.float64), voxels, order=1, mode="nearest")
+    half = np.array([[6, 6.5, 7]]).T
+    expected[(abs(voxels - half + 0.5) > half).any(0)] = 0
     np.testing.assert_allclose(nifti.resample_onto(volume, reference).reshape(-1), expected, atol=1e-5)
 
 

@@ -344,13 +344,15 @@ def test_preparing_and_restoring_take_at_most_what_was_promised(tmp_path, there,
     affine = np.diag([-1, 1, 1, 1.0])
     for name in there:
         nib.save(nib.Nifti1Image(data, affine), tmp_path / f"A_{name}.nii")
+    config = ModelConfig.preset("brain-2mm")
+    grid = np.random.default_rng(1).random((4, 1, *config.image), np.float32) * np.float32(0.8)
     tracemalloc.start()
     study = Study.read(tmp_path)
     reading = tracemalloc.get_traced_memory()[1] / data.size
     images = sum(v.data.nbytes for v in study.volumes.values()) / data.size
     tracemalloc.reset_peak()
-    prepared = prepare(study, ModelConfig.preset("demo-brain"))
-    made = study.with_synthetic(prepared.restore(np.full_like(prepared.images, 0.5)))
+    prepared = prepare(study, config)
+    made = study.with_synthetic(prepared.restore(grid, detail=True, whole_range=True, bright=grid))
     made.write(tmp_path / "o", model="m")
     peak = tracemalloc.get_traced_memory()[1] / data.size
     tracemalloc.stop()

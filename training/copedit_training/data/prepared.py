@@ -23,8 +23,9 @@ from torch import Tensor
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import read_json, unwritable, write_atomically
+from copedit_rt.images.intensity import to_unit_range
 from copedit_rt.images.nifti import Volume
-from copedit_rt.images.prepare import prepare, to_unit_range
+from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
 from copedit_rt.task import Task
 from copedit_training.data import phantom

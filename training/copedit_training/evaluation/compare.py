@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copedit_rt.images.grids import Orientation, slice_axis, spacing
+from copedit_rt.images.intensity import Backdrop, to_unit_range
 from copedit_rt.images.nifti import Volume
-from copedit_rt.images.prepare import Backdrop, slabs_touched, to_unit_range
+from copedit_rt.images.prepare import slabs_touched
 from copedit_rt.images.study import Study
 from copedit_rt.task import STACK, Task
 from copedit_training.evaluation.baselines import (
