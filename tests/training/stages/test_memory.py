@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import copedit_kernels
 from copedit_bench.operators.cases import OPERATORS, Fill
 from copedit_rt.config import DenoiserConfig, ModelConfig, TokenizerConfig
+from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.prior import Prior
 from copedit_training.stages import memory
@@ -130,6 +131,38 @@ def test_the_estimate_of_a_model_with_a_prior_is_what_torch_notes(tmp_path):
     found = memory.estimate(config, settings, kernels="reference")
     real = tracked(lambda: gradients(task, task.module, [task.draw(0, 0)]), tmp_path)
     assert found["peak"] - found["weights"] == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_the_estimate_counts_the_encoder_where_images_are_augmented(prior, tmp_path):
+    small = replace(CONFIG.denoiser, width=32, heads=1, blocks=1, prior=prior)  # so that the encoder takes the most
+    config, settings = replace(CONFIG, denoiser=small), replace(SETTINGS["denoiser"], augment=True, batch_size=2)
+    images = np.zeros((8, 2, 1, *CONFIG.image), np.float16)
+    task = DenoiserTask(config, settings, images, CoPeVAE(CONFIG.tokenizer, 2), prior=Blank() if prior else None)
+    task.augmentation = lambda images, seeds: images  # on the host, whose memory is not asked for
+    found = memory.estimate(config, settings, kernels="reference")
+    real = tracked(lambda: gradients(task, task.module, [task.draw(0, 0)]), tmp_path)
+    # On a CPU a convolution of the encoder holds a copy of a feature map besides, in an order of its own.
+    assert found["peak"] - found["weights"] == pytest.approx(real, rel=0.3)
+
+
+def test_the_estimate_refuses_what_a_run_refuses():
+    with pytest.raises(CopeditError, match="augment: in stage II it goes neither with crop nor with image_weight"):
+        memory.estimate(CONFIG, replace(SETTINGS["denoiser"], augment=True, crop=16), kernels="reference")
+
+
+def test_images_are_encoded_a_subject_at_a_time(tmp_path):
+    """So many in a micro-batch, or missing elements among them, take hardly more memory than one subject."""
+    task = task_of(SETTINGS["denoiser"])
+    images = torch.rand(8, 2, 1, *CONFIG.image)
+    one, all_of_them, missing = (
+        tracked(lambda x=x: task._encoded(x), tmp_path) for x in (images[:1], images, images.flatten(0, 1)[None])
+    )
+    assert max(all_of_them, missing) < 1.5 * one
+    z, prompts = task._encoded(images)
+    whole = task.tokenizer.encode(images)
+    torch.testing.assert_close(z, task.tokenizer.normalise(whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prompts, task.tokenizer.prompts_of_each(whole), rtol=1e-5, atol=1e-5)
 
 
 # Bytes that a launcher holds besides its results, of sizes: one sum a row of attention, the norms' partial sums.

@@ -104,7 +104,7 @@ def test_a_micro_batch_is_drawn_loaded_augmented_and_encoded_once(tmp_path, stag
         (kind, "draw", "draw"),
         (Task, "load", "load"),
         (Augmentation, "__call__", "augment"),
-        (CoPeVAE, "encode", "encode"),
+        (CoPeVAE, "encode", "encode") if stage == "tokenizer" else (DenoiserTask, "_encoded", "encode"),
     ):
         counted(owner, name, what)
     train(stage, tmp_path / "b", *extra)

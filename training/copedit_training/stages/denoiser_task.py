@@ -113,7 +113,7 @@ class DenoiserTask(LatentTask[DenoiserSettings, Noised]):
         if settings.checkpointing:
             checkpoint_activations(self.denoiser)
         # Frozen: latents and the prompts of single elements are computed once, and checkpoints do not hold it.
-        self.tokenizer = tokenizer.to(self.device).requires_grad_(False)
+        self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
         self.images, self.prior, self.exported = images, prior, config
         if settings.augment:
             images, cache = images[:16], None  # enough to whiten with

@@ -111,12 +111,19 @@ class LatentTask(Task[S, B]):
     @torch.no_grad()
     def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised latents of images [B, m, 1, H, W, D] and the prompts [B, m, 3, P] of each element alone."""
+        z = self._latents_of(images)
         with self.autocast():
-            z = self.tokenizer.encode(images).float()
-            return self.tokenizer.normalise(z), self.tokenizer.prompts_of_each(z)
+            prompts = [self.tokenizer.prompts_of_each(subject) for subject in z.split(1)]
+        return self.tokenizer.normalise(z), torch.cat(prompts)
 
     @torch.no_grad()
     def _encode_alone(self, images: Tensor) -> Tensor:
         """Normalised latents of images [B, m, 1, H, W, D], without prompts."""
+        return self.tokenizer.normalise(self._latents_of(images))
+
+    def _latents_of(self, images: Tensor) -> Tensor:
+        """Latents of images [B, m, 1, H, W, D], float32; as many images at once as a subject has, since the feature
+        maps of a micro-batch take more memory than the rest of its step."""
+        few = images.flatten(0, 1).split(len(self.config.elements))
         with self.autocast():
-            return self.tokenizer.normalise(self.tokenizer.encode(images).float())
+            return torch.cat([self.tokenizer.encode(x[None])[0].float() for x in few]).unflatten(0, images.shape[:2])

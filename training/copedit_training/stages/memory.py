@@ -19,7 +19,7 @@ from copedit_kernels import launch
 from copedit_kernels.dispatch import using
 from copedit_rt.config import ModelConfig
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.stages.denoiser_task import DenoiserTask, Noised
+from copedit_training.stages.denoiser_task import DenoiserTask, Noised, check
 from copedit_training.stages.settings import DenoiserSettings, Settings, TokenizerSettings
 from copedit_training.stages.step import gradients, optimizers_of
 from copedit_training.stages.task import Batch, Task
@@ -36,7 +36,7 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
 
     kernels: as COPEDIT_KERNELS; "auto" takes Triton's, which save less than the reference, where there is Triton.
     """
-    settings = replace(settings, device="cpu", augment=False)  # augmented images are drawn on the host
+    settings = replace(settings, device="cpu")
     if settings.dtype == "float16":  # which a CPU does not train in
         settings = replace(settings, dtype="bfloat16")
     images = np.zeros((1, len(config.elements), 1, *config.image), np.float16)
@@ -49,7 +49,7 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
             task.module.zero_grad(set_to_none=True)
             between = alive.now
             alive.peak = 0
-            gradients(task, task.module, (_drawn(task, step, part) for part in range(settings.accumulate)))
+            gradients(task, task.module, (_drawn(task, step, part, settings) for part in range(settings.accumulate)))
             for optimizer in optimizers:
                 optimizer.step()
         held = sum(p.grad.nbytes for p in task.module.parameters() if p.grad is not None)
@@ -57,25 +57,31 @@ def estimate(config: ModelConfig, settings: Settings, kernels: str = "auto") -> 
 
 
 def _task(config: ModelConfig, settings: Settings, images: np.ndarray) -> tuple[Task[Any, Any], int]:
-    """The task of a stage, and a step in which all terms of its loss take part."""
+    """The task of a stage, and a step in which all terms of its loss take part; images are augmented on the host."""
     if isinstance(settings, TokenizerSettings):
         first = max(0, settings.quantise_from, settings.adversarial_from)
         step = math.ceil(first / settings.pretext_every) * settings.pretext_every
-        return TokenizerTask(config, replace(settings, perceptual=""), images), step
+        return TokenizerTask(config, replace(settings, perceptual="", augment=False), images), step
     assert isinstance(settings, DenoiserSettings)
+    check(config, settings)  # as of a run: some of it is left out below
     if settings.crop:  # whole images of as many tokens
         share = settings.crop**2 / math.prod(config.image[:2])
         settings = replace(settings, crop=0, batch_size=max(1, round(settings.batch_size * share)))
-    settings = replace(settings, compile=False, whiten=0.0)
+    settings = replace(settings, compile=False, whiten=0.0, augment=False)
     return DenoiserTask(config, settings, images, CoPeVAE(config.tokenizer, len(config.elements))), 0
 
 
-def _drawn(task: Task[Any, Any], step: int, part: int) -> Batch:
-    """A micro-batch, of a model with a prior with images and blank fills, which cost the same as real ones."""
+def _drawn(task: Task[Any, Any], step: int, part: int, settings: Settings) -> Batch:
+    """A micro-batch, with the blank images that stage II encodes in the step where they are augmented or there is a
+    prior, and of a prior blank fills: they cost the same as real ones."""
     batch: Batch = task.draw(step, part)
-    if isinstance(batch, Noised) and task.config.denoiser.prior:
-        shape = len(batch.subjects), *task.images.shape[1:]
+    if not isinstance(batch, Noised):
+        return batch
+    shape = len(batch.subjects), *task.images.shape[1:]
+    if task.config.denoiser.prior:
         batch = replace(batch, images=torch.zeros(shape), fill=torch.zeros(shape))
+    if settings.augment:
+        batch = replace(batch, images=torch.zeros(shape), latents=None, prompts=None)
     return batch
 
 
