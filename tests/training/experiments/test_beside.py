@@ -1,6 +1,7 @@
 """Methods beside a model: the same studies and noise, fair or refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from copedit_rt import checkpoint
 from copedit_rt.cli import app
 from copedit_rt.errors import CopeditError
 from copedit_rt.images.prepare import prepare
+from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.schedule import noise as noise_of
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.evaluation import evaluate as ev
@@ -190,6 +192,20 @@ def test_what_would_not_be_fair_is_refused(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(runs / "mmgan-0")  # the name of a model is not that of a folder
     others, budget = beside.load([str(runs / "mmgan-0")], synthesizer, "elsewhere", "cpu")
     assert list(others) == ["MM-GAN"] and set(budget) == {"space", "parameters"}
+
+
+def test_a_denoiser_is_compared_by_the_tokenizer_that_it_was_trained_with(runs, tmp_path):
+    """What lies in its place by now is asked only where the run does not say, as those of older versions."""
+    shutil.copytree(runs / "denoiser", tmp_path / "run")
+    path, vae = tmp_path / "run" / "run.json", model(BRAIN, tmp_path / "vae")
+    said = json.loads(path.read_text())
+    said["settings"]["tokenizer"] = str(vae)
+    checkpoint.save(vae, BRAIN, CoPeVAE(BRAIN.tokenizer, len(BRAIN.elements)))
+    for wanted in (runs / "vae", vae):
+        path.write_text(json.dumps(said))
+        run = beside._read(str(tmp_path / "run"), "cpu", {})
+        assert run.tokenizer == checkpoint.digest(wanted / checkpoint.TOKENIZER)
+        said.pop("tokenizer", None)
 
 
 def test_methods_go_into_a_segmentation(runs, tmp_path, monkeypatch):

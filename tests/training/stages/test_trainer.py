@@ -371,6 +371,24 @@ def test_interrupted_before_its_first_step_a_run_says_how_it_goes_on(tmp_path, m
     train("tokenizer", tmp_path / "run", "steps=2", resume=True)
 
 
+def test_a_denoiser_goes_on_with_the_tokenizer_that_it_was_started_with(tmp_path):
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    run = ("steps=2", f"tokenizer={vae}")
+    model, path = train("denoiser", tmp_path / "a", *run), tmp_path / "a" / "run.json"
+    described = json.loads(path.read_text())
+    assert described["tokenizer"] == checkpoint.digest(vae / checkpoint.TOKENIZER)
+    assert train("denoiser", tmp_path / "a", *run, resume=True) == model
+    shutil.rmtree(tmp_path / "vae")
+    train("tokenizer", tmp_path / "vae", "steps=1", "seed=1")
+    with pytest.raises(CopeditError, match=r"started with another tokenizer \(.*run\.json has its SHA-256\); go on"):
+        train("denoiser", tmp_path / "a", *run, resume=True)
+    with pytest.raises(CopeditError, match="was started with other settings"):
+        train("denoiser", tmp_path / "a", *run, "lr=1e-2", resume=True)
+    del described["tokenizer"]  # as an older version wrote it
+    path.write_text(json.dumps(described))
+    assert train("denoiser", tmp_path / "a", *run, resume=True) == model
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
 def test_low_precision_augmentation_and_micro_batches_go_together(tmp_path, stage):
     """As the paper's presets have them; tests elsewhere are in float32."""

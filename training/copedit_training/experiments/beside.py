@@ -176,11 +176,13 @@ def _method(folder: Path, said: Mapping[str, Any], made: Method[Any], changed: M
 def _denoiser(folder: Path, said: Mapping[str, Any], made: Synthesizer, sampling: Mapping[str, Any]) -> Run:
     prompts = made.config.denoiser.prompts
     label = "CoPeDiT, trained beside" + ("" if prompts == "full" else f": {prompts}")
-    try:
-        source = checkpoint.locate(said["settings"]["tokenizer"])
-    except CopeditError:
-        source = folder / "model"
-    digest = checkpoint.digest(source / checkpoint.TOKENIZER)
+    digest = said.get("tokenizer")
+    if digest is None:  # a run of an older version
+        try:
+            source = checkpoint.locate(said["settings"]["tokenizer"])
+        except CopeditError:
+            source = folder / "model"
+        digest = checkpoint.digest(source / checkpoint.TOKENIZER)
 
     def fill(study: Study, seed: int) -> Volumes:
         result = made.synthesize(study, seed=seed, **sampling)

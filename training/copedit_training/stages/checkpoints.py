@@ -37,8 +37,17 @@ def check_claim(output: Path, described: Mapping[str, Any], resume: bool) -> Non
         raise CopeditError(
             f"{path}: does not describe a run ({error}); choose another output folder, or delete this one"
         ) from error
-    if found != json.loads(json.dumps(described)):
-        raise CopeditError(f"{output}: was started with other settings (see {path}); resume with the same ones")
+    wanted = json.loads(json.dumps(described))
+    if "tokenizer" not in found:  # as an older version described a denoiser
+        wanted.pop("tokenizer", None)
+    if found == wanted:
+        return
+    if found | {"tokenizer": None} == wanted | {"tokenizer": None}:
+        raise CopeditError(
+            f"{output}: was started with another tokenizer ({path} has its SHA-256); go on with that one, or start "
+            f"again in another folder"
+        )
+    raise CopeditError(f"{output}: was started with other settings (see {path}); resume with the same ones")
 
 
 def claim(output: Path, described: Mapping[str, Any], resume: bool) -> None:

@@ -129,8 +129,7 @@ def fit_prior_alone(
     patients = read_patients(Path(settings.patients), config) if settings.patients else ()
     vae, digest = load_tokenizer(preset, config, tokenizer)
     found, console = source(data, config), terminal()
-    described = describe(settings, config, data, found)
-    claim(output, described | {"stage": "prior", "tokenizer": digest}, resume)
+    claim(output, describe(settings, config, data, found, digest) | {"stage": "prior"}, resume)
     images = _images(config, settings, found, output, console)
     phantoms = prior.phantoms_of(config, settings)
     prior.fit(config, settings, images, heart_centres(output), patients, phantoms).save(output / "model")
@@ -152,18 +151,20 @@ def _run(
     preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig, most: int | None
 ) -> Path:
     found = source(data, config)
-    make = _checked(preset, settings, config, output)
-    described = describe(settings, config, data, found)
+    make, tokenizer = _checked(preset, settings, config, output)
+    described = describe(settings, config, data, found, tokenizer)
     return carry_out(described, output, settings, config, found, make, resume, most)
 
 
-def describe(settings: Settings, config: ModelConfig, data: str, found: Source) -> dict[str, Any]:
-    """What `run.json` says of a run."""
+def describe(
+    settings: Settings, config: ModelConfig, data: str, found: Source, tokenizer: str | None
+) -> dict[str, Any]:
+    """What `run.json` says of a run; tokenizer: the SHA-256 of the one that it takes (None: it takes none)."""
     own = dataclasses.asdict(settings)
     described: dict[str, Any] = {"stage": settings.stage, "settings": own, "model": config.to_dict()}
     if found:
         described["data"] = f"labels:{found.folder}" if isinstance(found, Labels) else str(Path(data).resolve())
-    return described
+    return described | ({"tokenizer": tokenizer} if tokenizer else {})
 
 
 @_resumable()
@@ -260,19 +261,20 @@ def get_ready(settings: Settings) -> None:
 
 def _checked(
     preset: str, settings: Settings, config: ModelConfig, output: Path
-) -> Callable[[np.ndarray], Task[Any, Any]]:
-    """What makes a task of its images; all that can be wrong without them raises CopeditError now."""
+) -> tuple[Callable[[np.ndarray], Task[Any, Any]], str | None]:
+    """What makes a task of its images, and the SHA-256 of the tokenizer that stage II takes; all that can be wrong
+    without the images raises CopeditError now."""
     get_ready(settings)
     if isinstance(settings, TokenizerSettings):
         task = TokenizerTask(config, settings)
-        return lambda images: task.on(images, heart_centres(output))
+        return lambda images: task.on(images, heart_centres(output)), None
     assert isinstance(settings, DenoiserSettings)
     check(config, settings)
     if not settings.tokenizer:
         raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
-    tokenizer, _ = load_tokenizer(preset, config, settings.tokenizer)
+    tokenizer, digest = load_tokenizer(preset, config, settings.tokenizer)
     given = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
-    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", given)
+    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", given), digest
 
 
 def _images(
