@@ -232,6 +232,30 @@ def test_the_prior_alone_is_that_of_stage_one(tmp_path, real, monkeypatch):
         alone("no", "prior_steps=0")
 
 
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "prior"])
+def test_what_a_run_has_read_is_not_needed_at_its_end(tmp_path, real, stage, monkeypatch):
+    """The folders of the patients and of the tokenizer are gone before the fit ends."""
+    vae = train("tokenizer", tmp_path / "vae", "steps=1")
+    owner = prior if stage == "prior" else trainer
+    fit = owner.fit
+
+    def gone(*given):
+        for folder in (vae, real):
+            shutil.rmtree(folder)
+        return fit(*given)
+
+    monkeypatch.setattr(owner, "fit", gone)
+    patients, output = f"patients={real}", tmp_path / "run"
+    if stage == "prior":
+        config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=True))
+        told = ("subjects=4", "prior_steps=2", "phantoms_share=0", patients)
+        model = trainer.fit_prior_alone("brain-2mm", output, "phantom", str(vae), told, config=config)
+    else:
+        model = train(stage, output, "steps=1", patients if stage == "tokenizer" else f"tokenizer={vae}")
+    words = "simulated phantoms" if stage == "denoiser" else "simulated phantoms and 3 patients"
+    assert TrainedOn.load(model).words == words
+
+
 @pytest.mark.parametrize(("has", "steps"), [(True, 0), (False, 5)])
 def test_a_prior_takes_steps_and_steps_take_a_prior(has, steps):
     config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=has))

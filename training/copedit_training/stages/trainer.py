@@ -131,13 +131,14 @@ def fit_prior_alone(
     found, console = source(data, config), terminal()
     claim(output, describe(settings, config, data, found, digest) | {"stage": "prior"}, resume)
     images = _images(config, settings, found, output, console)
+    words = trained_words(found, settings, config, len(images))
     phantoms = prior.phantoms_of(config, settings)
     prior.fit(config, settings, images, heart_centres(output), patients, phantoms).save(output / "model")
     torch.manual_seed(settings.seed)
     alone = config.prior_alone()
     checkpoint.save(output / "model", alone, tokenizer=vae)
     checkpoint.save(output / "model", alone, denoiser=build_denoiser(config), dtype=torch.float16)
-    trained_on(found, settings, config, images).save(output / "model")
+    trained_on(words, config, images).save(output / "model")
     return output / "model"
 
 
@@ -190,6 +191,7 @@ def carry_out(
         return output / "model"
     with distributed.first():
         images = _images(config, settings, found, output, console, most)
+    words = trained_words(found, settings, config, len(images))  # now: at the end its folders may be gone
     with distributed.first():
         task = make(images)
     held_out = None
@@ -203,19 +205,19 @@ def carry_out(
         console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
     model = fit(settings.stage, output, task, resume, held_out, console)
     if not distributed.rank():
-        trained_on(found, settings, config, images).save(model)
+        trained_on(words, config, images).save(model)
     return model
 
 
-def trained_on(found: Source, settings: Settings, config: ModelConfig, images: np.ndarray) -> TrainedOn:
-    """What a model says that it was trained on: the source, of stage II what its tokenizer says, and the quantiles of
-    the first `KNOWN` training images."""
+def trained_words(found: Source, settings: Settings, config: ModelConfig, studies: int) -> str:
+    """What a model says that it was trained on, as a part of a sentence: the source, and of stage II what its tokenizer
+    says. studies: how many of a data set. Raises CopeditError where the tokenizer or the patients are not there."""
     origin = "simulated phantoms"
     if isinstance(found, Labels):
         origin = "contrasts simulated from label maps"
     elif found is not None:
         published = ", ".join(sorted({entry.layout for entry in found.studies} - {"other"}))
-        origin = f"{len(images)} studies of a data set" + (f" ({published})" if published else "")
+        origin = f"{studies} studies of a data set" + (f" ({published})" if published else "")
     parts = [origin]
     if isinstance(settings, TokenizerSettings):
         parts += ["phantoms"] if settings.phantoms_share and found is not None else []
@@ -225,6 +227,11 @@ def trained_on(found: Source, settings: Settings, config: ModelConfig, images: n
         first = TrainedOn.load(checkpoint.locate(settings.tokenizer))
         if first and first.words != words:
             words = first.words if first.words.startswith(words) else f"{words}, its tokenizer on {first.words}"
+    return words
+
+
+def trained_on(words: str, config: ModelConfig, images: np.ndarray) -> TrainedOn:
+    """What a model holds of its training: these words, and the quantiles of the first `KNOWN` training images."""
     return TrainedOn.of(words, config.elements, (x.astype(np.float32) for x in images[:KNOWN]))
 
 
