@@ -51,6 +51,10 @@ def test_larger_and_slower():
     assert predict.study(config, 1, "all", 1, h100) < predict.study(config, 1, "all", 20, h100)
     parts = sum(predict.study(config, 2, stage, 20, h100) for stage in ("encode", "sample", "decode"))
     assert predict.study(config, 2, "all", 20, h100) == pytest.approx(parts)
+    cold, replayed = (predict.sampling(config, 1, 1, h100, warm) for warm in (False, True))
+    assert cold > replayed == pytest.approx(predict.sampling(config, 1, 20, h100) / 20)
+    row = {"model": "brain-brats", "stage": "sample", "steps": 1, "batch": 1}
+    assert predict.of_row(row, h100) == replayed, "the benchmark captures loops before it times them"
     assert predict.training(config, 32, h100) > 3 * sum(predict.blocks(config, 32, h100).values())
 
 

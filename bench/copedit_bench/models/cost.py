@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from copedit_bench import machine
+from copedit_bench.models.sampler import before_capture
 from copedit_kernels.dispatch import using
 from copedit_rt.config import PRESETS, Backbone, ModelConfig
 from copedit_rt.device import choose_device
@@ -217,7 +218,8 @@ def _prior(config: ModelConfig) -> Prior | None:
 
 def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[str, Any]:
     """Seconds (medians) of encoding what is observed, of one step, of decoding, and of a whole study with its second
-    element missing at the model's own number of steps, geometry included; and the peak of memory, weights included."""
+    element missing at the model's own number of steps, geometry included; the peak of memory, weights included; and the
+    type of the products. On a GPU a step is replayed from a graph, where the backbone is captured."""
     where = choose_device(device)
     subject, truth, _ = next(iter(Phantoms(config, 1)))
     study = compare.incomplete(config, truth, [config.elements[1]])
@@ -238,9 +240,16 @@ def inference(config: ModelConfig, device: str, repeats: int = REPEATS) -> dict[
         "encode": seconds(lambda: engine.encode(prepared.images[None, there])),
         "decode": seconds(lambda: engine.decode(chosen)),
     }
-    arguments = z, encoded.prompts, there[None]
-    one, three = (seconds(partial(engine.sample, *arguments, n, "ddim", None, begun)) for n in (1, 3))
+
+    def loop(steps: int) -> float:
+        call = partial(engine.sample, z, encoded.prompts, there[None], steps, "ddim", None, begun)
+        for _ in range(before_capture(where, steps)):
+            call()
+        return seconds(call)
+
+    one, three = loop(1), loop(3)
     return found | {
+        "dtype": engine.precision,
         "step": (three - one) / 2,  # without what is prepared once
         "study": seconds(lambda: model.synthesize(study)),
         "steps": config.diffusion.steps,
@@ -272,7 +281,7 @@ def training_step(
     config: ModelConfig, settings: Any, repeats: int = REPEATS, name: str | None = None
 ) -> dict[str, Any]:
     """Seconds of an optimizer step (median; a tokenizer's steps with and without pretext tasks by their share), of an
-    epoch of the settings' subjects, and the peak of memory. name: of a method; None: of a stage."""
+    epoch of the settings' subjects, the autocast type, and the peak of memory. name: of a method; None: of a stage."""
     from copedit_training.stages.denoiser_task import DenoiserTask
     from copedit_training.stages.settings import TokenizerSettings
     from copedit_training.stages.step import gradients, optimizers_of
@@ -313,7 +322,8 @@ def training_step(
     plain = repeated(lambda: step(first + 1), repeats) if every > 1 else tasked
     mean = (tasked + (every - 1) * plain) / every
     epoch = mean * settings.subjects / drawn
-    return {"step": mean, "epoch": epoch, "subjects": settings.subjects, "batch": drawn, "peak_bytes": memory.peak()}
+    found = {"step": mean, "epoch": epoch, "subjects": settings.subjects, "batch": drawn, "peak_bytes": memory.peak()}
+    return found | {"dtype": settings.dtype}
 
 
 def method_rows(presets: Iterable[str]) -> list[dict[str, Any]]:
@@ -476,8 +486,8 @@ def _measured(report: dict[str, Any]) -> list[str]:
         "## Measured",
         "",
         f"{about['name']} ({about['device']}, {report['threads']} threads), torch {about['packages']['torch']}, "
-        f"{about['date']}: medians of up to {report['repeats']}, float32, batch 1, one element missing. "
-        "Memory: the most in use at once, weights included.",
+        f"{about['date']}: medians of up to {report['repeats']}, batch 1, one element missing. "
+        "Memory: the most in use at once, weights included. On a GPU steps are replayed from a graph (not a U-Net's).",
         "",
     ]
     done = [row for row in report["measured"] if "failed" not in row]
@@ -486,6 +496,7 @@ def _measured(report: dict[str, Any]) -> list[str]:
         [
             row["preset"],
             row["backbone"],
+            row["dtype"],
             *(f"{row[part]:.3f}" for part in seconds),
             str(row["steps"]),
             f"{row['peak_bytes'] / 2**30:.2f}",
@@ -493,12 +504,13 @@ def _measured(report: dict[str, Any]) -> list[str]:
         for row in done
         if "backbone" in row
     ]
-    header = ["preset", "backbone", "encode (s)", "step (s)", "decode (s)", "study (s)", "steps", "memory (GiB)"]
-    lines += table(header, body, 2)
+    header = ["preset", "backbone", "type", *(f"{part} (s)" for part in seconds), "steps", "memory (GiB)"]
+    lines += table(header, body, 3)
     body = [
         [
             row["preset"],
             row["stage"],
+            row["dtype"],
             f"{row['step']:.3f}",
             str(row["batch"]),
             f"{row['epoch']:.0f}",
@@ -508,9 +520,9 @@ def _measured(report: dict[str, Any]) -> list[str]:
         for row in done
         if "stage" in row
     ]
-    header = ["preset", "stage", "step (s)", "subjects a step", "epoch (s)", "subjects", "memory (GiB)"]
+    header = ["preset", "stage", "autocast", "step (s)", "subjects a step", "epoch (s)", "subjects", "memory (GiB)"]
     lines += ["", "Training, without torch.compile; an epoch draws as many subjects as there are.", ""]
-    lines += table(header, body, 2)
+    lines += table(header, body, 3)
     if report["methods"]:
         lines += ["", "## Methods", "", *_methods(report)]
     failed = [row for row in report["measured"] if "failed" in row]

@@ -115,8 +115,11 @@ def test_presets_with_a_prior_are_counted(name):
     assert more - less == inputs
 
 
-def test_a_model_with_a_prior_is_measured():
+def test_a_model_with_a_prior_is_measured(monkeypatch):
+    warmed = []
+    monkeypatch.setattr(cost, "before_capture", lambda device, steps: warmed.append(steps) or 0)
     found = cost.inference(PRIOR, "cpu", 1)
+    assert warmed == [1, 3], "each loop has a graph of its own"
     assert found["steps"] == 3 and 0 < found["encode"] < found["study"]
     for settings in (replace(SETTINGS["tokenizer"], prior_steps=2), SETTINGS["denoiser"]):
         assert cost.training_step(PRIOR, settings, 1)["step"] > 0
@@ -148,7 +151,8 @@ def test_measured_and_written(monkeypatch, tmp_path):
     monkeypatch.setitem(configs.PRESETS, "tiny", TINY)
     monkeypatch.setattr(cost, "PRESETS", {"tiny": TINY})
     monkeypatch.setattr(cost, "DEMO", ())
-    monkeypatch.setattr(cost, "load_settings", lambda stage, name, overrides: SETTINGS[stage])
+    low = {stage: replace(settings, dtype="bfloat16") for stage, settings in SETTINGS.items()}
+    monkeypatch.setattr(cost, "load_settings", lambda stage, name, overrides: low[stage])
     monkeypatch.setattr(cost, "apart", lambda work, *arguments: work(*arguments))
     result = CliRunner().invoke(app, ["bench", "cost", "-o", str(tmp_path), "--measure", "tiny", "--device", "cpu"])
     assert result.exit_code == 0, result.output
@@ -160,8 +164,10 @@ def test_measured_and_written(monkeypatch, tmp_path):
         assert row["steps"] == 3 and 0 < row["encode"] < row["study"] and row["decode"] > 0
     for row in training.values():
         assert row["epoch"] == pytest.approx(row["step"] * 8 / 2) and row["batch"] == 2
+        assert row["dtype"] == "bfloat16"
     text = (tmp_path / "cost.md").read_text()
-    assert text.count("| tiny | unet |") == 2 and "| tiny | denoiser |" in text
+    assert text.count("| tiny | unet |") == 2 and "| tiny | unet | float32 |" in text
+    assert "| tiny | denoiser | bfloat16 |" in text
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
     refused = CliRunner().invoke(app, ["bench", "cost", "-o", str(tmp_path), "--measure", "big"])
     assert refused.exit_code == 1 and "big" in refused.stderr and refused.stderr.count("\n") == 1
