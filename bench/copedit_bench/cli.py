@@ -95,7 +95,7 @@ def bench_cpu(
     """The demo models on this processor, on one and two threads, ours beside plain PyTorch, torch.compile, MONAI's
     layers, ONNX Runtime and OpenVINO; and how time and memory grow with steps, batch, modalities and volume.
 
-    Answers are checked before anything is timed. About nine minutes on two quiet cores. Writes cpu.json and cpu.md.
+    Answers are checked before anything is timed. About ten minutes on two quiet cores. Writes cpu.json and cpu.md.
     """
     from dataclasses import replace
 

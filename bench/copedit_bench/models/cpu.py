@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -56,7 +56,7 @@ REPEATS = 2
 SUBJECT = prepared.HELD_OUT + 12
 CPU = torch.device("cpu")
 TOKENIZER_STAGES = ("encode", "decode")  # what MONAI's layers do
-# How a study of demo-brain grows: by axis, the values in rising order; of volume, as multiples of the preset's.
+# How a study of demo-brain grows: by axis, the values; of volume, as multiples of the preset's.
 GROWTH: dict[str, tuple[int, ...]] = {
     "steps": (1, 2, 4, 8),
     "batch": (1, 2, 4),
@@ -117,7 +117,8 @@ def run(
         with threads(counts[-1]):
             for axis, values in parts.growth.items():
                 progress(f"growth by {axis}")
-                bench.extra.setdefault("growth", {})[axis] = apart(grown, GROWN, axis, values, counts[-1])
+                rows = [apart(grown, GROWN, axis, value, counts[-1]) for value in values]
+                bench.extra.setdefault("growth", {})[axis] = rows
                 save(bench.report())
             if parts.commands:
                 for name, folder in folders.items():
@@ -229,23 +230,20 @@ def _large(bench: SideBySide, types: list[torch.dtype], progress: Callable[[str]
 # ---------------------------------------------------------------------------------------------------------- growth
 
 
-def grown(name: str, axis: str, values: Sequence[int], count: int) -> list[dict[str, float]]:
-    """Of a study, images to images, with each value of an axis: seconds and processor seconds, the least of a few, and
-    bytes in use at the worst moment over those before the first. values: rising, as memory that was once taken stays.
+def grown(name: str, axis: str, value: int, count: int) -> dict[str, float]:
+    """Of a study, images to images, with a value of an axis: seconds and processor seconds, the least of a few, and
+    bytes in use at the worst moment over those before.
 
-    Meant for a process of its own.
+    Meant for a process of its own, as memory that was once taken stays.
     """
     torch.set_num_threads(count)
-    rows, memory = [], None
-    for value in values:
-        config, batch, steps = larger(PRESETS[name], axis, value)
-        networks = random_networks(config)
-        engine, inputs = TorchEngine(config, *networks, CPU, dtype=torch.float32), Inputs(config, networks[0], batch)
-        memory = memory or Memory(CPU)
-        taken = [_took(partial(whole, engine, inputs, steps)) for _ in range(REPEATS)]
-        wall, processor = (min(column) for column in zip(*taken, strict=True))
-        rows.append({axis: value, "wall_s": wall, "processor_s": processor, "peak_bytes": memory.peak()})
-    return rows
+    config, batch, steps = larger(PRESETS[name], axis, value)
+    networks = random_networks(config)
+    engine, inputs = TorchEngine(config, *networks, CPU, dtype=torch.float32), Inputs(config, networks[0], batch)
+    memory = Memory(CPU)
+    taken = [_took(partial(whole, engine, inputs, steps)) for _ in range(REPEATS)]
+    wall, processor = (min(column) for column in zip(*taken, strict=True))
+    return {axis: value, "wall_s": wall, "processor_s": processor, "peak_bytes": memory.peak()}
 
 
 def larger(config: ModelConfig, axis: str, value: int) -> tuple[ModelConfig, int, int]:
