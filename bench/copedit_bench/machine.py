@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "flash-attn", "xformers", "numpy", "monai", "onnxruntime", "openvino")
 # Of a processor, by the names of Linux; what libraries of products and convolutions ask for.
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
-SOURCES = ("kernels", "copedit_rt", ":(glob)bench/**/*.py")  # whose changes matter to a measurement
+SOURCES = ("kernels", "copedit_rt", "training", ":(glob)bench/**/*.py")  # whose changes matter to a measurement
 QUERIES = {
     "driver": "driver_version",
     "power_limit_w": "power.limit",

@@ -16,6 +16,7 @@ from copedit_rt.config import ModelConfig, TokenizerConfig
 from copedit_rt.engines.engine import Encoded, Engine
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.denoiser import MDiT3D
+from copedit_rt.networks.precision import tried_convolutions
 from copedit_rt.networks.tokenizer import CoPeVAE
 
 Networks = tuple[CoPeVAE, MDiT3D]
@@ -108,6 +109,7 @@ class PlainEngine:
             self.vae.encoder.compile(**options)
             self.vae.decoder.compile(**options)
 
+    @tried_convolutions()
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> Encoded:
         return Encoded.join([self._encode(self._there(one)) for one in images[:, None]])
@@ -143,6 +145,7 @@ class PlainEngine:
         self._begin()
         return self.net(*given)
 
+    @tried_convolutions()
     @torch.no_grad()
     def decode(self, z: np.ndarray) -> np.ndarray:
         return np.concatenate([_here(self._decode(self._there(one))) for one in z[:, None]])

@@ -18,7 +18,6 @@ from copedit_bench.models.plain import PlainCodebook, PlainCoPeVAE, PlainMDiT3D
 from copedit_bench.models.side_by_side import BASELINE, SEED, TINY, Answer, Contestant, SideBySide, chosen, perturb
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device
-from copedit_rt.errors import CopeditError
 from copedit_rt.networks.precision import exact_float32, tried_convolutions
 from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -92,12 +91,10 @@ def run(
     what is right is the plain model in float32. batch: subjects a step, None for BATCHES. On a CPU a tiny model takes
     the place of the presets: nothing is to be learnt there but that it works. save: hears the report so far.
 
-    Raises CopeditError as `side_by_side.chosen` does, for presets with a prior and devices that do not exist.
+    Raises CopeditError as `side_by_side.chosen` does, and for devices that do not exist.
     """
     where = choose_device(device)
     models = chosen(presets, ("brain-brats", "cardiac"), where)
-    if own := [config.name for config in models if config.denoiser.prior]:
-        raise CopeditError(f"preset {own[0]!r} starts from a prior, which plain PyTorch does not; leave it out")
     bench = SideBySide("Training step", where, {torch.bfloat16}, "with weights, gradients and optimizer")
     for config in models:
         for stage in stages:
