@@ -18,7 +18,7 @@ from copedit_rt import summary
 from copedit_rt.changes import changes, of_another, request
 from copedit_rt.config import ModelConfig
 from copedit_rt.engines.engine import TORCHLESS, choose_engine
-from copedit_rt.errors import CopeditError, failure
+from copedit_rt.errors import CopeditError, by_name, failure
 from copedit_rt.files import check_writable, sweep
 from copedit_rt.images import bids
 from copedit_rt.images.find import StudyFiles, find_studies
@@ -212,7 +212,7 @@ class Job:
         """Fill in the entry; whether there is something to do, from the names alone."""
         files, entry = opened.files, opened.entry
         name, config = self.models.choose(files.task, files.files)
-        entry["model"] = name
+        entry["model"], entry["model_name"] = name, config.name
         # A model for the other task is refused where every study is prepared.
         elements = config.elements
         if self.target is not None:
@@ -304,7 +304,10 @@ class Job:
         told = opened.error
         if told and (not self.several or isinstance(told, UnusableModel)):
             raise told from told.__cause__
-        return opened.entry | ({"error": str(told)} if told else {}), told
+        if told:
+            folders = {path.parent for path in (*opened.files.files.values(), *opened.files.unclear)}
+            opened.entry |= {"error": str(told), "remark": by_name(str(told), folders | {self.output})}
+        return opened.entry, told
 
     def compute(self, opened: Opened, study: Study) -> Result:
         """What is missing from a study, synthesised."""
@@ -322,15 +325,15 @@ class Job:
         if self.preview:
             from copedit_rt.images import preview
 
-            entry["preview"] = str(self.picture(files))
             record = result.record
             picture = preview.draw(result.study, model=record["model"], trained=record["trained_on"])
-            preview.save(picture, Path(entry["preview"]))
+            preview.save(picture, self.picture(files))
+            entry["preview"] = str(self.picture(files))
         if self.report:
             from copedit_rt.report import page
 
+            page.write(result, entry["model"], self.page(files))
             entry["report"] = str(self.page(files))
-            page.write(result, entry["model"], Path(entry["report"]))
         std = result.std or None
         result.study.write(self.output, model=result.record["model"], record=result.record, std=std, dicom=self.dicom)
         if files.source and self.dicom:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
 
 class CopeditError(Exception):
     """Bad input or a broken file: one sentence that names it and the remedy."""
@@ -39,6 +43,13 @@ def failure(about: str, error: BaseException, memory: str) -> CopeditError:
         told = Fault(f"{about}: {said}; this is not foreseen: copedit --debug shows where it happened")
     told.__cause__ = error
     return told
+
+
+def by_name(text: str, folders: Iterable[Path] = ()) -> str:
+    """A text that may be passed on: files as seen from these folders, of other paths without spaces the name alone."""
+    roots = "|".join(re.escape(f"{folder}/") for folder in sorted(map(str, folders), key=len, reverse=True))
+    text = re.sub(rf"(?<![\w.])(?:{roots})", "", text)
+    return re.sub(r"(?<![\w.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)", r"\1", text)
 
 
 def printable(text: object, *, lines: bool = False) -> str:

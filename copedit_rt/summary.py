@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 NAME = "copedit_summary"
 # What is kept of an entry.
 KEPT = {
-    *("study", "task", "status", "overwrite", "model", "outputs", "preview", "report", "dicom"),
-    *("seconds", "notes", "error"),
+    *("study", "task", "status", "overwrite", "model", "model_name", "outputs", "preview", "report", "dicom"),
+    *("seconds", "notes", "error", "remark"),
 }
 OUTCOMES = ("done", "complete", "failed", "not done")  # complete: nothing is missing; not done: or only in part
 LEFT = OUTCOMES[2:]
@@ -110,7 +110,8 @@ def render(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> Rend
     style = {"failed": "red", "not done": "yellow"}
     for row in rows:
         seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
-        cells = [row["study"], row["outcome"], ", ".join(row["outputs"]), str(row["model"] or ""), seconds]
+        made = ", ".join(row["outputs"]) if row["outcome"] == "done" else ""
+        cells = [row["study"], row["outcome"], made, str(row["model"] or ""), seconds]
         shown = [Text(printable(cell)) for cell in (*cells, row.get("error", ""))]
         table.add_row(*shown, style=style.get(row["outcome"], ""))
     said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)

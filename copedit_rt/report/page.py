@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt import checkpoint
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, by_name
 from copedit_rt.files import write_atomically
 from copedit_rt.images import preview
 from copedit_rt.images.grids import slice_axis, spacing
@@ -94,7 +94,8 @@ def _heart(study: Study, std: Mapping[str, NDArray]) -> list[Panel]:
 
 
 def _spread(name: str, data: NDArray, study: Study) -> Panel:
-    most = float(np.percentile(data, 99.5)) or 1.0
+    varied = data[data > 0]  # few, where one slice of hundreds is missing
+    most = float(np.percentile(varied, 99.5)) if varied.size else 1.0
     role = f"standard deviation of the samples, up to {most:.3g}"
     return Panel(name, role, np.clip(data / most, 0, 1), study.reference.affine, True, "hot")
 
@@ -133,12 +134,14 @@ def _body(result: Result, model: str | Path, volumes: Sequence[str], picture: st
     """The page's parts, as HTML."""
     study = result.study
     shown = panels(study, result.std)
+    yield "<noscript>Without JavaScript the frames stay empty; the still picture below shows the same study.</noscript>"
     yield '<div id="panels">'
     for i, panel in enumerate(shown):
         kind = "synthetic" if panel.synthetic else "observed"
         caption = f'<b>{panel.name}</b> <span class="{"made" if panel.synthetic else "faint"}">{panel.role}</span>'
         yield f'<figure class="{kind}"><figcaption>{caption}</figcaption>'
-        yield f'<div class="view"><canvas id="canvas{i}"></canvas></div></figure>'
+        label = html.escape(f"{panel.name}, {panel.role}")
+        yield f'<div class="view"><canvas id="canvas{i}" role="img" aria-label="{label}"></canvas></div></figure>'
     yield "</div>"
     remark = "Radiological convention; every image has a window of its own, and is coarser here than in its file."
     yield f'<p class="faint">{remark}</p>'
@@ -164,10 +167,8 @@ def _findings(result: Result) -> Iterable[str]:
     names = {n: str(entry["file"] or n) for n, entry in result.record["inputs"].items()}
     found = examine(observed, names, task=study.task)
     found += contradictions(result.perception, names, task=study.task)
-    for note in study.notes:
-        for path in (volume.path for volume in study.volumes.values() if volume.path):
-            note = note.replace(str(path), path.name)  # the page may be passed on
-        found.append(Finding("note", note, flag=False))
+    folders = {volume.path.parent for volume in study.volumes.values() if volume.path}
+    found += [Finding("note", by_name(note, folders), flag=False) for note in study.notes]
     yield "<h2>Findings</h2>"
     rows = (f'<li class="{"flag" if f.flag else "note"}">{html.escape(f.text)}</li>' for f in found)
     yield f"<ul>{''.join(rows)}</ul>" if found else "<p>Files and images agree.</p>"
@@ -200,7 +201,7 @@ def _provenance(result: Result) -> Iterable[str]:
     weights = record["weights_sha256"]
     rows += [[f"weights, {n}", f"SHA-256 {digest}"] for n, digest in (weights or {}).items()]
     yield "<h2>How it was made</h2>"
-    yield _table(["", ""], rows)
+    yield _table(["item", "value"], rows)
 
 
 def _card(model: str | Path) -> Iterable[str]:
@@ -217,19 +218,23 @@ def _card(model: str | Path) -> Iterable[str]:
 
 def index(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
     """The page of a cohort: a row a study, with a link to its page. entries: those of `summary.gather`."""
-    rows = []
+    rows, filled = [], 0
     for entry in entries:
         name = html.escape(str(entry["study"]))
         if page := entry.get("report"):
             link = html.escape(urllib.parse.quote(os.fsencode(page)))
             name = f'<a href="{link}">{name}</a>'
-        made = ", ".join(entry.get("outputs", {}))
+        there = entry["status"] in ("written", "kept")
+        filled += there
+        made = ", ".join(entry.get("outputs", {})) if there else ""
         flags = len(entry.get("notes", ()))
-        told = html.escape(str(entry.get("error", ""))) or (f"{flags} notes" if flags else "")
-        rows.append([name, entry["status"], made, str(entry.get("model", "")), f"{entry.get('seconds', 0):.1f}", told])
-    headings = ["study", "outcome", "synthesised", "model", "seconds", ""]
+        told = entry.get("remark") or (f"{flags} notes" if flags else "")
+        cells = entry["status"], made, entry.get("model_name", ""), f"{entry.get('seconds', 0):.1f}", told
+        rows.append([name, *(html.escape(str(cell)) for cell in cells)])
+    headings = ["study", "outcome", "synthesised", "model", "seconds", "remarks"]
     body = _table(headings, rows, escape=False)
-    text = Template(_part("page.html")).substitute(title=f"{len(rows)} studies filled in by CoPeDiT", body=body)
+    title = f"{len(rows)} studies, {filled} filled in by CoPeDiT"
+    text = Template(_part("page.html")).substitute(title=title, body=body)
     write_atomically(path, text.encode("utf-8", "replace"))
 
 

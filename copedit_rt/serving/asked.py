@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from copedit_rt import archive, terminal
 from copedit_rt.archive import safe_name
-from copedit_rt.errors import CopeditError, Fault
+from copedit_rt.errors import CopeditError, Fault, by_name
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import MODALITIES, is_nifti, modality
 from copedit_rt.task import STACK, Task
@@ -180,11 +180,8 @@ def _keep(asked: Asked, files: Iterable[tuple[str, str, BinaryIO]], room: archiv
 
 def public(said: BaseException | str, folder: Path) -> str:
     """A sentence as a stranger may read it: without paths, options of the command as fields."""
-    text = str(said)
     homes = [path for path in (folder / "in").glob("*") if path.is_dir()]
-    for root in (*homes, folder / "in", folder / "out", folder):
-        text = text.replace(f"{root}/", "")
-    text = re.sub(r"(?<![\w.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)", r"\1", text)
+    text = by_name(str(said), (*homes, folder / "in", folder / "out", folder))
     text = re.sub(r"--file (\w+)=[A-Z]+\b", r"the field \1", text)
     text = re.sub(r"--file (\w+=)", r"the field \1", text)
     return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda match: f"the field {match[1].replace('-', '_')}", text)

@@ -79,6 +79,8 @@ def test_the_summary_of_what_shards_did(many, tmp_path, brain_model):
     told = json.loads(run(*command, "--summary", "--json").stdout)["studies"]
     (failed,) = (row for row in told if row["outcome"] == "failed")
     assert failed["study"] == "e" and "e_t2.nii.gz is an empty file" in failed["error"]
+    made = summary.render(told, summary.count(told)).renderables[0].columns[2].cells
+    assert [str(cell) for cell in made] == ["t1ce"] * 4 + ["", "t1ce", ""], "what failed was only planned"
     assert all(row["seconds"] > 0 and row["model"] == str(brain_model) for row in told if row["outcome"] == "done")
     # What is on the disk decides, not what somebody once said.
     (tmp_path / "out" / "a" / "a_t1ce.json").unlink()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from commands import AFFINE, SHORT_AXIS, image, run, save, slices, study
 from PIL import Image
 
+from copedit_rt.errors import CopeditError
 from copedit_rt.report import page
 from copedit_rt.report.page import LARGEST, Panel, pack
 
@@ -30,10 +32,11 @@ def unpacked(content: str) -> nib.Nifti1Image:
 
 
 def test_a_page_and_an_index(tmp_path, brain_model):
+    home = tmp_path / "Jane Doe"
     for name in ("a", "b"):
-        study(tmp_path / "in" / name, name)
-    (tmp_path / "in" / "b" / "b_t2.nii.gz").write_bytes(b"")
-    command = ["synth", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model, "--samples", 2]
+        study(home / name, name)
+    (home / "b" / "b_t2.nii.gz").write_bytes(b"")
+    command = ["synth", home, "-o", tmp_path / "out", "--model", brain_model, "--samples", 2]
     result = run(*command, "--report")
     assert f"a: page written: {tmp_path / 'out' / 'a' / 'a_report.html'}" in result.stdout
     text = (tmp_path / "out" / "a" / "a_report.html").read_text(encoding="utf-8")
@@ -42,6 +45,7 @@ def test_a_page_and_an_index(tmp_path, brain_model):
     for words in ("never diagnose", "P(number of elements missing)", "2 steps of ddim, 2 samples, seed 0", "no card"):
         assert words in text
     assert "outside the model&#x27;s field of view" in text and str(tmp_path) not in text
+    assert "<noscript>" in text and 'role="img" aria-label="t1, observed"' in text and "<th></th>" not in text
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", re.sub(r"<script>.+?</script>", "", text, flags=re.S))
     t1, *_, t1ce, spread = (unpacked(volume["content"]) for volume in volumes(text))
     made = nib.load(tmp_path / "out" / "a" / "a_t1ce.nii.gz").get_fdata()
@@ -50,7 +54,10 @@ def test_a_page_and_an_index(tmp_path, brain_model):
     assert np.asarray(spread.dataobj).max() == 255 and volumes(text)[-1]["colormap"] == "hot"
     overview = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert 'href="a/a_report.html"' in overview and "b_t2.nii.gz is an empty file" in overview
-    assert "niivue" not in overview
+    assert "niivue" not in overview and str(tmp_path) not in overview and "Doe" not in overview
+    assert "<h1>2 studies, 1 filled in by CoPeDiT</h1>" in overview
+    assert "<td>written</td><td>t1ce</td><td>tiny-brain</td>" in overview
+    assert "<td>failed</td><td></td><td>tiny-brain</td>" in overview, "nothing was made of it"
     before = run(*command, "--report")
     assert f"a: page kept: {tmp_path / 'out' / 'a' / 'a_report.html'}" in before.stdout
     again = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
@@ -59,6 +66,34 @@ def test_a_page_and_an_index(tmp_path, brain_model):
     assert seconds.search(again).group(1) == seconds.search(overview).group(1) != "0.0", "and how long it took"
     (tmp_path / "out" / "a" / "a_report.html").unlink()
     assert "a: nothing was made, so no page was written; --overwrite makes both" in run(*command, "--report").stderr
+
+
+def test_a_page_that_could_not_be_written_is_not_linked(tmp_path, brain_model, monkeypatch):
+    def write(result, model, path):
+        raise CopeditError(f"cannot write {path}")
+
+    monkeypatch.setattr(page, "write", write)
+    for name in ("a", "b"):
+        study(tmp_path / "in" / name, name)
+    assert run("synth", tmp_path / "in", "-o", tmp_path, "--model", brain_model, "--report").exit_code == 1
+    overview = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "href" not in overview and "cannot write a/a_report.html" in overview
+
+
+def test_every_cell_of_an_index_is_text(tmp_path):
+    odd = "<b>&"
+    entry = {"study": odd, "status": "kept", "outputs": {odd: ""}, "model_name": odd, "remark": odd, "report": odd}
+    page.index([entry], tmp_path / "index.html")
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert odd not in text and text.count("&lt;b&gt;&amp;") == 4
+
+
+def test_one_slice_among_hundreds_shows_how_samples_vary():
+    """More than 99.5 of 100 voxels are 0: the window ended at 1, or at what is next to nothing."""
+    std = np.zeros((4, 4, 400))
+    std[..., 7] = np.linspace(20, 40, 16).reshape(4, 4)
+    shown = page._spread("sax", std, SimpleNamespace(reference=SimpleNamespace(affine=AFFINE)))
+    assert len(np.unique(shown.data[..., 7])) > 10 and "up to 39.9" in shown.role
 
 
 def test_names_are_text(tmp_path, brain_model):
