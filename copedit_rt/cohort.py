@@ -22,7 +22,7 @@ from copedit_rt.errors import CopeditError, by_name, failure
 from copedit_rt.files import check_writable, sweep
 from copedit_rt.images import bids
 from copedit_rt.images.find import StudyFiles, find_studies
-from copedit_rt.images.names import modality
+from copedit_rt.images.names import targets
 from copedit_rt.images.prepare import complete_brain, complete_stack
 from copedit_rt.images.study import Study, complete_sidecar
 from copedit_rt.listener import Listener
@@ -78,7 +78,7 @@ def synthesise(
     the output folder.
     """
     listener = listener or Listener()
-    elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
+    elements = targets(target)
     check_writable(output)
     found = find_studies(inputs, explicit, task=task, select=select, labels=labels)
     if found.dataset:
@@ -121,7 +121,7 @@ def survey(
     target: str = "all",
 ) -> list[dict[str, Any]]:
     """What became of every study of a cohort (`summary.judge`), whoever worked on it. Options: see `synthesise`."""
-    elements = None if target.strip().lower() == "all" else [modality(part) for part in target.split(",")]
+    elements = targets(target)
     found = find_studies(inputs, explicit, task=task, select=select, labels=labels)
     job = Job(output, Models(model, "cpu"), elements, False, False, False, True, {}, {}, Listener())
     there = []

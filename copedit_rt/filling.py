@@ -15,7 +15,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.names import modality
+from copedit_rt.images.names import modality, targets
 from copedit_rt.images.nifti import Volume, read_volume, refuse_synthetic
 from copedit_rt.images.study import Study
 from copedit_rt.listener import Listener
@@ -33,7 +33,7 @@ def fill(
     *,
     name: str | None = None,
     model: str | Path | None = None,
-    target: Sequence[str] | None = None,
+    target: str | Sequence[str] | None = None,
     missing_slices: Sequence[int] | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -72,8 +72,7 @@ def fill(
         models = _models(None if model is None else str(model), device, max_memory, engine, dtype)
     chosen, _ = models.choose(study.task, study.volumes)
     sampler: dict[str, Any] = {"steps": steps, "seed": seed, "samples": samples, "solver": solver, "detail": detail}
-    wanted = None if target is None else [modality(element) for element in target]
-    result = models.load(chosen).synthesize(study, target=wanted, progress=progress, **sampler)
+    result = models.load(chosen).synthesize(study, target=targets(target), progress=progress, **sampler)
     for note in result.study.notes:
         warnings.warn(note, stacklevel=2)
     return result.study.images(model=result.record["model"], std=result.std or None)

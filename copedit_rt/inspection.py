@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from copedit_rt.task import Task
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+SPECKS = 1e-3  # of a plane: fewer voxels than this are no image
 SURE = 0.95  # what is less likely than this is not held against the files
 
 
@@ -223,20 +224,35 @@ def examine(volumes: Mapping[str, Volume], files: Mapping[str, str], *, task: Ta
             found.append(Finding("non-finite", f"{file} has {bad} NaN or infinite voxels", element=name))
         for axis in range(3):
             blank = blank_slices(data, axis)
-            full = np.setdiff1d(np.arange(data.shape[axis]), blank)
-            inner = [i for i in blank if full.min() < i < full.max()]
+            full = _shown(data, axis, blank)
+            inner = [i for i in blank if full.size and full.min() < i < full.max()]
             if inner:
                 text = f"{file} is blank inside the image at {'ijk'[axis]} = {_runs(inner)}"
                 found.append(Finding("blank", text, element=name))
     return found
 
 
+def _shown(data: np.ndarray, axis: int, blank: Sequence[int]) -> np.ndarray:
+    """The planes that hold more than specks, such as masks leave at their edges."""
+    planes = np.moveaxis(data, axis, 0)
+    empty = planes[blank[0]].flat[0] if blank else np.nan
+    return np.flatnonzero((planes != empty).mean((1, 2)) > SPECKS)
+
+
 def contradictions(perception: Perception, files: Mapping[str, str], *, task: Task) -> list[Finding]:
     """Where the network disagrees with the files: what each image is, how many are missing, and which.
 
-    files: shown name per observed element. The observed elements are those in `perception.identity`.
+    files: shown name per observed element. The observed elements are those in `perception.identity`. Of a network that
+    has seen phantoms alone they are remarks, one of which says so.
     """
-    found = []
+    found = list(_contradictions(perception, files, task))
+    if found and perception.trained_on:
+        text = f"what is perceived may mean nothing on a patient: the network has seen {perception.trained_on} alone"
+        found = [replace(finding, flag=False) for finding in (*found, Finding("note", text))]
+    return found
+
+
+def _contradictions(perception: Perception, files: Mapping[str, str], task: Task) -> Iterator[Finding]:
     for name in perception.identity:
         looks, chance = perception.looks_like(name)
         if looks == name or chance < SURE:  # unsure is not a contradiction
@@ -244,21 +260,20 @@ def contradictions(perception: Perception, files: Mapping[str, str], *, task: Ta
         text = f"{files.get(name, name)} is named {name} but looks like {looks} ({chance:.2f})"
         if task.joint:
             text = f"{name} looks like {looks} ({chance:.2f}): do the slices run from apex to base?"
-        found.append(Finding("identity", text, element=name))
+        yield Finding("identity", text, element=name)
     missing = tuple(e for e in perception.elements if e not in perception.identity)
     if not missing:  # the heads know only studies with something missing
-        return found
+        return
     chance = perception.count[perception.count_missing - 1]
     if perception.count_missing != len(missing) and chance >= SURE:
         says = f"the files say {len(missing)} missing"
         text = f"{says}, the images look like {perception.count_missing} ({chance:.2f})"
-        found.append(Finding("count", text))
+        yield Finding("count", text)
     for name, chance in zip(perception.elements, perception.missing, strict=True):
         if (chance > 0.5) != (name in missing) and max(chance, 1 - chance) >= SURE:
             says = "missing" if name in missing else "present"
             text = f"{name} is {says} by the files, but P(missing) is {chance:.2f} by the images"
-            found.append(Finding("missing", text, element=name))
-    return found
+            yield Finding("missing", text, element=name)
 
 
 def _runs(numbers: Iterable[int]) -> str:

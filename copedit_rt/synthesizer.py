@@ -19,7 +19,7 @@ from copedit_rt import checkpoint, schedule
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import Encoded, Engine, Whole, choose_engine
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, by_name
 from copedit_rt.images.nifti import WORKING, available_memory
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
@@ -188,7 +188,7 @@ class Synthesizer:
         self,
         study: Study,
         *,
-        target: Sequence[str] | None = None,
+        target: str | Sequence[str] | None = None,
         steps: int | None = None,
         seed: int = 0,
         samples: int = 1,
@@ -219,6 +219,8 @@ class Synthesizer:
         self._check_sampling(steps, solver, samples)
         if detail is not None and config.task.joint:
             raise CopeditError(f"{study.name}: detail is carried over among a brain's images; leave it out for a stack")
+        if not isinstance(detail, bool | np.bool_ | None):
+            raise CopeditError(f"detail {detail!r}: must be True or False, or None for the model's default")
         detail = config.preprocessing.detail if detail is None else bool(detail)
         prepared = prepare(study, config)
         wanted = self._targets(prepared, target)
@@ -259,6 +261,7 @@ class Synthesizer:
         result.notes += (*prepared.notes, *perception.unlike)
         if seed and not steps:
             result.notes += (f"seed {seed} changes nothing: {config.name} draws nothing without sampling steps",)
+        record["notes"] = notes_of(result)
         return Result(result, perception, record, std)
 
     def _check_sampling(self, steps: int, solver: str | None, samples: int) -> None:
@@ -310,9 +313,9 @@ class Synthesizer:
                     decoded = self.decode(latents, there)
                 yield decoded + begun.beyond
 
-    def _targets(self, prepared: Prepared, target: Sequence[str] | None) -> list[str]:
+    def _targets(self, prepared: Prepared, target: str | Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
-        target = None if target is None else list(target)
+        target = [target] if isinstance(target, str) else None if target is None else list(target)
         if self.config.task.joint:
             if target:
                 raise CopeditError(
@@ -348,7 +351,8 @@ class Synthesizer:
         perceived = Perception.from_logits(self.config.task, elements, encoded.count[0], encoded.missing[0], alone)
         if self.trained is None:
             return perceived
-        return replace(perceived, unlike=self.trained.remarks(elements, prepared.images, prepared.observed))
+        unlike = self.trained.remarks(elements, prepared.images, prepared.observed)
+        return replace(perceived, unlike=unlike, trained_on=self.trained.perception)
 
     def encode(self, images: np.ndarray, about: str = "images") -> Encoded:
         """`Engine.encode` of observed images [k, 1, H, W, D] as a batch of one; about: whose they are.
@@ -433,6 +437,12 @@ def _check_memory(study: Study, count: int, samples: int) -> None:
             f"take {needed / 2**30:.1f} GiB, more than the {available / 2**30:.1f} GiB of memory available; leave "
             f"samples out, or name fewer targets"
         )
+
+
+def notes_of(study: Study) -> list[str]:
+    """What there is to know of a study, as a record says it: with names of files in the place of their paths."""
+    folders = {volume.path.parent for volume in study.volumes.values() if volume.path}
+    return [by_name(note, folders) for note in study.notes]
 
 
 def inputs_of(study: Study) -> dict[str, Any]:

@@ -24,20 +24,24 @@ Images = NDArray[np.float32]
 @dataclass(frozen=True)
 class TrainedOn:
     """words: what the training images were, as a part of a sentence. known: per element (of hearts for all slabs
-    together, "stack") the range of each of `prior.QUANTILES` of what an image shows."""
+    together, "stack") the range of each of `prior.QUANTILES` of what an image shows. perception: what the network that
+    perceives was trained on, where that was phantoms alone and the rest of the model was not."""
 
     words: str
     known: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    perception: str = ""
 
     @classmethod
-    def of(cls, words: str, elements: Sequence[str], subjects: Iterable[Images]) -> TrainedOn:
+    def of(
+        cls, words: str, elements: Sequence[str], subjects: Iterable[Images], perception: str = ""
+    ) -> TrainedOn:
         """Of training images [m, 1, H, W, D] each, on the model's grid."""
         rows: dict[str, list[NDArray]] = {}
         for images in subjects:
             for name, image in _named(elements, images, np.ones(len(elements), bool)).items():
                 rows.setdefault(name, []).append(shown(image))
         known = {name: np.percentile(np.stack(row), RANGE, axis=0).T.round(4).tolist() for name, row in rows.items()}
-        return cls(words, known)
+        return cls(words, known, perception)
 
     @classmethod
     def load(cls, folder: Path) -> TrainedOn | None:
@@ -48,7 +52,7 @@ class TrainedOn:
             known = {str(k): [[float(low), float(high)] for low, high in v] for k, v in data["known"].items()}
             if any(len(ranges) != len(QUANTILES) for ranges in known.values()):
                 raise ValueError(f"{len(QUANTILES)} ranges are needed")
-            return cls(str(data["words"]), known)
+            return cls(str(data["words"]), known, str(data.get("perception", "")))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -56,7 +60,7 @@ class TrainedOn:
 
     def save(self, folder: Path) -> None:
         """Into a model folder."""
-        data = {"words": self.words, "quantiles": QUANTILES, "known": self.known}
+        data = {"words": self.words, "perception": self.perception, "quantiles": QUANTILES, "known": self.known}
         write_atomically(folder / TRAINING, (json.dumps(data, indent=1) + "\n").encode())
 
     def remarks(self, elements: Sequence[str], images: Images, observed: NDArray[np.bool_]) -> tuple[str, ...]:

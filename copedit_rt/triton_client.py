@@ -17,10 +17,10 @@ import numpy as np
 
 from copedit_rt.client import ServerError
 from copedit_rt.errors import CopeditError
-from copedit_rt.images.names import modality
+from copedit_rt.images.names import targets
 from copedit_rt.images.study import Study
 from copedit_rt.perception import Perception
-from copedit_rt.synthesizer import Result, inputs_of
+from copedit_rt.synthesizer import Result, inputs_of, notes_of
 
 _KINDS = {"FP32": np.float32, "FP64": np.float64, "INT32": np.int32, "INT64": np.int64, "BYTES": np.object_}
 _OUTPUTS = ("elements", "images", "deviation", "about")
@@ -60,7 +60,7 @@ class TritonClient:
         self,
         study: Study,
         *,
-        target: Sequence[str] | None = None,
+        target: str | Sequence[str] | None = None,
         steps: int | None = None,
         seed: int = 0,
         samples: int = 1,
@@ -71,9 +71,9 @@ class TritonClient:
 
         Raises ServerError for what the server refuses, CopeditError where it cannot be reached.
         """
-        wanted = [] if target is None else [modality(name) for name in target]
+        wanted = targets(target)
         options: dict[str, Any] = {"study": study.name, "steps": steps, "seed": seed, "samples": samples}
-        options |= {"solver": solver, "target": wanted or None}
+        options |= {"solver": solver, "target": wanted}
         options["detail"] = None if detail is None else ("none", "guided")[detail]
         options["missing_slices"] = list(study.missing_slices) or None
         with self._telling():
@@ -154,6 +154,7 @@ def _result(study: Study, made: dict[str, np.ndarray]) -> Result:
         identity={name: list(row.values()) for name, row in seen["identity"].items()},
         elements=tuple(seen["missing"]),
         unlike=tuple(about["unlike"]),
+        trained_on=about["perception_trained_on"],
     )
     std = dict(zip(names, made["deviation"], strict=True)) if len(made["deviation"]) else {}
-    return Result(whole, perception, about["record"] | {"inputs": inputs_of(study)}, std)
+    return Result(whole, perception, about["record"] | {"inputs": inputs_of(study), "notes": notes_of(whole)}, std)

@@ -68,7 +68,8 @@ _MADE = (
 _RUNTIME = (
     *("__init__ archive checkpoint config device errors files perception prior prior_heart schedule".split()),
     *("synthesizer task trained engines/__init__ engines/engine engines/graphs images/__init__ images/bids".split()),
-    *("images/detail images/find images/grids images/names images/nifti images/prepare images/study".split()),
+    *("images/detail images/find images/grids images/intensity images/names images/nifti images/prepare".split()),
+    "images/study",
     *(f"images/dicom/{name}" for name in ("__init__", "convert", "headers", "match", "series", "studies")),
 )
 _NEEDS = {"onnxruntime": (), "tensorrt": (), "python": ("onnxruntime",)}

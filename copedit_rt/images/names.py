@@ -156,6 +156,17 @@ def modality(name: str) -> str:
     return found.element
 
 
+def targets(named: str | Sequence[str] | None) -> list[str] | None:
+    """The modalities of a target, "all", "t1,flair" or names; None for all. CopeditError for unknown ones and none."""
+    if isinstance(named, str):
+        named = None if named.strip().lower() == "all" else named.split(",")
+    if named is None:
+        return None
+    if not (found := [modality(name) for name in named]):
+        raise CopeditError("target: it names no modality; leave it out to have all that is missing synthesised")
+    return found
+
+
 @dataclass(frozen=True)
 class Naming:
     """How a study's files are named: head + spelling of the element, in subfolder of the output folder.

@@ -9,6 +9,8 @@ by slab: beside the images, all of it takes at most `nifti.WORKING` bytes a voxe
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +38,7 @@ from copedit_rt.images.nifti import Volume, same_grid
 from copedit_rt.images.study import Study
 from copedit_rt.task import Task
 
+ELSEWHERE = 0.15  # of what one image shows: where so much is empty in another, they do not show the same
 THICK = 5.0  # mm from slice to slice of a stack
 WHOLE_HEAD = 150.0  # mm: a view this high is meant for a whole head, and what does not fit into it is neck
 CISTERN = 7.0  # mm: half the width of a gap in what is bright that is taken for fluid, not for what lies around a head
@@ -62,6 +65,7 @@ class Prepared:
     missing_slices: tuple[int, ...] = ()
     version: int = 1
     outside: int = 0  # brain: voxels of tissue that the model's field of view does not reach
+    coverage: tuple[str, ...] = ()  # brain: sentences about observed volumes that do not show the same part of a head
     backdrops: Mapping[str, Backdrop] = field(default_factory=dict)  # brain: what shows nothing in each observed volume
 
     @property
@@ -175,7 +179,7 @@ class Prepared:
         beyond = ~inward.any(0)  # slices that the model's grid has no room for
         made[..., beyond] += (kept - kept @ inward.T @ outward.T)[..., beyond]
         volume = self._to_range(self.frame.stack_to_file(np.clip(made, 0, 1)) + self._lost())
-        volume[self.background] = 0
+        np.copyto(volume, self.fill, where=self.background)
         where: list[Any] = [slice(None)] * 3
         where[self.frame.orientation.order[2]] = list(self.missing_slices)
         result = self.study.reference.data.copy()
@@ -219,9 +223,10 @@ class Prepared:
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the way in."""
         if not self.outside:
-            return ()
+            return self.coverage
         extent = " x ".join(f"{e:g}" for e in self.frame.field_of_view)
         return (
+            *self.coverage,
             f"{self.outside_ml:.3g} ml of tissue lie outside the model's field of view of {extent} mm; there, a linear "
             f"relation to the observed images stands for what is synthesised",
         )
@@ -296,7 +301,7 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
     for name, volume in observed.items():
         if not same_grid(volume, study.reference):
             raise CopeditError(f"{study.name}: {name} is on a grid of its own; resample it to the first")
-    intensity, backdrops, tissue, background = {}, {}, None, None
+    intensity, backdrops, masks = {}, {}, {}
     first = Orientation.to_ras(study.reference.affine)
     for name, volume in observed.items():
         low, high = percentile_range(volume.data, config.preprocessing.percentiles, f"{study.name}: {name}")
@@ -305,10 +310,10 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         empty = backdrops[name].where(volume.data)
         bright = volume.data > np.float32(low + TISSUE * (high - low))
         bright &= ~empty
-        there, empty = (first.invert(Orientation.to_ras(volume.affine).apply(mask)) for mask in (bright, empty))
-        tissue = there if tissue is None else tissue | there
-        background = empty if background is None else background & empty
-    assert tissue is not None and background is not None
+        way = Orientation.to_ras(volume.affine)
+        masks[name] = tuple(first.invert(way.apply(mask)) for mask in (bright, empty))
+    tissue = functools.reduce(np.logical_or, (bright for bright, _ in masks.values()))
+    background = functools.reduce(np.logical_and, (empty for _, empty in masks.values()))
     voxel = spacing(study.reference.affine)
     around = surroundings(background)
     if around.any():  # nothing is around a head in noise
@@ -336,7 +341,23 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         study=study,
         version=config.preprocessing.version,
         outside=_unseen(turned, frames[0]) if frames[0].cuts else 0,
+        coverage=tuple(_unlike_coverage(masks)),
     )
+
+
+def _unlike_coverage(masks: Mapping[str, tuple[NDArray[np.bool_], ...]]) -> Iterator[str]:
+    """A sentence about each pair of volumes of which one, skull-stripped or cut, shows little of what the other does.
+
+    masks: per volume what is bright and what is empty in it, on one grid. Of the real studies at hand, up to a
+    twentieth of what is bright in one image lies where another shows nothing.
+    """
+    for (name, (bright, _)), (other, (_, empty)) in itertools.permutations(masks.items(), 2):
+        share = np.count_nonzero(bright & empty) / (np.count_nonzero(bright) or 1)
+        if share > ELSEWHERE:
+            yield (
+                f"{share:.0%} of what {name} shows lies where {other} shows nothing; if one is skull-stripped and the "
+                f"other is not, give both alike: edges of one become edges of what is made"
+            )
 
 
 def remoteness(kept: Sequence[int], index: int, apart: float) -> float:
@@ -396,7 +417,7 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         raise CopeditError(f"{study.name}: every slice is missing; at least one slab of slices is needed")
     present = [index for index in range(count) if index not in missing]
     shown = np.take(volume.data, present, axis)
-    border = empty_border((shown == 0).all(axis))
+    border = empty_border((shown == np.median(shown[np.ix_((0, -1), (0, -1), (0, -1))])).all(axis))
     low, high = percentile_range(np.moveaxis(shown, axis, 0)[:, ~border], config.preprocessing.percentiles, study.name)
     filled = fill_slices(volume.data, missing, axis)
     frame, spaced = stack_frame(volume, config), spacing(volume.affine)[axis]

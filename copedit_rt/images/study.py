@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -393,6 +394,14 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
             )
         study.volumes[name] = replace(volume, data=data, affine=reference.affine)
         study.notes += (f"{name} was resampled from {volume.grid} onto the grid of {first}",)
+    study.notes += tuple(_notes_of_copies(study.volumes))
+
+
+def _notes_of_copies(volumes: Mapping[str, Volume]) -> Iterator[str]:
+    """A sentence about each image that is the same file as an earlier one."""
+    for (first, a), (name, b) in itertools.combinations(volumes.items(), 2):
+        if a.sha256 and a.sha256 == b.sha256:
+            yield f"{first} and {name} are one image ({a.called}, {b.called}); leave out the one that it is not"
 
 
 def _empty_background(data: NDArray[np.float32]) -> bool:

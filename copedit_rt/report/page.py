@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt import checkpoint
-from copedit_rt.errors import CopeditError, by_name
+from copedit_rt.errors import CopeditError
 from copedit_rt.files import write_atomically
 from copedit_rt.images import preview
 from copedit_rt.images.grids import slice_axis, spacing
@@ -167,8 +167,7 @@ def _findings(result: Result) -> Iterable[str]:
     names = {n: str(entry["file"] or n) for n, entry in result.record["inputs"].items()}
     found = examine(observed, names, task=study.task)
     found += contradictions(result.perception, names, task=study.task)
-    folders = {volume.path.parent for volume in study.volumes.values() if volume.path}
-    found += [Finding("note", by_name(note, folders), flag=False) for note in study.notes]
+    found += [Finding("note", note, flag=False) for note in result.record["notes"]]
     yield "<h2>Findings</h2>"
     rows = (f'<li class="{"flag" if f.flag else "note"}">{html.escape(f.text)}</li>' for f in found)
     yield f"<ul>{''.join(rows)}</ul>" if found else "<p>Files and images agree.</p>"

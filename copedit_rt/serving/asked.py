@@ -12,7 +12,7 @@ from copedit_rt import archive, terminal
 from copedit_rt.archive import safe_name
 from copedit_rt.errors import CopeditError, Fault, by_name
 from copedit_rt.images.find import StudyFiles, find_studies
-from copedit_rt.images.names import MODALITIES, is_nifti, modality
+from copedit_rt.images.names import MODALITIES, is_nifti, modality, targets
 from copedit_rt.task import STACK, Task
 
 MOST_FILES, MOST_FIELDS, MOST_MEMBERS = 64, 32, 10_000
@@ -105,14 +105,10 @@ def _attribute(name: str, read: Any) -> Any:
     return lambda asked, text: setattr(asked, name, read(text))
 
 
-def _targets(text: str) -> list[str] | None:
-    return None if text.lower() == "all" else [modality(word) for word in terminal.words(text)]
-
-
 _FIELDS = {
     "name": _attribute("name", lambda text: safe_name(text)),
     "model": _attribute("model", str),
-    "target": _attribute("target", _targets),
+    "target": _attribute("target", targets),
     "task": _attribute("task", lambda text: terminal.choice(text, "--task", _TASKS)),
     "select": _attribute("select", terminal.words),
     "preview": _attribute("preview", lambda text: terminal.choice(text, "--preview", _TRUE)),

@@ -76,6 +76,7 @@ def test_samples_targets_and_progress(tmp_path, brain_model):
     heard = []
     options = {"target": ["FLAIR"], "samples": 2, "steps": 3}
     made = fill(t1=(image(0), AFFINE), model=brain_model, progress=lambda *step: heard.append(step), **options)
+    assert list(fill(t1=(image(0), AFFINE), model=brain_model, target="t1ce,flair")) == ["t1ce", "flair"]
     assert list(made) == ["flair", "flair_sd"] and made["flair_sd"].get_fdata().max() > 0
     assert heard == [(2, 6), (4, 6), (6, 6)], "both samples at once"
 
@@ -114,6 +115,8 @@ def test_a_stack_keeps_its_slices(tmp_path, heart_model):
         ({"t1": (image(0), AFFINE), "t2": (image(1)[:, :, 1:], AFFINE)}, ["different grids", "--resample"]),
         ({"sax": (slices(16, 8), SHORT_AXIS), "t1": (image(0), AFFINE)}, ["short-axis"]),
         ({"t1": "no/such.nii.gz"}, ["no/such.nii.gz"]),
+        ({"t1": (image(0), AFFINE), "target": []}, ["names no modality"]),
+        ({"t1": (image(0), AFFINE), "target": "flare"}, ["'flare'"]),
     ],
 )
 def test_what_cannot_be_filled_is_told_in_a_sentence(brain_model, images, words):

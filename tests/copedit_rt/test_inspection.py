@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,6 +166,27 @@ def test_examine_points_out_constant_blank_and_non_finite():
     assert set(found) == {"blank", "non-finite", "constant"}
     assert found["blank"] == "t2 is blank inside the image at k = 2-3"
     assert "x_t1ce.nii.gz" in found["constant"]
+
+
+def test_specks_beyond_a_blank_plane_are_no_image():
+    data = np.random.default_rng(0).random((40, 40, 40))
+    data[:, :, :6] = 0
+    data[20, 20, 3] = 1  # as a mask leaves it
+    assert examine({"t1": volume(data)}, {}, task=Task.BRAIN) == []
+    data[10:20, 10:20, 3] = 1
+    assert [f.kind for f in examine({"t1": volume(data)}, {}, task=Task.BRAIN)] == ["blank"]
+    speck = np.zeros((40, 40, 40))
+    speck[5, 5, 5] = 1
+    assert examine({"t1": volume(speck)}, {}, task=Task.BRAIN) == []
+
+
+def test_what_a_network_says_that_has_seen_phantoms_alone_is_a_remark():
+    perceived = perceive(t1="t1", t2="flair", flair="flair")
+    assert all(finding.flag for finding in contradictions(perceived, {}, task=Task.BRAIN))
+    told = contradictions(replace(perceived, trained_on="simulated phantoms"), {}, task=Task.BRAIN)
+    assert not any(finding.flag for finding in told) and "has seen simulated phantoms alone" in told[-1].text
+    agreed = replace(perceive(t1="t1", t2="t2", flair="flair"), trained_on="simulated phantoms")
+    assert contradictions(agreed, {}, task=Task.BRAIN) == []
 
 
 def test_blank_slices_of_a_heart_are_not_flagged():

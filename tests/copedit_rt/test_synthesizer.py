@@ -410,6 +410,7 @@ def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
         "method": "ddim", "steps": 3, "seed": 7, "samples": 1,
     }  # fmt: skip
     assert all(len(digest) == 64 for digest in record["weights_sha256"].values())
+    assert record["notes"] == list(result.study.notes)
     again = brain_model.synthesize(brain("t1"), steps=3, seed=7)
     for name, volume in again.study.volumes.items():
         assert np.array_equal(volume.data, result.study.volumes[name].data), name
@@ -425,6 +426,8 @@ def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
         ({"steps": 2.5}, "steps 2.5, seed 0, samples 1: each must be a whole number"),
         ({"seed": "7"}, "seed '7', samples 1: each must be a whole number"),
         ({"samples": 0}, "samples 0: must be between 1 and 10000"),
+        ({"detail": "none"}, "detail 'none': must be True or False"),
+        ({"target": "pd"}, "target 'pd' is unknown"),
         ({"solver": "euler"}, "solver 'euler' is unknown; choose one of ddim, dpm2m"),
     ],
 )

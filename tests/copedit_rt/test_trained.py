@@ -59,4 +59,4 @@ def test_a_damaged_file_is_named(tmp_path, content):
 
 def test_it_is_plain_json(trained, tmp_path):
     trained.save(tmp_path)
-    assert set(json.loads((tmp_path / "training.json").read_text())) == {"words", "quantiles", "known"}
+    assert set(json.loads((tmp_path / "training.json").read_text())) == {"words", "quantiles", "known", "perception"}

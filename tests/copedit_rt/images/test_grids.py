@@ -326,6 +326,17 @@ def test_ringing_is_no_standardised_image(order):
     assert not prepared.restore(np.full_like(prepared.images, 0.5))["t2"][radius > 1.4].any()
 
 
+def test_a_stripped_brain_beside_a_whole_head_is_said():
+    head = unit_image((16, 24, 8)) + 0.5
+    stripped = head.copy()
+    stripped[:4] = 0
+    volumes = {"t1": Volume.from_array(stripped, RAS), "t2": Volume.from_array(head, RAS)}
+    (note,) = prepare(brain(volumes), config()).notes
+    assert note.startswith("25% of what t2 shows lies where t1 shows nothing")
+    stripped[2:4] = 1
+    assert prepare(brain(volumes), config()).notes == ()
+
+
 def test_tissue_outside_the_field_of_view_is_said_and_never_zero():
     data = unit_image((16, 24, 8)) + 0.5
     data[:, :, 7] = 0

@@ -69,14 +69,15 @@ def test_the_border_is_what_an_edge_reaches_over_nothing():
     assert np.array_equal(empty_border(empty), expected)
 
 
-def test_an_empty_border_stays_empty_and_is_not_measured():
-    data = np.zeros((16, 24, 12), np.float32)
+@pytest.mark.parametrize("nothing", [0, -100])
+def test_an_empty_border_stays_empty_and_is_not_measured(nothing):
+    data = np.full((16, 24, 12), nothing, np.float32)
     data[5:12, 6:20] = stack(12)[5:12, 6:20]
     prepared = prepare(blanked(12, (4, 5), data), heart_config())
     inside = np.delete(data[5:12, 6:20], (4, 5), 2)
     np.testing.assert_allclose(prepared.intensity["sax"], np.percentile(inside, (0.5, 99.5)), rtol=1e-6)
     restored = prepared.restore(np.ones_like(prepared.images))["sax"]
-    shown = restored[..., 4:6] != 0
+    shown = restored[..., 4:6] != nothing
     assert shown[5:12, 6:20].all() and shown.sum() == 7 * 14 * 2
     assert np.array_equal(np.delete(restored, (4, 5), 2), np.delete(data, (4, 5), 2))
 

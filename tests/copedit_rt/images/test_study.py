@@ -287,6 +287,14 @@ def test_a_file_without_orientation_is_read_and_said(tmp_path):
     assert (header["qform_code"], header["sform_code"]) == (0, 0)
 
 
+def test_one_image_under_two_names_is_said(tmp_path):
+    for name, seed in (("t1", 0), ("t1ce", 0), ("t2", 1)):
+        save(tmp_path / f"A_{name}.nii.gz", image(seed=seed))
+    (tmp_path / "A_t1ce.nii.gz").write_bytes((tmp_path / "A_t1.nii.gz").read_bytes())
+    (note,) = Study.read(tmp_path).notes
+    assert note.startswith("t1 and t1ce are one image") and "A_t1ce.nii.gz" in note
+
+
 def test_resampling_is_on_request_and_noted(tmp_path):
     save(tmp_path / "A_t1.nii.gz")
     moved = AFFINE.copy()

@@ -526,9 +526,11 @@ def test_a_model_of_its_prior_alone(tmp_path):
     with_prior = dataclasses.replace(HEART, denoiser=dataclasses.replace(HEART.denoiser, prior=True))
     vae = tmp_path / "a"
     checkpoint.save(vae, HEART, tokenizer=CoPeVAE(HEART.tokenizer, len(HEART.elements)))
+    TrainedOn("simulated phantoms").save(vae)
     model = trainer.fit_prior_alone("heart-3mm", tmp_path / "b", str(root), str(vae), config=with_prior)
     study = Study.read(root / "SC-N-1_ED.nii.gz", missing_slices=[2, 3, 4])
-    assert TrainedOn.load(model).words == "3 studies of a data set (Sunnybrook)"
+    trained = TrainedOn.load(model)
+    assert (trained.words, trained.perception) == ("3 studies of a data set (Sunnybrook)", "simulated phantoms")
     filled = checkpoint.load_prior(model, with_prior).fill_study(prepare(study, with_prior))
     expected = prepare(study, with_prior).restore(filled.images, stack=filled.stack)["sax"]
     for steps, off in ((None, 0), (1, 0.01)):

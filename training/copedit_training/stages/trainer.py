@@ -63,6 +63,7 @@ from copedit_training.stages.tokenizer_task import TokenizerTask, check_prior
 
 PRIORS = "seed", "subjects", "patients", "patients_share", "phantoms_share", "prior_steps"  # what a prior goes by
 _AGAIN = "repeat the command with --resume to go on (ablate: as it is)"
+PHANTOMS = "simulated phantoms"
 KNOWN = 200  # training subjects whose grey values the model remembers
 Source = layouts.DataSet | Labels | None  # None: phantoms
 
@@ -132,13 +133,14 @@ def fit_prior_alone(
     claim(output, describe(settings, config, data, found, digest) | {"stage": "prior"}, resume)
     images = _images(config, settings, found, output, console)
     words = trained_words(found, settings, config, len(images))
+    perception = _perceives(tokenizer, words)
     phantoms = prior.phantoms_of(config, settings)
     prior.fit(config, settings, images, heart_centres(output), patients, phantoms).save(output / "model")
     torch.manual_seed(settings.seed)
     alone = config.prior_alone()
     checkpoint.save(output / "model", alone, tokenizer=vae)
     checkpoint.save(output / "model", alone, denoiser=build_denoiser(config), dtype=torch.float16)
-    trained_on(words, config, images).save(output / "model")
+    trained_on(words, config, images, perception).save(output / "model")
     return output / "model"
 
 
@@ -192,6 +194,7 @@ def carry_out(
     with distributed.first():
         images = _images(config, settings, found, output, console, most)
     words = trained_words(found, settings, config, len(images))  # now: at the end its folders may be gone
+    perception = _perceives(getattr(settings, "tokenizer", ""), words)
     with distributed.first():
         task = make(images)
     held_out = None
@@ -205,14 +208,14 @@ def carry_out(
         console.print("no perceptual term: no weights are named (--set perceptual=FILE)", highlight=False)
     model = fit(settings.stage, output, task, resume, held_out, console)
     if not distributed.rank():
-        trained_on(words, config, images).save(model)
+        trained_on(words, config, images, perception).save(model)
     return model
 
 
 def trained_words(found: Source, settings: Settings, config: ModelConfig, studies: int) -> str:
     """What a model says that it was trained on, as a part of a sentence: the source, and of stage II what its tokenizer
     says. studies: how many of a data set. Raises CopeditError where the tokenizer or the patients are not there."""
-    origin = "simulated phantoms"
+    origin = PHANTOMS
     if isinstance(found, Labels):
         origin = "contrasts simulated from label maps"
     elif found is not None:
@@ -230,9 +233,16 @@ def trained_words(found: Source, settings: Settings, config: ModelConfig, studie
     return words
 
 
-def trained_on(words: str, config: ModelConfig, images: np.ndarray) -> TrainedOn:
-    """What a model holds of its training: these words, and the quantiles of the first `KNOWN` training images."""
-    return TrainedOn.of(words, config.elements, (x.astype(np.float32) for x in images[:KNOWN]))
+def _perceives(tokenizer: str, words: str) -> str:
+    """What the tokenizer of a model was trained on where that is phantoms alone, and `words` say more of the model."""
+    first = TrainedOn.load(checkpoint.locate(tokenizer)) if tokenizer else None
+    return PHANTOMS if first and first.words == PHANTOMS != words else ""
+
+
+def trained_on(words: str, config: ModelConfig, images: np.ndarray, perception: str) -> TrainedOn:
+    """What a model holds of its training: these words, what its perception was trained on where that is less, and the
+    quantiles of the first `KNOWN` training images."""
+    return TrainedOn.of(words, config.elements, (x.astype(np.float32) for x in images[:KNOWN]), perception)
 
 
 def check_subjects(data: str, overrides: Sequence[str]) -> None:
