@@ -31,7 +31,8 @@ def timesteps(config: DiffusionConfig, steps: int) -> np.ndarray:
     and the step after the last lands on alpha-bar 1. Raises CopeditError unless 1 <= steps <= `most_steps`.
     """
     if not 1 <= steps <= config.most_steps:
-        raise CopeditError(f"steps {steps}: must be between 1 and {config.most_steps}")
+        least = 0 if steps and not config.steps else 1  # without steps a prior fills in
+        raise CopeditError(f"steps {steps}: must be between {least} and {config.most_steps}")
     return np.round(np.arange(steps, 0, -1) * (config.most_steps / steps)).astype(np.int64) - 1
 
 

@@ -15,6 +15,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import SUFFIX, is_file, refuse_broken, walk
 from copedit_rt.images import bids
 from copedit_rt.images.dicom.headers import is_dicom
+from copedit_rt.images.dicom.match import named
 from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
 from copedit_rt.images.names import (
     FOREIGN,
@@ -34,6 +35,7 @@ from copedit_rt.images.names import (
     folder_modality,
     is_heart,
     is_nifti,
+    meant,
     mentions,
     modality,
     naming_of,
@@ -369,7 +371,7 @@ class _Search:
                 self.skipped.append((path, f"a brain image ({name.element}) by its name; give it itself if it is not"))
             elif word := other(stem):
                 self.skipped.append((path, f"unknown modality {word!r}; known modalities are {_KNOWN}"))
-            elif inside := mentions(stem):
+            elif inside := _mentioned(stem):
                 hint = f"rename it to end in {inside} or give it by --file {inside}=FILE, if it is that"
                 self._not_understood([path], f"its name holds {inside} and words that may change what it is; {hint}")
             else:
@@ -501,6 +503,13 @@ def _places(study: StudyFiles) -> set[tuple[Path, str]]:
     """Where outputs may go, whatever the case of their modalities."""
     naming = study.naming
     return {(naming.subfolder, f"{naming.head}{spelled.lower()}") for spelled in naming.spelling.values()}
+
+
+def _mentioned(stem: str) -> str | None:
+    """The modality that a name most likely means, if it holds one: `t2_tirm_dark-fluid` is the fluid's."""
+    inside = mentions(stem)
+    words = meant({inside, *named(stem)}) if inside else ()
+    return next(iter(words)) if len(words) == 1 else inside
 
 
 def _is_folder(path: Path) -> bool:

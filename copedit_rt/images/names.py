@@ -133,10 +133,10 @@ _HEARTS = re.compile(
     r"|^[A-Z]\d[A-Z]\d[A-Z]\d_sa(?:_E[DS])?$|^\d{3}_sa_(?:cine|E[DS])$"  # M&Ms, M&Ms-2
     r"|^SC-(?:HF-I|HF-NI|HYP|N)-\d+(?:_E[DS])?$"  # Sunnybrook
     r"|^MES(?:A[-_]?)?\d+(?:_E[DS])?$"  # MESA
-    r"|(?:^|[-_. ])(?:sax|short[-_]?axis|heart|cardiac)\d*(?:$|[-_. ])",
+    r"|(?:^|[-_. ])(?:sax|short[-_ ]?axis|heart|cardiac)\d*(?:$|[-_. ])",
     re.I,
 )
-_CHANNEL = re.compile(r"^(?P<head>.*_)?(?P<number>\d{4})$")  # nnU-Net
+_CHANNEL = re.compile(r"^(?P<head>.*_)?(?P<number>0\d{3})$")  # nnU-Net; 2021 is a year
 _BIDS = re.compile(r"^(?P<entities>sub-[^_]+(?:_[a-zA-Z0-9]+-[^_]+)*)_(?P<suffix>[a-zA-Z0-9]+)$")
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
 FOREIGN = re.compile(r"\.(?:mgz|mgh|nrrd|nhdr|mha|mhd|mnc|hdr|img(?:\.gz)?)$", re.I)  # images, but not NIfTI files

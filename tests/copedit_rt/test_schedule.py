@@ -87,6 +87,11 @@ def test_impossible_step_counts_are_refused(steps: int) -> None:
         timesteps(CONFIG, steps)
 
 
+def test_where_a_prior_fills_in_no_steps_are_possible() -> None:
+    with pytest.raises(CopeditError, match="steps -1: must be between 0 and 500"):
+        timesteps(replace(CONFIG, steps=0), -1)
+
+
 def test_sampling_can_start_part_of_the_way() -> None:
     part = replace(CONFIG, start=0.3, steps=10)
     assert timesteps(part, 150).tolist() == list(range(149, -1, -1)) and timesteps(part, 1).tolist() == [149]

@@ -35,7 +35,7 @@ def element(stem):
 # Names that BET, dcm2niix, HCP, fsl_anat, nnU-Net's authors and radiologists give.
 UNDERSTOOD = {
     "t1": [
-        "A_t1_brain", "T1w_acpc_dc_restore", "T1w_acpc_dc_restore_brain", "100307_3T_T1w_MPR1", "s1_T1_pre",
+        "A_t1_brain", "Meier_T1_2021", "T1w_acpc_dc_restore", "T1w_acpc_dc_restore_brain", "100307_3T_T1w_MPR1", "s1_T1_pre",
         "scan_t1_mprage_sag_p2_iso_20200304101112_4", "T1_biascorr_brain", "s_3D_T1", "sub-01_acq-mprage_run-2_T1w",
         "A_T1_pre_contrast", "A_sag_t1", "A_T1W_3D_TFE_401", "PD_01_T1", "A_t1_n4", "sub-01_space-MNI_desc-preproc_T1w",
     ],
@@ -85,7 +85,7 @@ def test_a_modality_is_one_row():
     "file",
     [
         "patient001/patient001_frame01", "patient6_LGE", "1000/sa_ED", "A0S9V9_sa", "001_SA_ED", "SC-HF-I-09_ED",
-        "SC-N-07_ES", "MES0001401_ED", "x/sub3_sax", "heart12", "cardiac_cine_short-axis",
+        "SC-N-07_ES", "MES0001401_ED", "x/sub3_sax", "heart12", "cardiac_cine_short-axis", "cine short axis ED",
     ],
 )  # fmt: skip
 def test_hearts_by_name(tmp_path, file):
@@ -167,6 +167,14 @@ def test_a_file_that_is_not_understood_stops_its_study(tmp_path, file):
     assert file in one.problem and "may be what seems missing" in one.problem and "--file t1=FILE" in one.problem
     assert one.unclear == (tmp_path / "a" / file,)
     assert two.problem is None
+
+
+@pytest.mark.parametrize(
+    ("stem", "element"), [("t2_tirm_tra_dark-fluid", "flair"), ("A_T2_TIRM", "t2"), ("A_t1ce_odd", "t1ce")]
+)
+def test_what_a_name_most_likely_means_is_the_remedy(tmp_path, stem, element):
+    with pytest.raises(CopeditError, match=f"rename it to end in {element} or give it by --file {element}=FILE"):
+        find_studies(touch(tmp_path, f"{stem}.nii.gz"))
 
 
 def test_what_cannot_be_missing_stops_nothing(tmp_path):
