@@ -331,7 +331,7 @@ class _Search:
         for (folder, head, tail), group in groups.items():
             group.sort(key=lambda n: MODALITIES.index(n.element))
             label = group[0].head + (tail or "") * (tails[folder, head] > 1)
-            label = label.strip("-_. ") or folder.resolve().name
+            label = label.strip("-_. ") or _called(folder, self._root(folder))
             found.append((folder, self._brain(label, group, self._subfolder(folder, self.top[group[0].path]))))
         for path in stacks:
             derived = self.dataset is not None
@@ -340,7 +340,7 @@ class _Search:
             found.append((path.parent, StudyFiles(stem_of(path), Task.HEART, {STACK: path}, naming)))
         found = [*self._with_unclear(found), *self._from_dicom()]
         found.sort(key=lambda item: (str(item[0]), item[1].name))
-        return _distinct(self._kept(found))
+        return _distinct(self._kept(found), [self._root(folder) for folder, _ in found])
 
     def _sort(self) -> tuple[list[Name], list[Path]]:
         """Brain images and stacks; all other files are passed over with the reason."""
@@ -443,12 +443,13 @@ class _Search:
                 reasons[path] = f"it looks like {name.element} but is no NIfTI file; convert it to .nii.gz"
         return reasons
 
+    def _root(self, folder: Path) -> Path:
+        """The folder that was given and holds a study's; that itself where its files were given."""
+        return next((root for root in self.roots if root.is_dir() and folder.is_relative_to(root)), folder)
+
     def _subfolder(self, folder: Path, top: Path) -> Path:
         """Outputs mirror the inputs' folders below the folder that was given."""
-        for root in self.roots:
-            if root.is_dir() and folder.is_relative_to(root):
-                return top / folder.relative_to(root)
-        return Path()
+        return top / folder.relative_to(self._root(folder))
 
     def _brain(self, label: str, names: Sequence[Name], subfolder: Path) -> StudyFiles:
         problem = None
@@ -476,15 +477,23 @@ def _same(study: StudyFiles, name: Name | None) -> bool:
     return name is not None and name.head in ("", study.naming.head)
 
 
-def _distinct(found: Sequence[tuple[Path, StudyFiles]]) -> list[StudyFiles]:
+def _called(folder: Path, root: Path) -> str:
+    """The name that a folder gives its study: its path below the root, so that nothing else in a cohort matters."""
+    return "_".join((*folder.relative_to(root).parts[:-1], folder.resolve().name))
+
+
+def _distinct(found: Sequence[tuple[Path, StudyFiles]], roots: Sequence[Path]) -> list[StudyFiles]:
     """The studies, those of one name told apart by the folders above, and refused where outputs would clash."""
     outputs = Counter(place for _, s in found for place in _places(s))
     labels = Counter(s.name for _, s in found)
-    names = []
-    for folder, study in found:
-        own = folder.resolve().name
-        names.append(study.name if labels[study.name] == 1 or study.name == own else f"{own}_{study.name}")
-    above = [folder.resolve() for folder, _ in found]
+    names, above = [], []
+    for (folder, study), root in zip(found, roots, strict=True):
+        own, called = folder.resolve(), _called(folder, root)
+        told = labels[study.name] == 1 or study.name in (own.name, called)
+        names.append(study.name if told else f"{own.name}_{study.name}")
+        if study.name == called:  # which has all folders below the root
+            own = root.joinpath(*folder.relative_to(root).parts[:1]).resolve()
+        above.append(own)
     while above and len(set(names)) < len(names) and any(p != p.parent for p in above):
         count = Counter(names)
         above = [p.parent for p in above]

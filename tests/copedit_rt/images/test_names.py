@@ -35,7 +35,7 @@ def element(stem):
 # Names that BET, dcm2niix, HCP, fsl_anat, nnU-Net's authors and radiologists give.
 UNDERSTOOD = {
     "t1": [
-        "A_t1_brain", "Meier_T1_2021", "T1w_acpc_dc_restore", "T1w_acpc_dc_restore_brain", "100307_3T_T1w_MPR1", "s1_T1_pre",
+        "A_t1_brain", "T1w_acpc_dc_restore", "T1w_acpc_dc_restore_brain", "100307_3T_T1w_MPR1", "s1_T1_pre",
         "scan_t1_mprage_sag_p2_iso_20200304101112_4", "T1_biascorr_brain", "s_3D_T1", "sub-01_acq-mprage_run-2_T1w",
         "A_T1_pre_contrast", "A_sag_t1", "A_T1W_3D_TFE_401", "PD_01_T1", "A_t1_n4", "sub-01_space-MNI_desc-preproc_T1w",
     ],
@@ -144,6 +144,10 @@ def test_channels_are_named_by_a_dataset_json(tmp_path, key):
     assert study.output_path(tmp_path / "o", "pd").name == "case_pd.nii.gz"
 
 
+def test_a_year_is_no_channel(tmp_path):
+    assert found(touch(tmp_path, "Meier_T1_2021.nii.gz")) == {"Meier": ("brain", ["t1"])}
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"channel_names": 3}', '{"channel_names": {"0": "CT", "x": "T1"}}'])
 def test_a_dataset_json_that_says_nothing(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text)
@@ -237,10 +241,15 @@ def test_one_name_in_two_normal_forms_is_one_study(tmp_path):
     assert list(found(touch(tmp_path, *names)).values()) == [("brain", ["t1", "flair"])]
 
 
-def test_equal_visits_of_two_subjects_have_two_names(tmp_path):
-    touch(tmp_path, *(f"{s}/{v}/t1.nii.gz" for s in ("A", "B") for v in ("v1", "v2")), "C/v3/t1.nii.gz")
-    names = [study.name for study in find_studies(tmp_path)]
-    assert names == ["A_v1", "A_v2", "B_v1", "B_v2", "v3"]
+def test_a_study_without_a_name_has_its_path_whatever_else_is_there(tmp_path):
+    """Equal visits of two subjects have two names, and those of one have them when it is alone."""
+    touch(tmp_path / "x", *(f"{s}/{v}/t1.nii.gz" for s in ("A", "B") for v in ("v1", "v2")), "C/v3/t1.nii.gz")
+    names = [study.name for study in find_studies(tmp_path / "x")]
+    assert names == ["A_v1", "A_v2", "B_v1", "B_v2", "C_v3"]
+    touch(tmp_path / "y", "A/v1/t1.nii.gz", "A/v2/t1.nii.gz", "B/t1.nii.gz", "D/v3/E_t1.nii.gz")
+    assert [study.name for study in find_studies(tmp_path / "y")] == ["A_v1", "A_v2", "B", "E"]
+    names = [study.name for study in find_studies([tmp_path / "x", tmp_path / "y"])]
+    assert names == ["x_A_v1", "x_A_v2", "B_v1", "B_v2", "C_v3", "y_A_v1", "y_A_v2", "B", "E"]
 
 
 def test_what_is_no_file(tmp_path):
