@@ -15,7 +15,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import SUFFIX, is_file, refuse_broken, walk
 from copedit_rt.images import bids
 from copedit_rt.images.dicom.headers import is_dicom
-from copedit_rt.images.dicom.match import named
+from copedit_rt.images.dicom.match import left_out, named
 from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
 from copedit_rt.images.names import (
     FOREIGN,
@@ -38,6 +38,7 @@ from copedit_rt.images.names import (
     meant,
     mentions,
     modality,
+    nameless,
     naming_of,
     other,
     parse,
@@ -56,6 +57,11 @@ _UNKNOWN = (
     f"its name says neither a modality ({_KNOWN}) nor a heart; give it by --file t1=FILE if it is a T1, and so on, "
     f"or with --task cardiac if it is a short-axis stack"
 )
+_SERIES_OF_ONE = (
+    f"look like the series of one patient, one image each and no two of a modality; {_BY_HAND}, or put them in one "
+    f"folder under names without the numbers; if they are patients, give each alone"
+)
+_Key = tuple[Path, str, str | None]  # what the images of a study share: folder, head and tail of their names
 
 
 @dataclass(frozen=True)
@@ -315,7 +321,7 @@ class _Search:
     def studies(self) -> list[StudyFiles]:
         """Brain studies and stacks, each with a name of its own."""
         names, stacks = self._sort()
-        groups: dict[tuple[Path, str, str | None], list[Name]] = {}
+        groups: dict[_Key, list[Name]] = {}
         for name in names:
             groups.setdefault((name.folder, normalize("NFC", name.head), name.tail), []).append(name)
         for key, group in list(groups.items()):
@@ -338,9 +344,34 @@ class _Search:
             called = re.sub(r"([^_]*)$", rf"{bids.DERIVED * derived}\1", stem_of(path), count=1)
             naming = Naming(called, {STACK: ""}, self._subfolder(path.parent, self.top[path]), derived)
             found.append((path.parent, StudyFiles(stem_of(path), Task.HEART, {STACK: path}, naming)))
+        scans = self._scans(groups)
+        for i, key in enumerate(groups):
+            folder, study = found[i]
+            if key in scans and not study.problem:
+                found[i] = folder, replace(study, problem=f"{study.name}: {scans[key]}")
         found = [*self._with_unclear(found), *self._from_dicom()]
         found.sort(key=lambda item: (str(item[0]), item[1].name))
         return _distinct(self._kept(found), [self._root(folder) for folder, _ in found])
+
+    def _scans(self, groups: Mapping[_Key, Sequence[Name]]) -> dict[_Key, str]:
+        """Why groups that numbers alone tell apart are stopped: each holds one modality, no two the same one."""
+        held = {key: {name.element for name in group} for key, group in groups.items()}
+        inside = Counter(folder for folder, *_ in held)
+        held |= {(path.parent, "", str(path)): {str(path)} for path in self.unclear if path.parent not in inside}
+        beside: dict[Path, list[_Key]] = {}
+        for folder, head, tail in held:
+            if _is_number(head) and inside[folder] > 1:
+                beside.setdefault(folder, []).append((folder, head, tail))
+            elif _is_number(folder.name):
+                beside.setdefault(folder.parent, []).append((folder, head, tail))
+        stopped: dict[_Key, str] = {}
+        for keys in beside.values():
+            called = {head for _, head, _ in keys if head and not _is_number(head)}
+            kinds = {kind for key in keys for kind in held[key]}
+            if len(keys) > 1 and len(called) < 2 and sum(len(held[key]) for key in keys) == len(keys) == len(kinds):
+                numbers = ", ".join(head.strip("-_. ") if _is_number(head) else folder.name for folder, head, _ in keys)
+                stopped |= dict.fromkeys(keys, f"{numbers} {_SERIES_OF_ONE}")
+        return stopped
 
     def _sort(self) -> tuple[list[Name], list[Path]]:
         """Brain images and stacks; all other files are passed over with the reason."""
@@ -420,7 +451,8 @@ class _Search:
                 if not study.task.joint and path.parent in {folder, *(file.parent for file in study.files.values())}
             ]
             heads = [(n, i) for n, i in there if n and stem_of(path).startswith(found[i][1].naming.head)]
-            for n, i in heads or (there if len(there) == 1 else []):
+            anyone = len(there) == 1 or (nameless(stem_of(path)) and not left_out(stem_of(path)))
+            for n, i in heads or (there if anyone else []):
                 if not heads or n == max(heads)[0]:
                     beside.setdefault(i, []).append((path, reason))
         for i, files in beside.items():
@@ -512,6 +544,11 @@ def _places(study: StudyFiles) -> set[tuple[Path, str]]:
     """Where outputs may go, whatever the case of their modalities."""
     naming = study.naming
     return {(naming.subfolder, f"{naming.head}{spelled.lower()}") for spelled in naming.spelling.values()}
+
+
+def _is_number(head: str) -> bool:
+    """Whether all that a head or folder says is a number, of a series or of a patient."""
+    return bool(re.fullmatch(r"\d{1,4}", head.strip("-_. ")))
 
 
 def _mentioned(stem: str) -> str | None:

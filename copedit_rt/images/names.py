@@ -311,6 +311,12 @@ def other(stem: str) -> str | None:
     return next((word for word in words[start:] if _OTHER.fullmatch(word)), None)
 
 
+def nameless(stem: str) -> bool:
+    """Whether a name begins with what it shows, and not with whose it is; a number may be a patient's."""
+    first, *more = re.split(r"[-_. ]+", stem)
+    return bool(_WORD.fullmatch(first) or _PROTOCOL.fullmatch(first)) or not (more or first.isdecimal())
+
+
 def channel(path: Path) -> Name | None:
     """nnU-Net: the modality of `case_0002.nii.gz` by the channel_names of a dataset.json beside it or one folder up.
 

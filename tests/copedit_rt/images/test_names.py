@@ -189,6 +189,48 @@ def test_what_cannot_be_missing_stops_nothing(tmp_path):
     assert [study.problem for study in find_studies(tmp_path)] == [None, None]
 
 
+def test_a_file_that_may_be_anyones_stops_all_studies_of_its_folder(tmp_path):
+    touch(tmp_path, "p1_t1.nii.gz", "p2_t1.nii.gz", "topogram.nii.gz", "x/p3_t1.nii.gz")
+    assert [study.problem for study in find_studies(tmp_path)] == [None] * 3
+    touch(tmp_path, "t2_tirm_tra_dark-fluid.nii.gz")
+    one, two, other = find_studies(tmp_path)
+    assert "--file flair=FILE" in one.problem and one.unclear == two.unclear and other.problem is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["5_t1_se_tra", "6_t1_se_tra_KM", "7_t2_tse_tra"],
+        ["002_t1_mprage_sag", "003_t2_tse_tra", "004_t2_tirm_tra_dark-fluid"],
+        ["5/t1_se", "6/t2_tse", "7/flair", "2/localizer"],
+        ["5/5_t1_se", "6/Meier_t2_tse"],
+        ["5/Meier_t1", "7/Meier_dark-fluid"],
+    ],
+)
+def test_numbered_series_of_one_patient_are_no_patients(tmp_path, files):
+    touch(tmp_path / "M", *(f"{file}.nii.gz" for file in files))
+    touch(tmp_path / "N", "N_t1.nii.gz")
+    *series, other = find_studies(tmp_path)
+    assert all("look like the series of one patient" in study.problem for study in series) and series
+    assert other.problem is None
+    assert find_studies(next((tmp_path / "M").rglob("*_t1*.nii.gz"), tmp_path / "N"))[0].problem is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["001_t1", "002_t1", "003_flair"],
+        ["001_t1", "001_t2", "002_flair"],
+        ["001/t1", "001/t2", "002/flair"],
+        ["001/Meier_t1", "002/Mueller_t2"],
+        ["s1_t1", "s2_t2"],
+    ],
+)
+def test_numbered_patients_are_no_series(tmp_path, files):
+    studies = find_studies(touch(tmp_path, *(f"{file}.nii.gz" for file in files)))
+    assert len(studies) > 1 and not any(study.problem for study in studies)
+
+
 def test_understood_names_join_their_study(tmp_path):
     touch(tmp_path, *(f"s1_{n}.nii.gz" for n in ("T1_pre", "T1_Gad", "FLAIR_3D", "3D_T2")))
     assert found(tmp_path) == {"s1": ("brain", ["t1", "t1ce", "t2", "flair"])}
