@@ -19,12 +19,13 @@ from copedit_rt.changes import changes, of_another, request
 from copedit_rt.config import ModelConfig
 from copedit_rt.engines.engine import TORCHLESS, choose_engine
 from copedit_rt.errors import CopeditError, by_name, failure
-from copedit_rt.files import check_writable, sweep
+from copedit_rt.files import check_writable, is_file, sweep
 from copedit_rt.images import bids
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import targets
+from copedit_rt.images.nifti import is_synthetic
 from copedit_rt.images.prepare import complete_brain, complete_stack
-from copedit_rt.images.study import Study, complete_sidecar
+from copedit_rt.images.study import Study, complete_sidecar, withdraw
 from copedit_rt.listener import Listener
 from copedit_rt.models import Models, UnusableModel
 from copedit_rt.synthesizer import Result
@@ -67,8 +68,9 @@ def synthesise(
     those of `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and
     resample those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that
     are there and complete (`complete_sidecar`), which are kept otherwise, with a note on what has changed since
-    (`changes`). preview: also write a PNG per study; report: a page per study that a browser opens, and of several an
-    index.html. dicom: of DICOM studies also write each image as a derived series (`Study.write`).
+    (`changes`), and remove those of a modality that the study has by now (`Job.outlived`). preview: also write a PNG
+    per study; report: a page per study that a browser opens, and of several an index.html. dicom: of DICOM studies also
+    write each image as a derived series (`Study.write`).
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. While one is computed, the next study is
@@ -218,6 +220,7 @@ class Job:
         if self.target is not None:
             _check_target(files, config, self.target)
             elements = tuple(element for element in elements if element in self.target)
+        entry["outlived"] = self.outlived(files)
         outputs = files.outputs(self.output, elements) if config.task == files.task else {}
         if not outputs and not files.problem and set(files.files) == set(config.elements):
             self.complete(opened, complete_brain(files.name, config))
@@ -273,12 +276,25 @@ class Job:
             for what, elements in notes.items()
         ]
 
+    def outlived(self, files: StudyFiles) -> list[str]:
+        """A note on each synthetic image of a modality that the study has by now; with `overwrite` that image goes."""
+        notes = []
+        for element in () if files.task.joint or files.problem else files.files:
+            path = files.naming.path(self.output, element)
+            sidecar = complete_sidecar(path) if is_synthetic(path) else None
+            if sidecar and not of_another(sidecar, files.name, files.inputs()):
+                if self.overwrite:
+                    withdraw(path, sidecar)
+                left = "remove it, or repeat with --overwrite" if is_file(path) else "it was removed"
+                notes.append(f"{path} is synthetic, and the study has a {element} now; {left}")
+        return notes
+
     def complete(self, opened: Opened, error: CopeditError) -> None:
         """Of a study that lacks nothing, before any network is loaded: an outcome, and an error if it is the only
         one."""
         opened.entry["status"] = "complete"
         if not self.several:
-            opened.error = error
+            opened.error = CopeditError("; ".join((str(error), *opened.entry["outlived"])))
 
     def attempt(self, opened: Opened) -> Result | None:
         """What is missing from a study, if something is; what goes wrong is kept."""

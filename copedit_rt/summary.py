@@ -83,6 +83,8 @@ def judge(there: Sequence[Mapping[str, Any]], output: Path) -> list[dict[str, An
             outcome = "complete"
         kept = {key: before[key] for key in ("seconds", "notes", "report", "preview") if key in before}
         row = {"study": now["study"], "outcome": outcome, "model": now.get("model"), "outputs": now.get("outputs", {})}
+        if now.get("outlived"):
+            row["outlived"] = now["outlived"]
         rows.append(row | kept | ({"error": before["error"]} if outcome == "failed" else {}))
     return rows
 
@@ -105,14 +107,15 @@ def render(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> Rend
     from rich.text import Text
 
     table = Table()
-    for heading in ("study", "outcome", "synthesised", "model", "seconds", "error"):
+    for heading in ("study", "outcome", "synthesised", "model", "seconds", "error or note"):
         table.add_column(heading, overflow="fold")
     style = {"failed": "red", "not done": "yellow"}
     for row in rows:
         seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
         made = ", ".join(row["outputs"]) if row["outcome"] == "done" else ""
         cells = [row["study"], row["outcome"], made, str(row["model"] or ""), seconds]
-        shown = [Text(printable(cell)) for cell in (*cells, row.get("error", ""))]
+        told = row.get("error") or "; ".join(row.get("outlived", ()))
+        shown = [Text(printable(cell)) for cell in (*cells, told)]
         table.add_row(*shown, style=style.get(row["outcome"], ""))
     said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
     return Group(table, f"{sum(counts.values())} studies: {said}")

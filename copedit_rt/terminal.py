@@ -315,7 +315,7 @@ class Screen(Listener):
     def ended(self, entry: Mapping[str, Any], error: CopeditError | None) -> None:
         self._bar.advance(self._studies)
         name = entry["study"]
-        for note in entry.get("notes", ()):
+        for note in (*entry.get("outlived", ()), *entry.get("notes", ())):
             self._tell(f"{name}: {note}", "yellow")
         if error:
             tell_error(error, self._debug, self._bar.console)

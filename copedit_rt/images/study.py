@@ -313,6 +313,14 @@ def complete_sidecar(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def withdraw(path: Path, sidecar: Mapping[str, Any]) -> None:
+    """An output goes, with its SD map, series and `complete_sidecar`."""
+    named = {path.with_name(f"{stem_of(path)}{ending}") for ending in ("_sd.nii.gz", "_dicom")}
+    beside = {there for there, _ in _beside(path, sidecar).values()}
+    for old in (*(named & beside), path, path.with_name(f"{stem_of(path)}.json")):
+        remove(old)
+
+
 def _sidecar(path: Path) -> dict[str, Any]:
     sidecar: dict[str, Any] = json.loads(path.with_name(f"{stem_of(path)}.json").read_text(encoding="utf-8"))
     return sidecar

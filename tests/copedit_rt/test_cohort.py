@@ -463,6 +463,33 @@ def test_an_output_of_another_patient_is_not_kept(tmp_path, brain_model):
     assert "kept" in run(*command, tmp_path / "renamed").stdout, "the same images"
 
 
+def test_a_synthetic_image_of_what_was_acquired_since_is_told_and_goes_on_request(tmp_path, brain_model):
+    for name in "ab":
+        study(tmp_path / "in" / name, name, ("t1", "t2"))
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
+    assert run(*command, "--samples", 2).exit_code == 0
+    acquired = save(tmp_path / "in" / "a" / "a_flair.nii.gz", image(7))
+    flair = tmp_path / "out" / "a" / "a_flair.nii.gz"
+    told = f"{flair} is synthetic, and the study has a flair now; "
+    assert run(*command).stderr.count(f"a: {told}remove it, or repeat with --overwrite") == 1
+    rows = json.loads(run(*command, "--summary", "--json").stdout)["studies"]
+    assert [row.get("outlived") for row in rows] == [[f"{told}remove it, or repeat with --overwrite"], None]
+    assert "the study has a flair" in " ".join(run(*command, "--summary").stdout.replace("│", " ").split())
+    assert f"a: {told}it was removed" in run(*command, "--overwrite").stderr
+    left = {
+        f"{n}/{n}_{e}{end}" for n, e in (("a", "t1ce"), ("b", "t1ce"), ("b", "flair")) for end in (".nii.gz", ".json")
+    }
+    assert files(tmp_path / "out") == left and acquired.is_file()
+    assert "flair now" not in run(*command).stderr
+    # Of a study that is complete now the error says it. What was acquired stays, also where outputs lie beside it.
+    save(tmp_path / "in" / "a" / "a_t1ce.nii.gz", image(8))
+    alone = ["synth", "-i", tmp_path / "in" / "a", "--model", brain_model, "--overwrite", "-o"]
+    told = "a_t1ce.nii.gz is synthetic, and the study has a t1ce now; it was removed"
+    assert told in refused(run(*alone, tmp_path / "out" / "a"), "no element is missing")
+    refused(run(*alone, tmp_path / "in" / "a"), "no element is missing")
+    assert not files(tmp_path / "out" / "a") and len(files(tmp_path / "in" / "a")) == 4
+
+
 def test_unwritable_output_is_told_before_anything_is_read(tmp_path, brain_model, monkeypatch):
     study(tmp_path / "in")
     monkeypatch.setattr(cohort, "find_studies", lambda *a, **k: pytest.fail("read"))

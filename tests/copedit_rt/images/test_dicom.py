@@ -31,7 +31,7 @@ from copedit_rt.images.dicom.studies import dicom_studies
 from copedit_rt.images.dicom.write import Made as Output
 from copedit_rt.images.dicom.write import stored, write_series
 from copedit_rt.images.find import find_studies
-from copedit_rt.images.study import Study, complete_sidecar
+from copedit_rt.images.study import Study, complete_sidecar, withdraw
 
 RECORD = {"sampler": {"method": "ddim", "steps": 2, "samples": 1, "seed": 0}}
 
@@ -462,6 +462,13 @@ def test_what_is_complete_is_kept(outputs, hospital, brain_model, tmp_path):
     (out / "case_t1ce_dicom" / "mine.txt").write_text("not a slice")
     assert "holds other files than a series" in run(*command).stderr.splitlines()[-1]
     assert (out / "case_t1ce_dicom" / "mine.txt").exists()
+
+
+def test_a_series_goes_with_its_image(outputs, tmp_path):
+    out = shutil.copytree(outputs, tmp_path / "o")
+    image = out / "case_t1ce.nii.gz"
+    withdraw(image, complete_sidecar(image))
+    assert not any(name.startswith("case_t1ce") for name in files(out)) and not (out / "case_t1ce_dicom").exists()
 
 
 def test_without_dicom_out(hospital, brain_model, tmp_path):
