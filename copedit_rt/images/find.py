@@ -138,7 +138,8 @@ def find_studies(
     by side), BIDS, nnU-Net with its dataset.json, and what common tools add (`T1w_acpc_dc_restore_brain`); and as
     hearts those of ACDC, MSCMR, UKBB, M&Ms, Sunnybrook, MESA, and names that say heart, sax or short-axis. Label maps,
     long-axis views, a stack over time beside its frames, hidden files and our own outputs are passed over
-    (`.skipped`), and so is what could not be understood; a study that it may belong to has a `problem`.
+    (`.skipped`), and so is what could not be understood; a study that it may belong to has a `problem`, and
+    so have images that numbers alone tell apart, where no two are of one modality: series of one patient, or patients?
     A folder with DICOM files and no NIfTI files is a DICOM study, or a folder of these, each in one of its own; series
     are matched to modalities by their descriptions, and `StudyFiles.source` tells the match. A zip is taken as the
     folder that it holds.
