@@ -312,9 +312,9 @@ def other(stem: str) -> str | None:
 
 
 def nameless(stem: str) -> bool:
-    """Whether a name begins with what it shows, and not with whose it is; a number may be a patient's."""
-    first, *more = re.split(r"[-_. ]+", stem)
-    return bool(_WORD.fullmatch(first) or _PROTOCOL.fullmatch(first)) or not (more or first.isdecimal())
+    """Whether a name begins with what it shows, and not with whose it is."""
+    first = re.split(r"[-_. ]+", stem)[0]
+    return bool(_WORD.fullmatch(first) or _PROTOCOL.fullmatch(first))
 
 
 def channel(path: Path) -> Name | None:
