@@ -45,3 +45,9 @@ def model_folder(tmp_path_factory):
         return folder
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def few_voxels(monkeypatch):
+    """A prior is fitted in steps of a quarter of the voxels."""
+    monkeypatch.setattr("copedit_training.stages.prior.BATCH", 1024)
