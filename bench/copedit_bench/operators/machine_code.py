@@ -14,6 +14,7 @@ does. So one sees the very tile sizes, warps, stages and argument specialisation
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -112,6 +113,7 @@ def run(case: dict[str, Any]) -> None:
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
 
+@functools.cache
 def resources(cubin: bytes) -> dict[str, int]:
     """registers, stack (where spills go) and static shared memory of the kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -124,6 +126,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
 
 
+@functools.cache
 def instructions(cubin: bytes) -> dict[str, int]:
     """Machine instructions of the kernel, and of them those of its longest loop without another inside."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
