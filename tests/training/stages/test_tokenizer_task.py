@@ -230,6 +230,11 @@ def test_the_prior_alone_is_that_of_stage_one(tmp_path, real, monkeypatch):
         alone("again", *mixed[:2], resume=True)
     with pytest.raises(CopeditError, match="prior_steps = 0: tiny has a prior that is fitted in steps"):
         alone("no", "prior_steps=0")
+    denoiser = tmp_path / "denoiser", "steps=1", f"tokenizer={first}"
+    train("denoiser", *denoiser, config=config)
+    shutil.copy(tmp_path / "without" / "model" / "prior.safetensors", first)
+    with pytest.raises(CopeditError, match=r"started with another prior \(.*run\.json has its SHA-256\)"):
+        train("denoiser", *denoiser, resume=True, config=config)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "denoiser", "prior"])

@@ -35,12 +35,12 @@ def fit(
     trainer.check_subjects(data, overrides)
     with distributed.processes(settings.device):
         found = trainer.source(data, config)
-        tokenizer = digest = None
+        tokenizer, taken = None, {}
         if kind.needs_tokenizer(settings):
             if not settings.tokenizer:
                 raise CopeditError(f"{kind.title} needs a tokenizer: add --set tokenizer=NAME_OR_FOLDER")
-            tokenizer, digest = trainer.load_tokenizer(preset, config, settings.tokenizer)
-        described = trainer.describe(settings, config, data, found, digest) | {"method": name}
+            tokenizer, taken["tokenizer"] = trainer.load_tokenizer(preset, config, settings.tokenizer)
+        described = trainer.describe(settings, config, data, found, taken) | {"method": name}
         trainer.get_ready(settings)
         made = kind(config, settings, tokenizer)
         most = settings.subjects if quick else None

@@ -21,6 +21,7 @@ from copedit_rt.trained import TRAINING
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 
 SUMS = "checksums.json"  # of the files beside it
+TAKEN = ("tokenizer", "prior")  # from a model, of which a run notes the SHA-256
 Tensors = dict[str, Tensor]
 
 
@@ -38,16 +39,15 @@ def check_claim(output: Path, described: Mapping[str, Any], resume: bool) -> Non
             f"{path}: does not describe a run ({error}); choose another output folder, or delete this one"
         ) from error
     wanted = json.loads(json.dumps(described))
-    if "tokenizer" not in found:  # as an older version described a denoiser
-        wanted.pop("tokenizer", None)
-    if found == wanted:
-        return
-    if found | {"tokenizer": None} == wanted | {"tokenizer": None}:
-        raise CopeditError(
-            f"{output}: was started with another tokenizer ({path} has its SHA-256); go on with that one, or start "
-            f"again in another folder"
-        )
-    raise CopeditError(f"{output}: was started with other settings (see {path}); resume with the same ones")
+    own, others = ({key: value for key, value in run.items() if key not in TAKEN} for run in (wanted, found))
+    if own != others:
+        raise CopeditError(f"{output}: was started with other settings (see {path}); resume with the same ones")
+    for key in TAKEN:
+        if key in found and found[key] != wanted.get(key):  # older versions noted less
+            raise CopeditError(
+                f"{output}: was started with another {key} ({path} has its SHA-256); go on with that one, or start "
+                f"again in another folder"
+            )
 
 
 def claim(output: Path, described: Mapping[str, Any], resume: bool) -> None:

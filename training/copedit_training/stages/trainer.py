@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ from copedit_rt.images.find import find_studies
 from copedit_rt.networks.denoiser import build_denoiser
 from copedit_rt.networks.precision import tried_convolutions
 from copedit_rt.networks.tokenizer import CoPeVAE
+from copedit_rt.prior import PRIOR
 from copedit_rt.terminal import finite
 from copedit_rt.trained import TrainedOn
 from copedit_training.data import layouts
@@ -130,7 +131,7 @@ def fit_prior_alone(
     patients = read_patients(Path(settings.patients), config) if settings.patients else ()
     vae, digest = load_tokenizer(preset, config, tokenizer)
     found, console = source(data, config), terminal()
-    claim(output, describe(settings, config, data, found, digest) | {"stage": "prior"}, resume)
+    claim(output, describe(settings, config, data, found, {"tokenizer": digest}) | {"stage": "prior"}, resume)
     images = _images(config, settings, found, output, console)
     words = trained_words(found, settings, config, len(images))
     perception = _perceives(tokenizer, words)
@@ -154,20 +155,20 @@ def _run(
     preset: str, output: Path, data: str, settings: Settings, resume: bool, config: ModelConfig, most: int | None
 ) -> Path:
     found = source(data, config)
-    make, tokenizer = _checked(preset, settings, config, output)
-    described = describe(settings, config, data, found, tokenizer)
+    make, taken = _checked(preset, settings, config, output)
+    described = describe(settings, config, data, found, taken)
     return carry_out(described, output, settings, config, found, make, resume, most)
 
 
 def describe(
-    settings: Settings, config: ModelConfig, data: str, found: Source, tokenizer: str | None
+    settings: Settings, config: ModelConfig, data: str, found: Source, taken: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What `run.json` says of a run; tokenizer: the SHA-256 of the one that it takes (None: it takes none)."""
+    """What `run.json` says of a run; taken: SHA-256 of the "tokenizer" and "prior" that it takes from a model."""
     own = dataclasses.asdict(settings)
     described: dict[str, Any] = {"stage": settings.stage, "settings": own, "model": config.to_dict()}
     if found:
         described["data"] = f"labels:{found.folder}" if isinstance(found, Labels) else str(Path(data).resolve())
-    return described | ({"tokenizer": tokenizer} if tokenizer else {})
+    return {**described, **taken}
 
 
 @_resumable()
@@ -278,20 +279,22 @@ def get_ready(settings: Settings) -> None:
 
 def _checked(
     preset: str, settings: Settings, config: ModelConfig, output: Path
-) -> tuple[Callable[[np.ndarray], Task[Any, Any]], str | None]:
-    """What makes a task of its images, and the SHA-256 of the tokenizer that stage II takes; all that can be wrong
+) -> tuple[Callable[[np.ndarray], Task[Any, Any]], dict[str, str]]:
+    """What makes a task of its images, and the SHA-256 of what stage II takes from stage I; all that can be wrong
     without the images raises CopeditError now."""
     get_ready(settings)
     if isinstance(settings, TokenizerSettings):
         task = TokenizerTask(config, settings)
-        return lambda images: task.on(images, heart_centres(output)), None
+        return lambda images: task.on(images, heart_centres(output)), {}
     assert isinstance(settings, DenoiserSettings)
     check(config, settings)
     if not settings.tokenizer:
         raise CopeditError("the denoiser needs its tokenizer: add --set tokenizer=FOLDER (stage I's RUN/model)")
     tokenizer, digest = load_tokenizer(preset, config, settings.tokenizer)
-    given = checkpoint.load_prior(checkpoint.locate(settings.tokenizer), config)
-    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", given), digest
+    folder = checkpoint.locate(settings.tokenizer)
+    given = checkpoint.load_prior(folder, config)
+    taken = {"tokenizer": digest} | checkpoint.digests(folder, (PRIOR,) if given else ())
+    return lambda images: DenoiserTask(config, settings, images, tokenizer, output / "latents.npy", given), taken
 
 
 def _images(
