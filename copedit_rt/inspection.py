@@ -236,7 +236,7 @@ def _shown(data: np.ndarray, axis: int, blank: Sequence[int]) -> np.ndarray:
     """The planes that hold more than specks, such as masks leave at their edges."""
     planes = np.moveaxis(data, axis, 0)
     empty = planes[blank[0]].flat[0] if blank else np.nan
-    return np.flatnonzero((planes != empty).mean((1, 2)) > SPECKS)
+    return np.setdiff1d(np.flatnonzero((planes != empty).mean((1, 2)) > SPECKS), blank)
 
 
 def contradictions(perception: Perception, files: Mapping[str, str], *, task: Task) -> list[Finding]:
@@ -246,8 +246,8 @@ def contradictions(perception: Perception, files: Mapping[str, str], *, task: Ta
     has seen phantoms alone they are remarks, one of which says so.
     """
     found = list(_contradictions(perception, files, task))
-    if found and perception.trained_on:
-        text = f"what is perceived may mean nothing on a patient: the network has seen {perception.trained_on} alone"
+    if found and perception.seen_only:
+        text = f"what is perceived may mean nothing on a patient: the network has seen {perception.seen_only} alone"
         found = [replace(finding, flag=False) for finding in (*found, Finding("note", text))]
     return found
 

@@ -30,7 +30,7 @@ class Perception:
     missing: P(element i is missing), i = 0..m-1.
     identity: per observed element, by its name: P(that one image is element i), i = 0..m-1; sums to 1.
     elements: names of the m elements. unlike: a sentence about each image that is unlike what the model was trained on.
-    trained_on: what the network was trained on, where that was phantoms alone and the rest of the model was not.
+    seen_only: what the network was trained on, where that was phantoms alone and the rest of the model was not.
     """
 
     count: list[float]
@@ -38,7 +38,7 @@ class Perception:
     identity: dict[str, list[float]]
     elements: tuple[str, ...]
     unlike: tuple[str, ...] = ()
-    trained_on: str = ""
+    seen_only: str = ""
 
     @classmethod
     def from_logits(

@@ -20,6 +20,7 @@ from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device, choose_dtype
 from copedit_rt.engines.engine import Encoded, Engine, Whole, choose_engine
 from copedit_rt.errors import CopeditError, by_name
+from copedit_rt.images.names import targets
 from copedit_rt.images.nifti import WORKING, available_memory
 from copedit_rt.images.prepare import Prepared, prepare
 from copedit_rt.images.study import Study
@@ -225,7 +226,7 @@ class Synthesizer:
         prepared = prepare(study, config)
         wanted = self._targets(prepared, target)
         if samples > 1:
-            _check_memory(study, len(wanted), samples)
+            _check_moments(study, len(wanted), samples)
         mean: dict[str, np.ndarray] = {}
         spread: dict[str, np.ndarray] = {}
         fill = self.prior.fill_study(prepared) if self.prior else None
@@ -315,21 +316,20 @@ class Synthesizer:
 
     def _targets(self, prepared: Prepared, target: str | Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
-        target = [target] if isinstance(target, str) else None if target is None else list(target)
         if self.config.task.joint:
             if target:
-                raise CopeditError(
-                    f"target {', '.join(target)}: a cardiac stack is filled as a whole; leave target out"
-                )
+                asked = target if isinstance(target, str) else ", ".join(target)
+                raise CopeditError(f"target {asked}: a cardiac stack is filled as a whole; leave target out")
             return [STACK]
-        for name in target or ():
+        wanted = targets(target) or prepared.missing
+        for name in wanted:
             if name not in self.config.elements:
                 raise CopeditError(
                     f"target {name!r} is unknown to {self.config.name}; choose among {', '.join(self.config.elements)}"
                 )
             if name not in prepared.missing:
                 raise CopeditError(f"target {name!r}: {prepared.study.name} has a file for it; nothing to synthesise")
-        return [name for name in prepared.missing if not target or name in target]
+        return [name for name in prepared.missing if name in wanted]
 
     def _encode(self, prepared: Prepared, fill: Fill | None = None) -> Encoded:
         # A slab that counts as observed and lacks a slice all the same is taken with that slice filled.
@@ -352,7 +352,7 @@ class Synthesizer:
         if self.trained is None:
             return perceived
         unlike = self.trained.remarks(elements, prepared.images, prepared.observed)
-        return replace(perceived, unlike=unlike, trained_on=self.trained.perception)
+        return replace(perceived, unlike=unlike, seen_only=self.trained.perception)
 
     def encode(self, images: np.ndarray, about: str = "images") -> Encoded:
         """`Engine.encode` of observed images [k, 1, H, W, D] as a batch of one; about: whose they are.
@@ -427,7 +427,7 @@ class Synthesizer:
         }
 
 
-def _check_memory(study: Study, count: int, samples: int) -> None:
+def _check_moments(study: Study, count: int, samples: int) -> None:
     """Raises CopeditError where the moments of samples of `count` volumes do not fit into memory beside the rest."""
     voxels = study.reference.data.size
     needed, available = (MOMENTS * count + WORKING) * voxels, available_memory()

@@ -159,7 +159,7 @@ def modality(name: str) -> str:
 def targets(named: str | Sequence[str] | None) -> list[str] | None:
     """The modalities of a target, "all", "t1,flair" or names; None for all. CopeditError for unknown ones and none."""
     if isinstance(named, str):
-        named = None if named.strip().lower() == "all" else named.split(",")
+        named = None if named.strip().lower() == "all" else [part for part in named.split(",") if part.strip()]
     if named is None:
         return None
     if not (found := [modality(name) for name in named]):

@@ -65,7 +65,7 @@ class Prepared:
     missing_slices: tuple[int, ...] = ()
     version: int = 1
     outside: int = 0  # brain: voxels of tissue that the model's field of view does not reach
-    coverage: tuple[str, ...] = ()  # brain: sentences about observed volumes that do not show the same part of a head
+    unlike_coverage: tuple[str, ...] = ()  # brain: sentences about volumes that show other parts of a head
     backdrops: Mapping[str, Backdrop] = field(default_factory=dict)  # brain: what shows nothing in each observed volume
 
     @property
@@ -223,10 +223,10 @@ class Prepared:
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the way in."""
         if not self.outside:
-            return self.coverage
+            return self.unlike_coverage
         extent = " x ".join(f"{e:g}" for e in self.frame.field_of_view)
         return (
-            *self.coverage,
+            *self.unlike_coverage,
             f"{self.outside_ml:.3g} ml of tissue lie outside the model's field of view of {extent} mm; there, a linear "
             f"relation to the observed images stands for what is synthesised",
         )
@@ -341,22 +341,21 @@ def _prepare_brain(study: Study, config: ModelConfig, allow_complete: bool) -> P
         study=study,
         version=config.preprocessing.version,
         outside=_unseen(turned, frames[0]) if frames[0].cuts else 0,
-        coverage=tuple(_unlike_coverage(masks)),
+        unlike_coverage=tuple(_unlike_coverage(masks)),
     )
 
 
 def _unlike_coverage(masks: Mapping[str, tuple[NDArray[np.bool_], ...]]) -> Iterator[str]:
     """A sentence about each pair of volumes of which one, skull-stripped or cut, shows little of what the other does.
 
-    masks: per volume what is bright and what is empty in it, on one grid. Of the real studies at hand, up to a
-    twentieth of what is bright in one image lies where another shows nothing.
+    masks: per volume what is bright and what is empty in it, on one grid.
     """
     for (name, (bright, _)), (other, (_, empty)) in itertools.permutations(masks.items(), 2):
         share = np.count_nonzero(bright & empty) / (np.count_nonzero(bright) or 1)
         if share > ELSEWHERE:
             yield (
-                f"{share:.0%} of what {name} shows lies where {other} shows nothing; if one is skull-stripped and the "
-                f"other is not, give both alike: edges of one become edges of what is made"
+                f"{share:.0%} of what {name} shows lies where {other} shows nothing: it is skull-stripped or covers "
+                f"less; give both alike if you can, as its edges become edges of what is made"
             )
 
 
@@ -417,7 +416,8 @@ def _prepare_cardiac(study: Study, config: ModelConfig, allow_complete: bool) ->
         raise CopeditError(f"{study.name}: every slice is missing; at least one slab of slices is needed")
     present = [index for index in range(count) if index not in missing]
     shown = np.take(volume.data, present, axis)
-    border = empty_border((shown == np.median(shown[np.ix_((0, -1), (0, -1), (0, -1))])).all(axis))
+    values, counts = np.unique(shown[np.ix_((0, -1), (0, -1), (0, -1))], return_counts=True)
+    border = empty_border((shown == values[counts.argmax()]).all(axis))
     low, high = percentile_range(np.moveaxis(shown, axis, 0)[:, ~border], config.preprocessing.percentiles, study.name)
     filled = fill_slices(volume.data, missing, axis)
     frame, spaced = stack_frame(volume, config), spacing(volume.affine)[axis]

@@ -395,7 +395,7 @@ def _read_modalities(study: Study, resample: bool, check_content: bool) -> None:
     for name in differing:
         volume = study.volumes[name]
         data = resample_onto(volume, reference)
-        if check_content and not data.any():
+        if check_content and data.min() == data.max():
             raise CopeditError(
                 f"{study.name}: {name} ({volume.called}) does not overlap with {first} "
                 f"({reference.called}) in space; check that both are of the same patient and registered"

@@ -182,7 +182,7 @@ def _response(result: Result) -> Any:
     shape = study.reference.data.shape
     spread = [result.std[name] for name in names if name in result.std]
     about = {"record": result.record, "perception": result.perception.to_dict(), "notes": list(study.notes)}
-    about |= {"unlike": list(result.perception.unlike), "perception_trained_on": result.perception.trained_on}
+    about |= {"unlike": list(result.perception.unlike), "seen_only": result.perception.seen_only}
     outputs = {
         "elements": np.array([name.encode() for name in names], dtype=object),
         "images": np.stack([np.ascontiguousarray(study.volumes[name].data) for name in names]),

@@ -175,6 +175,10 @@ def test_specks_beyond_a_blank_plane_are_no_image():
     assert examine({"t1": volume(data)}, {}, task=Task.BRAIN) == []
     data[10:20, 10:20, 3] = 1
     assert [f.kind for f in examine({"t1": volume(data)}, {}, task=Task.BRAIN)] == ["blank"]
+    data[..., :3] = np.nan
+    assert {f.kind for f in examine({"t1": volume(data)}, {}, task=Task.BRAIN)} == {"blank", "non-finite"}
+    data[..., 3:6] = data[..., 6:9]
+    assert {f.kind for f in examine({"t1": volume(data)}, {}, task=Task.BRAIN)} == {"non-finite"}
     speck = np.zeros((40, 40, 40))
     speck[5, 5, 5] = 1
     assert examine({"t1": volume(speck)}, {}, task=Task.BRAIN) == []
@@ -183,9 +187,9 @@ def test_specks_beyond_a_blank_plane_are_no_image():
 def test_what_a_network_says_that_has_seen_phantoms_alone_is_a_remark():
     perceived = perceive(t1="t1", t2="flair", flair="flair")
     assert all(finding.flag for finding in contradictions(perceived, {}, task=Task.BRAIN))
-    told = contradictions(replace(perceived, trained_on="simulated phantoms"), {}, task=Task.BRAIN)
+    told = contradictions(replace(perceived, seen_only="simulated phantoms"), {}, task=Task.BRAIN)
     assert not any(finding.flag for finding in told) and "has seen simulated phantoms alone" in told[-1].text
-    agreed = replace(perceive(t1="t1", t2="t2", flair="flair"), trained_on="simulated phantoms")
+    agreed = replace(perceive(t1="t1", t2="t2", flair="flair"), seen_only="simulated phantoms")
     assert contradictions(agreed, {}, task=Task.BRAIN) == []
 
 

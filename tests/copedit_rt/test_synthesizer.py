@@ -296,7 +296,7 @@ def test_numbers_of_numpy_are_numbers(brain_model):
     assert np.array_equal(result.study.volumes["t2"].data, plain.study.volumes["t2"].data)
 
 
-@pytest.mark.parametrize("several", [list, iter])
+@pytest.mark.parametrize("several", [list, iter, lambda names: "FLAIR,"])
 def test_target_returns_a_part_of_the_same_synthesis(brain_model, several):
     whole = brain_model.synthesize(brain("t1", "t2"))
     part = brain_model.synthesize(brain("t1", "t2"), target=several(["flair"]))
@@ -427,7 +427,8 @@ def test_record_holds_what_is_needed_to_repeat(brain_model, tmp_path):
         ({"seed": "7"}, "seed '7', samples 1: each must be a whole number"),
         ({"samples": 0}, "samples 0: must be between 1 and 10000"),
         ({"detail": "none"}, "detail 'none': must be True or False"),
-        ({"target": "pd"}, "target 'pd' is unknown"),
+        ({"target": "t2,pd"}, "target 'pd' is unknown"),
+        ({"target": []}, "names no modality"),
         ({"solver": "euler"}, "solver 'euler' is unknown; choose one of ddim, dpm2m"),
     ],
 )

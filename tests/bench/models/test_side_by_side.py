@@ -284,7 +284,7 @@ def test_growth_along_every_axis(monkeypatch):
         assert found.pop(axis) == wanted and all(one == other for one, other in found.values())
     rows = [cpu.grown("tiny", "batch", value, torch.get_num_threads()) for value in (1, 16)]
     assert [row["batch"] for row in rows] == [1, 16]
-    assert rows[1]["processor_s"] > rows[0]["processor_s"] > 0 and min(row["peak_bytes"] for row in rows) >= 0
+    assert rows[1]["processor_s"] > rows[0]["processor_s"] > 0
 
 
 def test_the_page_of_a_cpu_says_the_processor_and_how_things_grow():

@@ -445,11 +445,13 @@ def test_shifted_grids(tmp_path):
     refuses("on different grids.*3 mm apart; use --resample", Study.read, tmp_path)
 
 
-def test_grids_that_do_not_overlap(tmp_path):
+@pytest.mark.parametrize("standardised", [False, True])
+def test_grids_that_do_not_overlap(tmp_path, standardised):
     save(tmp_path / "A_t1.nii.gz")
     far = np.diag([2, 2, 5, 1.0])
     far[0, 3] = 500
-    save(tmp_path / "A_t2.nii.gz", affine=far)
+    data = np.random.default_rng(0).normal(size=(8, 9, 6)) if standardised else None
+    save(tmp_path / "A_t2.nii.gz", data, affine=far)
     refuses("A_t2.nii.gz. does not overlap with t1", Study.read, tmp_path, resample=True)
 
 

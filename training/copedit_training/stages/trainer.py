@@ -237,7 +237,9 @@ def trained_words(found: Source, settings: Settings, config: ModelConfig, studie
 def _perceives(tokenizer: str, words: str) -> str:
     """What the tokenizer of a model was trained on where that is phantoms alone, and `words` say more of the model."""
     first = TrainedOn.load(checkpoint.locate(tokenizer)) if tokenizer else None
-    return PHANTOMS if first and first.words == PHANTOMS != words else ""
+    if first is None:
+        return ""
+    return first.perception or (PHANTOMS if first.words == PHANTOMS != words else "")
 
 
 def trained_on(words: str, config: ModelConfig, images: np.ndarray, perception: str) -> TrainedOn:
