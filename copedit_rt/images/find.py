@@ -452,8 +452,9 @@ class _Search:
                 if not study.task.joint and path.parent in {folder, *(file.parent for file in study.files.values())}
             ]
             heads = [(n, i) for n, i in there if n and stem_of(path).startswith(found[i][1].naming.head)]
-            anyone = len(there) == 1 or (nameless(stem_of(path)) and not left_out(stem_of(path)))
-            for n, i in heads or (there if anyone else []):
+            anyones = nameless(stem_of(path)) and not left_out(stem_of(path)) and _mentioned(stem_of(path))
+            lacking = [(n, i) for n, i in there if anyones and anyones not in found[i][1].files]
+            for n, i in heads or (there if len(there) == 1 else lacking):
                 if not heads or n == max(heads)[0]:
                     beside.setdefault(i, []).append((path, reason))
         for i, files in beside.items():

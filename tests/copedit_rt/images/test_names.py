@@ -195,6 +195,14 @@ def test_a_file_that_may_be_anyones_stops_all_studies_of_its_folder(tmp_path):
     touch(tmp_path, "t2_tirm_tra_dark-fluid.nii.gz")
     one, two, other = find_studies(tmp_path)
     assert "--file flair=FILE" in one.problem and one.unclear == two.unclear and other.problem is None
+    touch(tmp_path, "p1_flair.nii.gz")
+    assert [bool(study.problem) for study in find_studies(tmp_path)] == [False, True, False], "one lacks no FLAIR"
+
+
+@pytest.mark.parametrize("stem", ["t1_to_mni_warp", "T1_template_brainweb", "axial"])
+def test_what_no_study_lacks_stops_none(tmp_path, stem):
+    touch(tmp_path, "p1_t1.nii.gz", "p2_t1.nii.gz", f"{stem}.nii.gz")
+    assert [study.problem for study in find_studies(tmp_path)] == [None, None]
 
 
 @pytest.mark.parametrize(
