@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -309,7 +310,8 @@ class _Search:
             naming = Naming(f"{study.name}_", STYLES[0], subfolder)
             if task is Task.HEART:
                 naming = Naming(study.name, {STACK: ""}, subfolder)
-            found.append((study.folder, StudyFiles(study.name, task, files, naming, study.problem, source=study)))
+            called = _called(study.folder, root)
+            found.append((study.folder, StudyFiles(called, task, files, naming, study.problem, source=study)))
         return found
 
     def _kept(self, found: list[tuple[Path, StudyFiles]]) -> list[tuple[Path, StudyFiles]]:
@@ -517,22 +519,25 @@ def _called(folder: Path, root: Path) -> str:
 
 
 def _distinct(found: Sequence[tuple[Path, StudyFiles]], roots: Sequence[Path]) -> list[StudyFiles]:
-    """The studies, those of one name told apart by the folders above, and refused where outputs would clash."""
+    """The studies, those of one name told apart by the folders above, or else numbered, and refused where outputs would
+    clash."""
     outputs = Counter(place for _, s in found for place in _places(s))
     labels = Counter(s.name for _, s in found)
-    names, above = [], []
+    names, above = [], []  # above: a root where there are several, and the folders below it, not yet in the name
     for (folder, study), root in zip(found, roots, strict=True):
-        own, called = folder.resolve(), _called(folder, root)
-        told = labels[study.name] == 1 or study.name in (own.name, called)
-        names.append(study.name if told else f"{own.name}_{study.name}")
-        if study.name == called:  # which has all folders below the root
-            own = root.joinpath(*folder.relative_to(root).parts[:1]).resolve()
-        above.append(own)
-    while above and len(set(names)) < len(names) and any(p != p.parent for p in above):
+        own, called = folder.resolve().name, _called(folder, root)
+        told = labels[study.name] == 1 or study.name in (own, called)
+        names.append(study.name if told else f"{own}_{study.name}")
+        parts = [root.resolve().name, *folder.relative_to(root).parts][:-1]
+        above.append(parts[len(set(roots)) == 1 : 1 if study.name == called else None])
+    while len(set(names)) < len(names) and any(above):
         count = Counter(names)
-        above = [p.parent for p in above]
-        pairs = zip(above, names, strict=True)
-        names = [f"{p.name}_{name}" if count[name] > 1 and p.name else name for p, name in pairs]
+        last = [folders.pop() if folders else "" for folders in above]
+        pairs = zip(last, names, strict=True)
+        names = [f"{folder}_{name}" if count[name] > 1 and folder else name for folder, name in pairs]
+    while len(set(names)) < len(names):  # A/v1 and A_v1
+        count, numbers = Counter(names), defaultdict[str, Iterator[int]](lambda: itertools.count(1))
+        names = [f"{name}-{next(numbers[name])}" if count[name] > 1 else name for name in names]
     studies = []
     for (_, study), name in zip(found, names, strict=True):
         if any(outputs[place] > 1 for place in _places(study)):

@@ -145,8 +145,10 @@ def test_a_cohort(tmp_path):
     for n, name in enumerate(("b", "a/visit1", "a/visit2"), 1):
         dicoms.study(tmp_path / "cohort" / name, T2, FLAIR, study=str(n))
     found = find_studies(tmp_path / "cohort")
-    assert [study.name for study in found] == ["visit1", "visit2", "b"] and not any(study.problem for study in found)
+    names = ["a_visit1", "a_visit2", "b"]
+    assert [study.name for study in found] == names and not any(study.problem for study in found)
     assert found[0].output_path(Path("o"), "t1") == Path("o/a/visit1/visit1_t1.nii.gz")
+    assert [study.name for study in find_studies(tmp_path / "cohort" / "a" / "visit1")] == ["visit1"]
     with pytest.raises(CopeditError, match=r"--file names series of one study, and .* holds 3"):
         find_studies(tmp_path / "cohort", {"t1": "3"})
 

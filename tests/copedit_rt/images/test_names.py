@@ -302,6 +302,18 @@ def test_a_study_without_a_name_has_its_path_whatever_else_is_there(tmp_path):
     assert names == ["x_A_v1", "x_A_v2", "B_v1", "B_v2", "C_v3", "y_A_v1", "y_A_v2", "B", "E"]
 
 
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["A/v1/t1", "A_v1/t1"], ["A_v1-1", "A_v1-2"]),
+        (["A/B_v1/t1", "A_B/v1/t1"], ["A_B_v1-1", "A_B_v1-2"]),
+        (["A/v1/t1", "A_v1/A_v1_t1", "A_v1-2/t1"], ["A_v1-1", "A_v1-2-1", "A_v1-2-2"]),
+    ],
+)
+def test_paths_that_are_one_name_are_numbered(tmp_path, files, names):
+    assert list(found(touch(tmp_path, *(f"{file}.nii.gz" for file in files), "B/t1.nii.gz"))) == [*names, "B"]
+
+
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "s_t1.nii.gz")
     with pytest.raises(CopeditError, match="neither a file nor a folder"):
