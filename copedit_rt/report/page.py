@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copedit_rt import checkpoint
-from copedit_rt.errors import CopeditError
+from copedit_rt.errors import CopeditError, by_name
 from copedit_rt.files import write_atomically
 from copedit_rt.images import preview
 from copedit_rt.images.grids import slice_axis, spacing
@@ -227,8 +227,10 @@ def index(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
         filled += there
         made = ", ".join(entry.get("outputs", {})) if there else ""
         flags = len(entry.get("notes", ()))
-        told = entry.get("remark") or (f"{flags} notes" if flags else "")
-        cells = entry["status"], made, entry.get("model_name", ""), f"{entry.get('seconds', 0):.1f}", told
+        # An older version left no remark and no name.
+        told = entry.get("remark") or by_name(entry.get("error") or "") or (f"{flags} notes" if flags else "")
+        model = entry.get("model_name") or Path(entry.get("model") or "").name
+        cells = entry["status"], made, model, f"{entry.get('seconds', 0):.1f}", told
         rows.append([name, *(html.escape(str(cell)) for cell in cells)])
     headings = ["study", "outcome", "synthesised", "model", "seconds", "remarks"]
     body = _table(headings, rows, escape=False)

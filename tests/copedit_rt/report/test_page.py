@@ -88,6 +88,13 @@ def test_every_cell_of_an_index_is_text(tmp_path):
     assert odd not in text and text.count("&lt;b&gt;&amp;") == 4
 
 
+def test_an_entry_of_an_older_version_says_why_it_failed(tmp_path):
+    entry = {"study": "a", "status": "failed", "model": "/home/x/tiny", "error": "/home/x/a_t1.nii.gz is empty"}
+    page.index([entry], tmp_path / "index.html")
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<td>tiny</td>" in text and "<td>a_t1.nii.gz is empty</td>" in text and "home" not in text
+
+
 def test_one_slice_among_hundreds_shows_how_samples_vary():
     """More than 99.5 of 100 voxels are 0: the window ended at 1, or at what is next to nothing."""
     std = np.zeros((4, 4, 400))
