@@ -201,7 +201,10 @@ def synth(
     engine: Engine = "auto",
     dtype: Dtype = "auto",
     max_memory: MaxMemory = None,
-    overwrite: Annotated[bool, flag("--overwrite", help="Replace outputs that exist.")] = False,
+    overwrite: Annotated[
+        bool,
+        flag("--overwrite", help="Replace outputs that exist, and remove those whose modality was acquired since."),
+    ] = False,
     resample: Annotated[bool, flag("--resample", help="Bring files on other grids onto the first one's.")] = False,
     preview: Annotated[bool, flag("--preview", help="Also write a PNG per study.")] = False,
     report: Annotated[

@@ -68,9 +68,9 @@ def synthesise(
     those of `Models`; steps, seed, samples, solver and detail those of `Synthesizer.synthesize`; missing_slices and
     resample those of `Study.read`. target: "all", or elements as in "t1,flair". overwrite: replace also outputs that
     are there and complete (`complete_sidecar`), which are kept otherwise, with a note on what has changed since
-    (`changes`), and remove those of a modality that the study has by now (`Job.outlived`). preview: also write a PNG
-    per study; report: a page per study that a browser opens, and of several an index.html. dicom: of DICOM studies also
-    write each image as a derived series (`Study.write`).
+    (`changes`), and, where there is no target, in the end remove those of a modality that the study has by now
+    (`Job.clear`). preview: also write a PNG per study; report: a page per study that a browser opens, and of several an
+    index.html. dicom: of DICOM studies also write each image as a derived series (`Study.write`).
 
     A study that fails, for whatever reason, is told in one sentence and does not stop the others; if it is the only one
     its CopeditError is raised, and so is that of a model that cannot be used. While one is computed, the next study is
@@ -276,25 +276,26 @@ class Job:
             for what, elements in notes.items()
         ]
 
-    def outlived(self, files: StudyFiles) -> list[str]:
-        """A note on each synthetic image of a modality that the study has by now; with `overwrite` that image goes."""
-        notes = []
+    def outlived(self, files: StudyFiles, remove: bool = False) -> list[str]:
+        """A note on each synthetic image of a modality that the study has by now; remove: that image goes."""
+        notes, again = [], "--overwrite" + " and without --target" * (self.target is not None)
         for element in () if files.task.joint or files.problem else files.files:
             path = files.naming.path(self.output, element)
             sidecar = complete_sidecar(path) if is_synthetic(path) else None
             if sidecar and not of_another(sidecar, files.name, files.inputs()):
-                if self.overwrite:
+                if remove:
                     withdraw(path, sidecar)
-                left = "remove it, or repeat with --overwrite" if is_file(path) else "it was removed"
+                left = f"remove it, or repeat with {again}" if is_file(path) else "it was removed"
                 notes.append(f"{path} is synthetic, and the study has a {element} now; {left}")
         return notes
 
     def complete(self, opened: Opened, error: CopeditError) -> None:
         """Of a study that lacks nothing, before any network is loaded: an outcome, and an error if it is the only
         one."""
+        if self.overwrite and opened.entry["outlived"]:
+            Study.read(opened.files, **self.reading)  # what cannot be read replaces nothing
         opened.entry["status"] = "complete"
-        if not self.several:
-            opened.error = CopeditError("; ".join((str(error), *opened.entry["outlived"])))
+        opened.error = None if self.several else error
 
     def attempt(self, opened: Opened) -> Result | None:
         """What is missing from a study, if something is; what goes wrong is kept."""
@@ -315,15 +316,28 @@ class Job:
         try:
             if result:
                 self.save(opened, result)
+            if self.overwrite and self.target is None and opened.entry["status"] in ("written", "complete"):
+                self.clear(opened)
         except Exception as error:
             opened.error = self.failure(opened, error)
         told = opened.error
+        if told and opened.entry["status"] == "complete":
+            told = CopeditError("; ".join((str(told), *opened.entry["outlived"])))
         if told and (not self.several or isinstance(told, UnusableModel)):
             raise told from told.__cause__
         if told:
             folders = {path.parent for path in (*opened.files.files.values(), *opened.files.unclear)}
             opened.entry |= {"error": str(told), "remark": by_name(str(told), folders | {self.output})}
         return opened.entry, told
+
+    def clear(self, opened: Opened) -> None:
+        """Synthetic images of modalities that the study has by now go, which is said, and so is what shows them."""
+        files, entry = opened.files, opened.entry
+        if entry["outlived"]:
+            entry["outlived"] = self.outlived(files, remove=True)
+            shown = {"preview": self.picture(files), "report": self.page(files)}
+            old = [path for kind, path in shown.items() if kind not in entry and path.is_file()]
+            entry["outlived"] += [f"{path} may show what was removed" for path in old]
 
     def compute(self, opened: Opened, study: Study) -> Result:
         """What is missing from a study, synthesised."""

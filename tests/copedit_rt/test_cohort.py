@@ -480,14 +480,36 @@ def test_a_synthetic_image_of_what_was_acquired_since_is_told_and_goes_on_reques
         f"{n}/{n}_{e}{end}" for n, e in (("a", "t1ce"), ("b", "t1ce"), ("b", "flair")) for end in (".nii.gz", ".json")
     }
     assert files(tmp_path / "out") == left and acquired.is_file()
+    (tmp_path / "out" / "a" / "a_report.html").touch()
     assert "flair now" not in run(*command).stderr
     # Of a study that is complete now the error says it. What was acquired stays, also where outputs lie beside it.
     save(tmp_path / "in" / "a" / "a_t1ce.nii.gz", image(8))
     alone = ["synth", "-i", tmp_path / "in" / "a", "--model", brain_model, "--overwrite", "-o"]
     told = "a_t1ce.nii.gz is synthetic, and the study has a t1ce now; it was removed"
-    assert told in refused(run(*alone, tmp_path / "out" / "a"), "no element is missing")
+    said = refused(run(*alone, tmp_path / "out" / "a"), "no element is missing", "a_report.html may show what was rem")
+    assert told in said
     refused(run(*alone, tmp_path / "in" / "a"), "no element is missing")
-    assert not files(tmp_path / "out" / "a") and len(files(tmp_path / "in" / "a")) == 4
+    assert files(tmp_path / "out" / "a") == {"a_report.html"} and len(files(tmp_path / "in" / "a")) == 4
+
+
+def test_what_was_acquired_since_replaces_nothing_before_it_was_read(tmp_path, brain_model):
+    study(tmp_path / "in", "a", ("t1", "t2"))
+    command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
+    assert run(*command).exit_code == 0
+    before = files(tmp_path / "out")
+    flair = save(tmp_path / "in" / "a_flair.nii.gz", image(7))
+    refused(run(*command, "--overwrite", "--steps", 100_000), "steps")
+    again = run(*command, "--overwrite", "--target", "t1ce")
+    assert again.exit_code == 0 and "repeat with --overwrite and without --target" in again.stderr
+    content = flair.read_bytes()
+    flair.write_bytes(b"")
+    refused(run(*command, "--overwrite"), "a_flair.nii.gz is an empty file")
+    save(tmp_path / "in" / "a_t1ce.nii.gz", image(8))
+    refused(run(*command, "--overwrite"), "a_flair.nii.gz is an empty file")  # of a study that is complete
+    assert files(tmp_path / "out") == before
+    flair.write_bytes(content)
+    refused(run(*command, "--overwrite"), "a flair now; it was removed", "a t1ce now; it was removed")
+    assert not files(tmp_path / "out")
 
 
 def test_unwritable_output_is_told_before_anything_is_read(tmp_path, brain_model, monkeypatch):
