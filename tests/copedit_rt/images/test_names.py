@@ -189,7 +189,7 @@ def test_what_cannot_be_missing_stops_nothing(tmp_path):
     assert [study.problem for study in find_studies(tmp_path)] == [None, None]
 
 
-def test_a_file_that_may_be_anyones_stops_all_studies_of_its_folder(tmp_path):
+def test_a_file_that_may_be_anyones_stops_the_studies_of_its_folder_that_lack_it(tmp_path):
     touch(tmp_path, "p1_t1.nii.gz", "p2_t1.nii.gz", "topogram.nii.gz", "x/p3_t1.nii.gz")
     assert [study.problem for study in find_studies(tmp_path)] == [None] * 3
     touch(tmp_path, "t2_tirm_tra_dark-fluid.nii.gz")
