@@ -25,7 +25,7 @@ pytestmark = interpreted
 DTYPES = (torch.float16, torch.float32, torch.float64)
 ROWS = [pytest.param(op, variant, id=f"{op} {variant}") for op, row in OPERATORS.items() for variant in row.variants]
 few = settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-many = settings(few, max_examples=150, derandomize=False)
+many = settings(few, max_examples=150)
 
 
 @pytest.fixture(autouse=True, scope="module")
