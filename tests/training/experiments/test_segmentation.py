@@ -104,12 +104,38 @@ def test_labels_of_brats_come_onto_the_models_grid(model_folder, tmp_path):
     write_brats(tmp_path, "BraTS2021_00002", config, 2, labels=False)
     found = layouts.find(tmp_path, config)
     assert len(found.studies) == 2
-    ((images, regions),) = seg.folder_cases(config, found.studies)
+    ((images, regions),) = seg.folder_cases(config, found.studies, skipped := [])
+    assert not skipped
     assert images.shape == (4, *config.image)
     assert np.array_equal(regions[0], wanted > 0) and np.array_equal(regions[2], wanted == 4)
     with pytest.raises(CopeditError, match="has its segmentation"):
         (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz").unlink()
         seg.load_cases(config, tmp_path / "o", str(tmp_path), TINY)
+
+
+def test_studies_that_cannot_be_used_are_left_out_by_name(model_folder, tmp_path):
+    config = checkpoint.read_config(model_folder("demo-brain"))
+    names = [f"BraTS2021_{i:05d}" for i in range(4)]
+    for seed, name in enumerate(names):
+        wanted = write_brats(tmp_path / "data", name, config, seed)
+        path = tmp_path / "data" / name / f"{name}_seg.nii.gz"
+        if name in names[:2]:  # others' numbers, and no tumour
+            labels = 255 * (wanted > 0) if name == names[0] else 0 * wanted
+            Volume.from_array(labels.astype(np.float32), phantom_subject(config, seed).affine()).save(path)
+    flair = tmp_path / "data" / names[2] / f"{names[2]}_flair.nii.gz"
+    flair.write_bytes(flair.read_bytes()[:-40])
+    out = tmp_path / "out"
+    out.mkdir()
+    people = [f"BraTS/{name}" for name in names]
+    (out / "split.json").write_text(json.dumps({"train": people[1:], "test": people[:1]}))
+    with pytest.raises(CopeditError, match=r"no study to test on can be used, such as .*0000_seg.* from 0 to 255"):
+        seg.load_cases(config, out, str(tmp_path / "data"), replace(TINY, train=4))
+    (out / "split.json").write_text(json.dumps({"train": people[:3], "test": people[3:]}))
+    wanted = write_brats(tmp_path / "data", names[1], config, 1)
+    for _ in range(2):  # made, and found again
+        cases = seg.load_cases(config, out, str(tmp_path / "data"), replace(TINY, train=5))["train"]
+        assert [item.study for item in cases.skipped] == [names[0], names[2]]
+        assert len(cases.images) == 1 and np.array_equal(cases.regions[0, 0], wanted > 0)
 
 
 def test_half_made_cases_are_begun_anew_where_the_studies_are_others(model_folder, tmp_path, monkeypatch):
@@ -196,6 +222,26 @@ def test_the_summary_leaves_out_subjects_without_a_region():
     assert table["synthesised"]["average"]["difference"]["mean"] == pytest.approx(0.1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_region_that_nobody_has_is_null_and_a_dash(tmp_path):
+    scores = {kind: np.full((2, 1, 4, 3), 0.5) for kind in seg.INPUTS}
+    for values in scores.values():
+        values[..., 2] = np.nan
+    summary = seg.summarise(scores, ("a", "b", "c", "d"))
+    assert summary["dice"]["complete"]["enhancing tumour"]["mean"] is None
+    about = {"model": "m", "data": "d", "elements": list("abcd"), "budget": vars(TINY), "train": 1, "test": 1}
+    report = about | {"beside": {}, "skipped": [{"reason": "x: is damaged"}]} | summary
+    path, text = (path.read_text() for path in seg.write_report(report | {"odd": [np.nan]}, tmp_path))
+    assert "NaN" not in path and json.loads(path)["odd"] == [None]
+    assert "| left blank | 50.0 | 50.0 | – | 50.0 |" in text and "- x: is damaged" in text
+
+
+def test_a_deviation_is_of_a_sample():
+    scores = {kind: np.full((1, 2, 4, 3), 0.5) for kind in seg.INPUTS}
+    scores["missing"][:, 1] = 0.7
+    assert seg.summarise(scores, "abcd")["dice"]["missing"]["average"]["sd"] == pytest.approx(0.02**0.5)
+
+
 def test_a_comparison_is_reported_and_kept(model_folder, tmp_path, monkeypatch):
     drawn = some_cases(5, checkpoint.read_config(model_folder("demo-brain")).image)
     source = iter(list(zip(drawn.images.astype(np.float32), drawn.regions, strict=True)))
@@ -226,6 +272,6 @@ def test_hearts_are_refused(model_folder, tmp_path):
 def test_budgets():
     assert seg.budget_of(False, ["steps=7", "lr=0.5"]) == replace(seg.Budget(), steps=7, lr=0.5)
     assert seg.budget_of(True) == seg.FULL
-    for item in ("depth=3", "steps=few", "train=0"):
+    for item in ("depth=3", "steps=few", "train=0", "lr=nan", "lr=inf", "crop=7", "crop=20"):
         with pytest.raises(CopeditError, match=f"--set {item}"):
             seg.budget_of(False, [item])

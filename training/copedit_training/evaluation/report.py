@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from copedit_rt.files import write_atomically
 from copedit_rt.task import Task
+from copedit_rt.terminal import finite
 from copedit_training.evaluation.features import said
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ def write(
 
 
 def write_json(report: Report, path: Path) -> None:
-    """One entry of a list a line, so that two reports can be compared with diff."""
+    """One entry of a list a line, so that two reports can be compared with diff; null for NaN and infinities."""
     parts = []
-    for key, value in report.items():
-        text = json.dumps(value, indent=2).replace("\n", "\n ")
+    for key, value in finite(report).items():
+        text = json.dumps(value, indent=2, allow_nan=False).replace("\n", "\n ")
         if isinstance(value, list) and value:
-            text = "[\n  " + ",\n  ".join(json.dumps(entry) for entry in value) + "\n ]"
+            text = "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
         parts.append(f"{json.dumps(key)}: {text}")
     write_atomically(path, ("{\n " + ",\n ".join(parts) + "\n}\n").encode())
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from copedit_rt.config import ModelConfig
 from copedit_rt.device import choose_device
 from copedit_rt.errors import CopeditError
-from copedit_rt.files import write_atomically
+from copedit_rt.files import read_json, write_atomically
 from copedit_rt.images.nifti import read_volume, same_grid
 from copedit_rt.images.prepare import prepare
 from copedit_rt.images.study import Study
@@ -45,6 +46,7 @@ SYNTHESISED = "synthesised"
 INPUTS = ("missing", SYNTHESISED, "complete")
 TRAINING = HELD_OUT + 250_000  # first seed of the subjects that the segmentation is trained on: new to every model
 SMALLEST = 64  # voxels of whole tumour that a simulated subject must have
+HALVED = 8  # what the U-Net's strides divide by
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ def budget_of(full: bool, overrides: Sequence[str] = ()) -> Budget:
             value = kind(text)
         except ValueError as error:
             raise CopeditError(f"--set {item}: {text!r} is not a valid {kind.__name__}") from error
-        if value <= 0:
-            raise CopeditError(f"--set {item}: must be above 0")
+        if not 0 < value < math.inf:
+            raise CopeditError(f"--set {item}: must be a number above 0")
+        if key == "crop" and value % HALVED:
+            raise CopeditError(f"--set {item}: must be a multiple of {HALVED}, which the U-Net halves three times")
         budget = replace(budget, **{key: value})
     return budget
 
@@ -84,12 +88,13 @@ def budget_of(full: bool, overrides: Sequence[str] = ()) -> Budget:
 @dataclass(frozen=True)
 class Cases:
     """images, synthesised: float16 [N, m, H, W, D] in 0..1, the second each made from all others; regions: bool
-    [N, 3, H, W, D]. path: where they are kept."""
+    [N, 3, H, W, D]. path: where they are kept. skipped: studies that could not be used."""
 
     images: np.ndarray
     synthesised: np.ndarray | None
     regions: np.ndarray
     path: Path | None = None
+    skipped: Sequence[layouts.Skipped] = ()
 
 
 # ----------------------------------------------------------------------------------------------------------- cases
@@ -119,18 +124,36 @@ def label_file(entry: layouts.Entry) -> Path | None:
     return next(iter(own or (found if len(found) == 1 else [])), None)
 
 
-def folder_cases(config: ModelConfig, entries: Sequence[layouts.Entry]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and regions of those studies of a data set that have a segmentation."""
+def folder_cases(
+    config: ModelConfig, entries: Sequence[layouts.Entry], skipped: list[layouts.Skipped]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and regions of those studies of a data set that have a segmentation; what cannot be used is added to
+    `skipped`."""
     for entry in entries:
         path = label_file(entry)
         if path is None:
             continue
-        study, labels = Study.read(entry.files, resample=True), read_volume(path)
-        if not same_grid(labels, study.reference):
-            raise CopeditError(f"{path}: is not on the grid of {study.reference.path}; resample it to that")
-        prepared = prepare(study, config, allow_complete=True)
-        inside = regions_of(np.rint(labels.data), BRATS).astype(np.float32)
-        yield prepared.images[:, 0], np.stack([prepared.frame.to_model(x) > 0.5 for x in inside])
+        try:
+            yield _case(config, entry, path)
+        except CopeditError as error:
+            skipped.append(layouts.Skipped(entry.files.name, "damaged", str(error)))
+
+
+def _case(config: ModelConfig, entry: layouts.Entry, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    study, labels = Study.read(entry.files, resample=True), read_volume(path)
+    if not same_grid(labels, study.reference):
+        raise CopeditError(f"{path}: is not on the grid of {study.reference.path}; resample it to that")
+    found = np.rint(labels.data)
+    if not 0 <= found.min() <= found.max() <= 4:
+        raise CopeditError(
+            f"{path}: holds labels from {found.min():.0f} to {found.max():.0f}; give them BraTS' numbers, 0 to 4"
+        )
+    prepared = prepare(study, config, allow_complete=True)
+    inside = regions_of(found, BRATS).astype(np.float32)
+    regions = np.stack([prepared.frame.to_model(x) > 0.5 for x in inside])
+    if not regions[0].any():
+        raise CopeditError(f"{path}: marks no tumour on the model's grid; give studies that have one")
+    return prepared.images[:, 0], regions
 
 
 @dataclass(frozen=True)
@@ -175,13 +198,14 @@ def load_cases(
 
     def of(side: str, wanted: int, first: int) -> Cases:
         path = folder / f"{side}-{_short(config.name, _origin(data))}-{wanted}.npy"
-        outlines = path.with_name(f"{path.stem}-regions.npy")
-        if not (path.exists() and outlines.exists()):
+        outlines, index = path.with_name(f"{path.stem}-regions.npy"), path.with_suffix(".json")
+        if not (path.exists() and outlines.exists() and index.exists()):
+            skipped: list[layouts.Skipped] = []
             count, source, names = wanted, phantom_cases(config, first, wanted), ""
             if found:
                 members = set(sides[side])
                 entries = list(islice((e for e in found.studies if e.subject in members and label_file(e)), wanted))
-                count, source = len(entries), folder_cases(config, entries)
+                count, source = len(entries), folder_cases(config, entries, skipped)
                 names = _short(*(e.files.name for e in entries))
             if not count:
                 raise CopeditError(
@@ -192,7 +216,12 @@ def load_cases(
                 outlines: ((count, len(REGIONS), *config.image), np.bool_),
             }
             grow(files, lambda rows: islice(source, rows.start, None), progress, names)
-        return Cases(mapped(path), None, mapped(outlines), path)
+            if len(skipped) == count:
+                raise CopeditError(f"{data}: no study to {side} on can be used, such as {skipped[0].reason}")
+            write_atomically(index, (json.dumps([asdict(item) for item in skipped], indent=1) + "\n").encode())
+        left_out = [layouts.Skipped(**item) for item in read_json(index)]
+        used = slice(len(mapped(path)) - len(left_out))  # the rows at the end are blank instead
+        return Cases(mapped(path)[used], None, mapped(outlines)[used], path, left_out)
 
     return {"train": of("train", budget.train, TRAINING), "test": of("test", budget.test, HELD_OUT)}
 
@@ -354,6 +383,7 @@ def compare(
         "budget": vars(budget),
         "train": len(cases["train"].images),
         "test": len(cases["test"].images),
+        "skipped": [asdict(item) for side in cases.values() for item in side.skipped],
         "beside": spent,
         **summarise({row: np.stack(x) for row, x in scores.items()}, config.elements),
     }
@@ -361,7 +391,7 @@ def compare(
 
 def summarise(scores: Mapping[str, np.ndarray], elements: Sequence[str]) -> dict[str, Any]:
     """Dice [seeds, N, m, 3] of each kind of input -> means, deviations over subjects, and paired differences to
-    "missing", and of other methods to the model. Subjects without a region do not count for it."""
+    "missing", and of other methods to the model. Subjects without a region do not count for it; None where all are."""
     table: dict[str, Any] = {}
     for kind, values in scores.items():
         cell: dict[str, Any] = {}
@@ -372,11 +402,14 @@ def summarise(scores: Mapping[str, np.ndarray], elements: Sequence[str]) -> dict
 
             each = of(values)
             there = ~np.isnan(each).any((0, 2))  # [N]
-            own = each[:, there].mean(2)
+            own, n = each[:, there].mean(2), int(there.sum())
+            if not n:
+                cell[region] = {"mean": None, "sd": None, "subjects": 0, "by_missing": dict.fromkeys(elements)}
+                continue
             cell[region] = {
                 "mean": float(own.mean()),
-                "sd": float(own.mean(0).std()),
-                "subjects": int(there.sum()),
+                "sd": float(own.mean(0).std(ddof=1)) if n > 1 else None,
+                "subjects": n,
                 "by_missing": {e: float(each[:, there, i].mean()) for i, e in enumerate(elements)},
             }
             others = {"difference": "missing"} if kind != "missing" else {}
@@ -394,18 +427,23 @@ def markdown(report: Mapping[str, Any]) -> str:
     names = {"missing": "left blank", SYNTHESISED: "synthesised", "complete": "there (bound)"}
     names |= {method: f"synthesised by {method}" for method in others}
 
-    def difference(d: Mapping[str, Any]) -> str:
+    def difference(d: Mapping[str, Any] | None) -> str:
+        if d is None:
+            return "–"
         error = "" if d["standard_error"] is None else f" ± {100 * d['standard_error']:.1f}"
         return f"{100 * d['mean']:+.1f}{error} ({', '.join(f'{100 * x:+.1f}' for x in d['per_seed'])})"
 
     def differences(kinds: Sequence[str], to: str) -> list[str]:
-        return table(["", *regions], [[names[k], *(difference(dice[k][r][to]) for r in regions)] for k in kinds], 1)
+        return table(["", *regions], [[names[k], *(difference(dice[k][r].get(to)) for r in regions)] for k in kinds], 1)
 
-    means = [
-        [names[k], *(f"{100 * row[r]['mean']:.1f} ± {100 * row[r]['sd']:.1f}" for r in regions)]
-        for k, row in dice.items()
-    ]
-    each = [[names[k], *(f"{100 * row['average']['by_missing'][e]:.1f}" for e in elements)] for k, row in dice.items()]
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    def spread(cell: Mapping[str, Any]) -> str:
+        return percent(cell["mean"]) + ("" if cell["sd"] is None else f" ± {percent(cell['sd'])}")
+
+    means = [[names[k], *(spread(row[r]) for r in regions)] for k, row in dice.items()]
+    each = [[names[k], *(percent(row["average"]["by_missing"][e]) for e in elements)] for k, row in dice.items()]
     lines = [
         f"# Segmentation with what {report['model']} synthesises",
         "",
@@ -425,6 +463,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += table(["", *(e.upper() for e in elements)], each, 1)
     if others:
         lines += ["", *costs(report["beside"])]
+    if report["skipped"]:
+        lines += ["", "## Left out", "", *(f"- {item['reason']}" for item in report["skipped"])]
     return "\n".join(lines) + "\n"
 
 
