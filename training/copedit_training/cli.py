@@ -128,7 +128,7 @@ def evaluate(
     """PSNR, SSIM and MAE beside baselines, per missing count and pattern; tokenizer, heads, and more on demand."""
     from copedit_training.evaluation import evaluate as body
     from copedit_training.evaluation.features import Networks
-    from copedit_training.evaluation.report import markdown, unplotted, write_report
+    from copedit_training.evaluation.report import markdown, model_of, unplotted, write_report
     from copedit_training.evaluation.subjects import held_out
 
     if beside and samples > 1:
@@ -143,6 +143,7 @@ def evaluate(
     options |= {"beside": others, "seeds": seeds, "budget": budget}
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
+    report |= model_of(model)
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
@@ -164,7 +165,7 @@ def side_by_side(
     as_json: Json = False,
 ) -> None:
     """A figure of what was observed, the truth, the model and other methods, with how far each is off."""
-    from copedit_training.evaluation.report import unplotted
+    from copedit_training.evaluation.report import model_of, unplotted
     from copedit_training.evaluation.subjects import held_out
     from copedit_training.experiments import pictures as body
 
@@ -175,6 +176,7 @@ def side_by_side(
     others, _ = _beside(beside or [], synthesizer, model, device)
     with counting("synthesising") as progress:
         report, rows = body.compare(synthesizer, whom, others, patterns, subjects, seed, progress)
+    report |= model_of(model)
     present(report, body.markdown(report), body.write_report(report, rows, output), as_json, unplotted())
 
 
@@ -194,7 +196,7 @@ def sweep(
 ) -> None:
     """Quality and time of every solver at several numbers of steps."""
     from copedit_training.evaluation import evaluate as body
-    from copedit_training.evaluation.report import markdown, unplotted, write_report
+    from copedit_training.evaluation.report import markdown, model_of, unplotted, write_report
     from copedit_training.evaluation.subjects import held_out
 
     counts = numbers(steps, "--steps") or []
@@ -203,6 +205,7 @@ def sweep(
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     with counting("evaluating") as progress:
         report = body.sweep(synthesizer, whom, steps=counts, seed=seed, patterns=patterns, progress=progress)
+    report |= model_of(model)
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 

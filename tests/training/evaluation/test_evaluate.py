@@ -229,12 +229,15 @@ def test_the_command(model_folder, tmp_path):
     result = CliRunner().invoke(app, ["evaluate", *options, "--patterns", "1", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["task"] == "cardiac"
+    weights = Synthesizer.load(options[1], "cpu").weights
+    assert json.loads(result.stdout)["model"] == options[1] and json.loads(result.stdout)["weights"] == weights
+    assert (tmp_path / "out" / "evaluation.md").read_text().startswith(f"# {options[1]}: quality")
     names = ["counts", "heads", "patterns", "reconstruction"]
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"{name}.png" for name in names}
     result = CliRunner().invoke(app, ["sweep", *options, "--patterns", "1", "--steps", "1-2"])
     assert result.exit_code == 0, result.output
     assert {p.name for p in (tmp_path / "out").glob("sweep*")} == {"sweep.json", "sweep.md", "sweep.png"}
-    assert "| dpm2m | 2 |" in result.stdout
+    assert "| dpm2m | 2 |" in result.stdout and f"# {options[1]}: quality" in result.stdout
     refused = [
         (["sweep", "--steps", "few"], "--steps few"),
         (["sweep", "--steps", "2", "--split", "all"], "--split all"),

@@ -191,6 +191,7 @@ def test_each_analysis_writes_its_figure_and_numbers(kind, model_folder, tmp_pat
     report = json.loads((tmp_path / f"{kind}.json").read_text())
     assert report["analysis"] == kind and (tmp_path / f"{kind}.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / f"{kind}.md").read_text() in done.stdout
+    assert report["model"] == command[3] and set(report["weights"]) == {"tokenizer", "denoiser"}
     if kind == "attention":
         maps = np.array([row["true"]["map"] for row in report["missing"].values()])
         assert np.allclose(maps.sum(-1), 1, atol=1e-4)

@@ -80,5 +80,6 @@ def test_the_command(model_folder, tmp_path):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
+    assert report["model"] == command[2] and set(report["weights"]) == {"tokenizer", "denoiser"}
     assert report["beside"] == [] and {row["element"] for row in report["rows"]} == {"sax"}
     assert (tmp_path / "side-by-side.md").read_text().count("| model |") == len(report["rows"])

@@ -252,6 +252,7 @@ def test_a_comparison_is_reported_and_kept(model_folder, tmp_path, monkeypatch):
     paths = seg.write_report(report, tmp_path)
     assert json.loads(paths[0].read_text())["dice"] == json.loads(json.dumps(report["dice"]))
     assert paths[1].read_text().count("| synthesised |") == 3
+    assert report["model"] == model and set(report["weights"]) == {"tokenizer", "denoiser"}
 
     def refuse(*given):
         raise AssertionError("done again")

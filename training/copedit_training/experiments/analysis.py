@@ -29,7 +29,7 @@ from copedit_training.data import phantom
 from copedit_training.data.prepared import phantom_subject
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import psnr
-from copedit_training.evaluation.report import save_figure, write
+from copedit_training.evaluation.report import model_of, save_figure, write
 from copedit_training.evaluation.report import table as markdown_table
 from copedit_training.evaluation.subjects import Phantoms, held_out
 
@@ -700,7 +700,7 @@ def analyse(
         report, figure = ANALYSES[kind](probe)
         save_figure(figure, folder / f"{kind}.png", dpi=220)
         plt.close(figure)
-    return {"analysis": kind, "model": probe.config.name, "figure": f"{kind}.png"} | probe.whom.about() | report
+    return {"analysis": kind, **model_of(model), "figure": f"{kind}.png"} | probe.whom.about() | report
 
 
 def _rows(report: Mapping[str, Any]) -> tuple[str, Sequence[str], list[tuple[str, ...]]]:

@@ -35,7 +35,7 @@ from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, phantom
 from copedit_training.data.prepared import HELD_OUT, Files, grow, mapped, model_images, phantom_subject
 from copedit_training.evaluation.beside import paired
-from copedit_training.evaluation.report import costs, table, write
+from copedit_training.evaluation.report import costs, model_of, table, write
 from copedit_training.experiments import beside as methods
 from copedit_training.experiments.analysis import check_prior
 
@@ -377,7 +377,7 @@ def compare(
             values.append(np.array(stored["dice"], dtype=np.float64))
     return {
         "segmentation": True,
-        "model": config.name,
+        **model_of(model),
         "data": data,
         "elements": list(config.elements),
         "budget": vars(budget),
