@@ -106,8 +106,8 @@ class Scores:
         self._values.setdefault(key, {}).setdefault(method, []).append((subject, values))
 
     def summary(self) -> dict[str, Any]:
-        """key -> method -> metric -> mean and standard deviation (n - 1) over the subjects, each the mean of its
-        images, and the number of both."""
+        """key -> method -> metric -> mean and standard deviation (n - 1; None of a single one) over the subjects, each
+        the mean of its images, and the number of both."""
         return {
             key: {method: self._over_subjects(rows) for method, rows in methods.items()}
             for key, methods in self._values.items()
@@ -123,7 +123,7 @@ class Scores:
             means = [np.mean([values[metric] for values in images]) for images in people.values()]
             out[metric] = {
                 "mean": float(np.mean(means)),
-                "sd": float(np.std(means, ddof=1)) if len(means) > 1 else 0.0,
+                "sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
             }
         return out
 

@@ -189,15 +189,16 @@ def _scores(keys: Report, heading: str) -> list[str]:
             key,
             method,
             str(row["images"]),
-            *(
-                f"{row[name]['mean']:.{digits}f} ± {row[name]['sd']:.{digits}f}"
-                for name, (_, digits) in metrics.items()
-            ),
+            *(_spread(row[name], digits) for name, (_, digits) in metrics.items()),
         ]
         for key, methods in keys.items()
         for method, row in methods.items()
     ]
     return table([heading, "method", "images", *(title for title, _ in metrics.values())], body, 2)
+
+
+def _spread(value: Report, digits: int) -> str:
+    return f"{value['mean']:.{digits}f}" + ("" if value["sd"] is None else f" ± {value['sd']:.{digits}f}")
 
 
 COST = ("parameters", "steps", "volumes", "slices", "seconds", "processor_seconds")
@@ -333,7 +334,7 @@ def _grouped(panel: Any, keys: Mapping[str, Mapping[str, Any]], value: Callable[
 
 
 def _mean_and_spread(name: str, row: Report) -> tuple[float, float]:
-    return row[name]["mean"], row[name]["sd"]
+    return row[name]["mean"], row[name]["sd"] or 0.0
 
 
 def _single(name: str, row: Report) -> tuple[float, float] | None:
@@ -349,7 +350,7 @@ def _bars(title: str, keys: Mapping[str, Mapping[str, Any]]) -> Figure:
         _grouped(panel, keys, partial(_mean_and_spread, name))
         panel.set_ylabel(METRICS[name][0])
         if name in ("psnr", "ssim"):  # differences are small beside the values
-            low = min(row[name]["mean"] - row[name]["sd"] for rows in keys.values() for row in rows.values())
+            low = min(row[name]["mean"] - (row[name]["sd"] or 0.0) for rows in keys.values() for row in rows.values())
             panel.set_ylim(bottom=low - 0.1 * abs(low))
     panels[0].legend(fontsize=7)
     return figure
