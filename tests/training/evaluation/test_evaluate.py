@@ -117,7 +117,11 @@ def test_evaluation_of_a_perfect_model(task, request, tmp_path):
     if task == "brain":
         assert found["mislabel"]["studies"] == 1
         assert set(found["reconstruction"]) == {"t1", "t1ce", "t2", "flair", "all"}
+    (tmp_path / "new").mkdir()
+    for name in ("calibration", "frechet", "another"):  # of an earlier evaluation, and of somebody else
+        (tmp_path / "new" / f"{name}.png").touch()
     paths = pages.write_report(found, tmp_path / "new")
+    assert {p.stem for p in (tmp_path / "new").glob("*.png")} - {p.stem for p in paths} == {"another"}
     assert json.loads(paths[0].read_text())["by_pattern"].keys() == found["by_pattern"].keys()
     text = paths[1].read_text()
     assert text.count("| model |") == 6 and "number right" in text and "±" not in text.partition("##")[2], "of one"

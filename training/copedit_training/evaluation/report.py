@@ -33,6 +33,13 @@ METRICS = {
 }
 
 
+PLOTS = {
+    "evaluation": ("counts", "patterns", "reconstruction", "frechet", "calibration", "heads"),
+    "sweep": ("sweep",),
+    "side-by-side": ("side-by-side",),
+}
+
+
 def model_of(name: str) -> dict[str, Any]:
     """Which model a report is of: as it was named, a folder or a built-in one, and the SHA-256 of its files."""
     files = (checkpoint.TOKENIZER, checkpoint.DENOISER, PRIOR)
@@ -46,13 +53,17 @@ def write(
     name: str,
     figures: Callable[[], Iterable[tuple[str, Figure]]] = tuple,
 ) -> list[Path]:
-    """NAME.json and, with its text, NAME.md in a folder; with matplotlib also figures as PNG, each by its own name."""
+    """NAME.json and, with its text, NAME.md in a folder; with matplotlib also figures as PNG, each by its own name.
+    Those of `PLOTS` that are not drawn this time are removed, as they would be of an earlier report."""
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     write_json(report, paths[0])
     write_atomically(paths[1], text.encode())
     for title, figure in figures() if find_spec("matplotlib") else ():
         paths.append(folder / f"{title}.png")
         save_figure(figure, paths[-1])
+    for path in (folder / f"{title}.png" for title in PLOTS.get(name, ())):
+        if path not in paths:
+            path.unlink(missing_ok=True)
     return paths
 
 
