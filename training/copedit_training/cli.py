@@ -175,7 +175,7 @@ def side_by_side(
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     others, _ = _beside(beside or [], synthesizer, model, device)
     with counting("synthesising") as progress:
-        report, rows = body.compare(synthesizer, whom, others, patterns, subjects, seed, progress)
+        report, rows = body.compare(synthesizer, whom, others, patterns, seed, progress)
     report |= model_of(model)
     present(report, body.markdown(report), body.write_report(report, rows, output), as_json, unplotted())
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from copedit_rt import checkpoint
 from copedit_rt.cli import app
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
+from copedit_rt.images.nifti import Volume
 from copedit_rt.synthesizer import Synthesizer
+from copedit_training.data.prepared import HELD_OUT, phantom_subject
 from copedit_training.evaluation.beside import Beside
 from copedit_training.evaluation.compare import normalise
 from copedit_training.evaluation.subjects import Phantoms
@@ -28,7 +31,7 @@ def test_a_brain_from_the_observed_to_the_error(model_folder, tmp_path):
     cohort = Phantoms(model.config, 2)
     found = [(name, "+".join(p)) for name in ("phantom1000000", "phantom1000001") for p in (("t1",), ("t2", "flair"))]
     patterns = pictures.wanted_patterns(model.config, ["t1", "FLAIR+t2"])
-    report, rows = pictures.compare(model, cohort, {"perfect": perfect(cohort)}, patterns, 2)
+    report, rows = pictures.compare(model, cohort, {"perfect": perfect(cohort)}, patterns)
     assert list(dict.fromkeys((row.subject, row.missing) for row in rows)) == found
     assert [row.element for row in rows] == ["t1", "t2", "flair"] * 2
     first, truth = rows[1], next(iter(cohort))[1]
@@ -53,7 +56,7 @@ def test_a_heart_between_its_neighbours(model_folder, tmp_path):
     model = Synthesizer.load(model_folder("demo-cardiac"), "cpu")
     cohort = Phantoms(model.config, 1)
     patterns = [model.config.elements[1:2]]
-    _, (row,) = pictures.compare(model, cohort, {"perfect": perfect(cohort)}, patterns, 1)
+    _, (row,) = pictures.compare(model, cohort, {"perfect": perfect(cohort)}, patterns)
     stack = next(iter(cohort))[1].volumes["sax"].data
     low, high = np.percentile(stack, (0.5, 99.5))
     shown = [np.rot90(((stack - low) / (high - low)).clip(0, 1)[..., k]) for k in range(stack.shape[2])]
@@ -73,6 +76,18 @@ def test_patterns_that_are_asked_for():
     assert [len(p) for p in pictures.wanted_patterns(brain)] == [1, 2, 3]
     with pytest.raises(CopeditError, match=r"--missing slab0.slab2: demo-cardiac fills in slab0, slab1"):
         pictures.wanted_patterns(heart, ["slab0+slab2"])
+
+
+def test_subjects_are_persons(model_folder, tmp_path):
+    for seed, name in enumerate(("SC-HF-I-01_ED", "SC-HF-I-01_ES", "SC-HF-I-02_ED")):
+        subject = phantom_subject(checkpoint.read_config(model_folder("demo-cardiac")), HELD_OUT + seed)
+        Volume.from_array(subject.images["sax"], subject.affine()).save(tmp_path / f"{name}.nii.gz")
+    command = ["figure", "--model", str(model_folder("demo-cardiac")), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--data", str(tmp_path), "--split", "all", "--subjects", "1", "--missing", "slab1", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    shown = [row["subject"] for row in json.loads(done.stdout)["rows"]]
+    assert shown == ["SC-HF-I-01_ED", "SC-HF-I-01_ES"]
 
 
 def test_the_command(model_folder, tmp_path):

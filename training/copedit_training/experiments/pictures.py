@@ -106,7 +106,6 @@ def compare(
     cohort: Cohort,
     beside: Mapping[str, Beside],
     patterns: Sequence[Sequence[str]],
-    subjects: int,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
@@ -114,8 +113,6 @@ def compare(
     lack any of the patterns."""
     rows: list[Row] = []
     for count, (_, truth, _) in enumerate(cohort):
-        if count == subjects:
-            break
         for tried, missing in enumerate(patterns, 1):
             if possible(model.config, truth, missing):
                 study = incomplete(model.config, truth, missing)
@@ -125,7 +122,7 @@ def compare(
                 found = [pair for pair in every if pair.method in ("model", *beside)]
                 rows += rows_of(model.config, truth, missing, found)
             if progress:
-                progress(count * len(patterns) + tried, min(subjects, cohort.studies) * len(patterns))
+                progress(count * len(patterns) + tried, cohort.studies * len(patterns))
     if not rows:
         raise CopeditError(f"{cohort.about()['data']}: no study there can lack {' or '.join(map('+'.join, patterns))}")
     named = ("subject", "missing", "element", "slice", "scores")
