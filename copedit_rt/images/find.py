@@ -53,6 +53,7 @@ _SERIES = "a series over time; its frames are used instead"
 _BESIDE = "DICOM files beside NIfTI files, which are used; give a folder of them alone if they are another study"
 _NOT_DICOM = re.compile(r"\.(?:nii(?:\.gz)?|json)$", re.I)
 _KNOWN = ", ".join(MODALITIES)
+_LABELS = "a label map or mask by its name"
 _BY_HAND = "name every file with --file t1=FILE and so on"
 _UNKNOWN = (
     f"its name says neither a modality ({_KNOWN}) nor a heart; give it by --file t1=FILE if it is a T1, and so on, "
@@ -205,8 +206,11 @@ class _Search:
             where = ", ".join(map(str, self.given))
             if not self.skipped:
                 raise CopeditError(f"{where}: no images found; files must end in .nii or .nii.gz, or be DICOM")
-            few = "; ".join(f"{path.name}: {reason}" for path, reason in self.skipped[:3])
-            few += "; ..." * (len(self.skipped) > 3)
+            first: dict[str, str] = {}  # file of each reason
+            for path, reason in sorted(self.skipped, key=lambda item: item[1] == _LABELS):
+                first.setdefault(reason, path.name)
+            few = "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[:3])
+            few += "; ..." * (len(self.skipped) > min(3, len(first)))
             raise CopeditError(f"{where}: no images found to work on; passed over were {few}")
         return Found(studies, sorted(self.skipped), self.dataset)
 
@@ -242,7 +246,7 @@ class _Search:
         self.named &= set(self.top)
         for path in self.top:
             if LABELS.search(stem_of(path)):
-                self.skipped.append((path, "a label map or mask by its name"))
+                self.skipped.append((path, _LABELS))
             elif path not in self.named and (reason := _not_observed(path)):
                 self.skipped.append((path, reason))
             else:

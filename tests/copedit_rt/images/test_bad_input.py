@@ -408,6 +408,9 @@ def test_unknown_modality(tmp_path):
 def test_only_labels(tmp_path):
     save(tmp_path / "A_seg.nii.gz")
     refuses("no images found .*A_seg.nii.gz: a label map or mask by its name", find_studies, tmp_path)
+    save(tmp_path / "B_seg.nii.gz")
+    save(tmp_path / "C_swi.nii.gz")
+    refuses(r"over were C_swi.nii.gz: unknown .*; A_seg.nii.gz: a label [^;]*; \.\.\.$", find_studies, tmp_path)
 
 
 def test_nothing_given(tmp_path):

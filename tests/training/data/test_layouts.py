@@ -24,6 +24,7 @@ from copedit_rt.synthesizer import Synthesizer
 from copedit_rt.trained import TrainedOn
 from copedit_training.data import layouts, prepared
 from copedit_training.stages import trainer
+from tests.training.data.test_anatomy import made_up
 from tests.training.stages.tiny import TINY
 
 BRAIN = dataclasses.replace(
@@ -319,6 +320,23 @@ def test_the_command(tmp_path):
     assert nothing.exit_code == 1 and json.loads(nothing.stdout)["studies"] == 0
     assert run("--data", root, "--preset", "cardiac").exit_code == 1
     assert "is not a folder" in run("--data", tmp_path / "nowhere", "--preset", "cardiac").stderr
+
+
+def test_remedies_are_of_the_command(tmp_path):
+    (tmp_path / "maps").mkdir()
+    maps, hearts = made_up(tmp_path / "maps"), tmp_path / "hearts"
+    for i in range(4):
+        for name in (f"patient{i:03d}_frame01", f"patient{i:03d}_frame01_lv"):
+            save(hearts / f"{name}.nii.gz", data=np.ones((4, 4, 4)))
+    for folder, words in (
+        (maps, f"one.nii.gz looks like a label map: give these as --data labels:{maps}"),
+        (maps / "synthseg", f"--data labels:{maps}"),
+        (hearts, "patient000_frame01.nii.gz: a heart by its name; patient000_frame01_lv.nii.gz: a label map or mask"),
+    ):
+        with pytest.raises(CopeditError) as refused:
+            layouts.find(folder, BRAIN)
+        assert words in str(refused.value) and "--file" not in str(refused.value)
+        assert "--task" not in str(refused.value) and (folder != hearts) == ("labels:" in str(refused.value))
 
 
 # ---- the two sides -----------------------------------------------------------------------------------------

@@ -244,6 +244,7 @@ def test_the_command(model_folder, tmp_path):
     assert "| dpm2m | 2 |" in result.stdout and f"# {options[1]}: quality" in result.stdout
     refused = [
         (["sweep", "--steps", "few"], "--steps few"),
+        (["sweep", "--steps", "0,1"], "--steps 0: there is no solver to compare"),
         (["sweep", "--steps", "2", "--split", "all"], "--split all"),
         (["evaluate", "--data", "brats"], "brats"),
         (["evaluate", "--split", "all"], "--split all"),

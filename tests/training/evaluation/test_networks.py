@@ -141,7 +141,9 @@ def test_what_are_no_weights_of_it_is_refused(tmp_path):
         with pytest.raises(CopeditError, match=words):
             convert("inception", tmp_path / "weights.pth", tmp_path / "out.pt")
     torch.save({"a": np.float64}, tmp_path / "code.pth")
-    for path, words in (("code.pth", "not a file of weights alone"), ("none.pth", "no such file")):
+    (tmp_path / "text.pth").write_text("weights")
+    alone = "not a file of weights alone; give the published weights$"  # nothing of weights_only, as torch advises
+    for path, words in (("code.pth", alone), ("text.pth", alone), ("none.pth", "no such file")):
         with pytest.raises(CopeditError, match=words):
             convert("inception", tmp_path / path, tmp_path / "out.pt")
     torch.save([1], tmp_path / "list.pth")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,9 +106,17 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
     """
     if not folder.is_dir():
         raise CopeditError(f"--data {folder} is not a folder; give the folder of a data set, or phantom")
-    found = find_studies(folder, task=config.task)
+    try:
+        found = find_studies(folder, task=config.task)
+    except CopeditError as error:
+        one_of_each = {path.parent: path for path in folder.rglob("*.nii*")}.values()
+        labels = None if config.task.joint else next(filter(_is_label_map, islice(one_of_each, 9)), None)
+        where = labels.parent.parent if labels and labels.parent.name == "synthseg" else folder
+        remedy = f"; {labels.name} looks like a label map: give these as --data labels:{where}" if labels else ""
+        raise CopeditError(_without_options(str(error)) + remedy) from error
     wanted = config.task.volumes(config.elements)
-    data = DataSet(folder, [], [], found.skipped, dict.fromkeys(wanted, 0))
+    passed_over = [(path, _without_options(reason)) for path, reason in found.skipped]
+    data = DataSet(folder, [], [], passed_over, dict.fromkeys(wanted, 0))
     places: dict[str, Path] = {}
     for study in found:
         if not study.files:  # of DICOM, no series of which was understood
@@ -130,6 +139,20 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
             places[name] = place
             data.studies.append(Entry(replace(study, name=name, files=files, problem=None), layout, subject))
     return data
+
+
+def _without_options(text: str) -> str:
+    """Without remedies by options such as --file, which the commands on data sets lack."""
+    return "; ".join(part for part in text.split("; ") if " --" not in part)
+
+
+def _is_label_map(path: Path) -> bool:
+    """Whether a file holds few whole numbers, FreeSurfer's for white matter among them."""
+    try:
+        values = set(np.unique(read_volume(path).data).tolist())
+    except CopeditError:
+        return False
+    return len(values) < 200 and all(value.is_integer() for value in values) and not values.isdisjoint((2, 41))
 
 
 def _whose(study: StudyFiles, folder: Path) -> tuple[str, str, str]:

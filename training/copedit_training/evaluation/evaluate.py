@@ -276,6 +276,8 @@ def sweep(
     Studies and noise are the same for all. "converged": PSNR of all that was synthesised against what the second-order
     solver makes in the most steps, the best estimate of where all of them lead. The rest as in `evaluate`.
     """
+    if 0 in steps:
+        raise CopeditError("--steps 0: there is no solver to compare; leave 0 out, `copedit evaluate` measures it")
     config = model.config
     wanted = [p for ps in missing_patterns(config, patterns).values() for p in ps]
     settings = [(solver, n) for n in sorted(set(steps), reverse=True) for solver in reversed(get_args(Solver))]

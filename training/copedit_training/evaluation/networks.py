@@ -341,8 +341,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CopeditError(f"{path}: not a file of weights alone ({reason}); give the published weights") from error
+            raise CopeditError(f"{path}: not a file of weights alone; give the published weights") from error
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise CopeditError(f"{path}: holds no weights by name; give the published weights")

@@ -137,6 +137,8 @@ def _read(spec: str, device: str, sampling: Mapping[str, Any]) -> Run:
     if not (folder / "model").is_dir():
         raise CopeditError(f"--beside {spec}: is not finished; go on with it by --resume")
     said = read_json(folder / "run.json")
+    if said.get("stage") == "tokenizer":
+        raise CopeditError(f"--beside {spec}: a run of stage I, which fills in nothing; give one of train denoiser")
     changed = dict(_changed(spec, item) for item in given.split(",") if item)
     if "method" in said:
         return _method(folder, said, load_method(folder, device, **changed), changed)
