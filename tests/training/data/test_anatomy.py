@@ -75,6 +75,29 @@ def test_a_file_that_is_no_label_map_is_named(tmp_path):
         anatomy.read_map(tmp_path / "synthseg" / "x.nii.gz")
 
 
+@pytest.fixture
+def altered(folder, tmp_path):
+    """Writes the map of the folder, changed by a function, as float32 and returns its path."""
+
+    def write(change):
+        image = nib.load(folder / "synthseg" / "one.nii.gz")
+        labels = np.asarray(image.dataobj, np.float32)
+        change(labels)
+        nib.save(nib.Nifti1Image(labels, image.affine), tmp_path / "x.nii.gz")
+        return tmp_path / "x.nii.gz"
+
+    return write
+
+
+@pytest.mark.parametrize("value", [17.5, np.nan, np.inf])
+def test_a_map_that_was_resampled_linearly_is_refused(altered, value):
+    def change(labels):
+        labels[30, 30, 30] = value
+
+    with pytest.raises(CopeditError, match=rf"x\.nii\.gz is no label map \(it holds {value:g}\); resample it with nearest"):
+        anatomy.read_map(altered(change))
+
+
 def test_a_prepared_map_is_read_back_as_it_was(head, tmp_path):
     anatomy.save_map(head, tmp_path / "map.npz")
     back = anatomy.load_map(tmp_path / "map.npz")

@@ -176,7 +176,14 @@ def _read_lesion(path: Path) -> tuple[Tensor, np.ndarray]:
 def read_map(path: Path) -> HeadMap:
     """Prepares one label map, some seconds of CPU. Raises CopeditError if the file is no whole-head label map."""
     image = _read(path)
-    labels = np.rint(np.asanyarray(image.dataobj)).astype(np.int16)
+    values = np.asanyarray(image.dataobj)
+    with np.errstate(invalid="ignore"):  # of infinity
+        broken = values[values % 1 != 0]
+    if broken.size:
+        raise CopeditError(
+            f"{path} is no label map (it holds {broken[0]:g}); resample it with nearest neighbour, or remove it"
+        )
+    labels = values.astype(np.int16)
     zooms = np.asarray(image.header.get_zooms()[:3], float)
     inside = np.isin(labels, [n for name in BRAIN for n in TISSUES[name][0]])
     if labels.ndim != 3 or inside.sum() * zooms.prod() < 2e5 or not np.isin(labels, (2, 41)).any():
