@@ -98,6 +98,22 @@ def test_a_map_that_was_resampled_linearly_is_refused(altered, value):
         anatomy.read_map(altered(change))
 
 
+def test_regions_of_the_cortex_are_cortex(head, altered):
+    def change(labels):
+        labels[30:] = np.select([labels[30:] == 3, labels[30:] == 42], [1035, 2000], labels[30:])
+
+    assert torch.equal(anatomy.read_map(altered(change)).tissue, head.tissue)
+
+
+def test_labels_of_no_known_tissue_are_named_and_not_made_air(altered):
+    def change(labels):
+        labels[30:34, 30:34, 30:34] = 11101  # 1.7 ml
+        labels[30, 30, 30] = -1
+
+    with pytest.raises(CopeditError, match=r"x\.nii\.gz holds 2 ml of labels that .* \(-1, 11101\); give them labels"):
+        anatomy.read_map(altered(change))
+
+
 def test_a_prepared_map_is_read_back_as_it_was(head, tmp_path):
     anatomy.save_map(head, tmp_path / "map.npz")
     back = anatomy.load_map(tmp_path / "map.npz")

@@ -45,7 +45,7 @@ TISSUES: dict[str, tuple[tuple[int, ...], int]] = {
     "ventricle": ((4, 5, 14, 15, 43, 44, 72), CSF),
     "sulcus": ((24,), CSF),
     "cortex": ((3, 42), GREY),
-    "white": ((2, 41, 85), WHITE),
+    "white": ((2, 41, 85, 251, 252, 253, 254, 255), WHITE),
     "thalamus": ((10, 49), DEEP_GREY),
     "caudate": ((11, 26, 50, 58), DEEP_GREY),
     "putamen": ((12, 51), DEEP_GREY),
@@ -54,7 +54,7 @@ TISSUES: dict[str, tuple[tuple[int, ...], int]] = {
     "cerebellar grey": ((8, 47), GREY),
     "cerebellar white": ((7, 46), WHITE),
     "brainstem": ((16, 28, 60), WHITE),
-    "plexus": ((136, 137, 163, 164), VESSEL),
+    "plexus": ((31, 63, 136, 137, 163, 164), VESSEL),
     "artery": ((30, 62, 502), VESSEL),
     "vein": ((514,), VESSEL),
     "dura": ((), VESSEL),
@@ -66,7 +66,7 @@ TISSUES: dict[str, tuple[tuple[int, ...], int]] = {
     "eye": ((506,), BACKGROUND),
     "mucosa": ((509,), BACKGROUND),
     "nerve": ((512, 530), BACKGROUND),
-    "lesion": ((25, 57), HYPERINTENSITY),
+    "lesion": ((25, 57, 77), HYPERINTENSITY),
     "active lesion": ((), HYPERINTENSITY),
     "necrosis": ((), CORE),
     "solid tumour": ((), CORE),
@@ -96,6 +96,7 @@ _MNI = {
 _MNI_MIDDLE = {16: (0, -29, -32)}
 _STEP = 0.125  # mm a unit of the stored distances, which are clipped to about +-16 mm
 _ZERO = 128
+_UNKNOWN = 1000.0  # mm^3 of labels outside the table that a map may hold; they become air
 _COARSE = 4.0  # mm of the maps of what is near the head and of the push of growing ventricles
 
 
@@ -174,7 +175,8 @@ def _read_lesion(path: Path) -> tuple[Tensor, np.ndarray]:
 
 
 def read_map(path: Path) -> HeadMap:
-    """Prepares one label map, some seconds of CPU. Raises CopeditError if the file is no whole-head label map."""
+    """Prepares one label map, some seconds of CPU. Raises CopeditError if the file is no whole-head label map
+    or holds unknown labels."""
     image = _read(path)
     values = np.asanyarray(image.dataobj)
     with np.errstate(invalid="ignore"):  # of infinity
@@ -183,11 +185,21 @@ def read_map(path: Path) -> HeadMap:
         raise CopeditError(
             f"{path} is no label map (it holds {broken[0]:g}); resample it with nearest neighbour, or remove it"
         )
-    labels = values.astype(np.int16)
+    labels = values.astype(np.int32)
+    for first, cortex in ((1000, 3), (2000, 42)):  # its regions, of aparc+aseg
+        labels[(labels >= first) & (labels < first + 36)] = cortex
     zooms = np.asarray(image.header.get_zooms()[:3], float)
     inside = np.isin(labels, [n for name in BRAIN for n in TISSUES[name][0]])
     if labels.ndim != 3 or inside.sum() * zooms.prod() < 2e5 or not np.isin(labels, (2, 41)).any():
         raise CopeditError(f"{path} holds no brain in FreeSurfer labels (2, 3, 41, 42 and so on); remove it")
+    known = [n for numbers, _ in TISSUES.values() for n in numbers]
+    unknown, counts = np.unique(labels[~np.isin(labels, (0, *known))], return_counts=True)
+    if counts.sum() * zooms.prod() > _UNKNOWN:
+        named = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
+        raise CopeditError(
+            f"{path} holds {counts.sum() * zooms.prod() / 1000:.0f} ml of labels that are of no known tissue ({named}); "
+            f"give them labels of FreeSurfer's aseg, or remove the map"
+        )
     labels = _crop(labels, inside, zooms)
     return _prepare(labels, zooms)
 
