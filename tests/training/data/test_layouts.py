@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -498,6 +499,23 @@ def test_the_heart_lies_where_its_mask_does(tmp_path):
     # 12 x 14 voxels about the middle of 16 x 16
     assert layouts.heart_centre(HEART, first) == pytest.approx((8 + 2, 4 + 1))
     assert layouts.heart_centre(HEART, second) is None
+
+
+@pytest.mark.parametrize(("damage", "words"), [("cropped", "on another grid than .*; resample"), ("damaged", "gzip")])
+def test_a_heart_whose_mask_is_of_no_use_is_left_out(tmp_path, damage, words):
+    root = fill(tmp_path / "in", [f"SC-N-{i}_ED.nii.gz" for i in range(1, 4)])
+    mask = save(root / "SC-N-1_ED_lv.nii.gz", shape=(12, 14, 12 if damage == "cropped" else 11))
+    if damage == "damaged":
+        mask.write_bytes(mask.read_bytes()[:100])
+    found = layouts.find(root, HEART)
+    for deep in (False, True):
+        (left_out,) = layouts.check(found, HEART, deep=deep)["skipped"]
+        assert (left_out["study"], left_out["kind"]) == ("SC-N-1_ED", "damaged")
+        assert re.search(rf"SC-N-1_ED_lv\.nii\.gz .*{words}", left_out["reason"])
+    (tmp_path / "run").mkdir()
+    sides = {"train": found.subjects, "test": []}
+    (tmp_path / "run" / "split.json").write_text(json.dumps(sides))
+    assert len(prepared.folder_images(HEART, found, tmp_path / "run", say=lambda text: None)) == 2
 
 
 def test_too_much_damage_is_an_error_that_names_it_and_leaves_nothing(tmp_path):

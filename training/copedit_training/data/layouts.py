@@ -28,7 +28,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import read_json, write_atomically
 from copedit_rt.images.find import StudyFiles, find_studies
 from copedit_rt.images.names import NIFTI, without_frame
-from copedit_rt.images.nifti import read_volume, same_grid
+from copedit_rt.images.nifti import Volume, read_outline, read_volume, same_grid
 from copedit_rt.images.prepare import prepare, stack_frame
 from copedit_rt.images.study import Study
 from copedit_rt.task import STACK
@@ -219,6 +219,7 @@ def load(config: ModelConfig, entry: Entry) -> NDArray[np.float16] | Skipped:
     try:
         study = Study.read(entry.files, resample=True)
         prepared = prepare(study, config, allow_complete=True)
+        heart_mask(entry, study)
     except CopeditError as error:
         return Skipped(name, "damaged", str(error))
     if blank := study.missing_slices:
@@ -228,14 +229,24 @@ def load(config: ModelConfig, entry: Entry) -> NDArray[np.float16] | Skipped:
     return prepared.images.astype(np.float16)
 
 
-def heart_centre(config: ModelConfig, entry: Entry) -> tuple[float, float] | None:
-    """Where in the plane of the model's grid the left ventricle lies, by the mask NAME_lv beside a stack; None where
-    there is none."""
-    path = entry.files.files[STACK]
-    mask = path.with_name(NIFTI.sub(r"_lv\g<0>", path.name))
-    if not mask.exists():
+def heart_mask(entry: Entry, study: Study, read: Callable[[Path], Volume] = read_volume) -> Volume | None:
+    """The mask of the left ventricle, NAME_lv beside a stack; None where there is none. Raises CopeditError for one
+    that cannot be read or is not on the stack's grid."""
+    path = entry.files.files.get(STACK)
+    mask = path and path.with_name(NIFTI.sub(r"_lv\g<0>", path.name))
+    if not mask or mask == path or not mask.exists():  # the same: of DICOM
         return None
-    volume = read_volume(mask)
+    volume = read(mask)
+    if not same_grid(volume, study.reference):
+        raise CopeditError(f"{mask} is on another grid than {path}; resample it onto that one, or remove it")
+    return volume
+
+
+def heart_centre(config: ModelConfig, entry: Entry) -> tuple[float, float] | None:
+    """Where in the plane of the model's grid the left ventricle lies, by its mask; None where there is none."""
+    volume = heart_mask(entry, Study.outline(entry.files))
+    if volume is None:
+        return None
     weight = np.maximum(stack_frame(volume, config).stack_to_model(volume.data), 0).sum(-1)
     if not weight.any():
         return None
@@ -301,6 +312,7 @@ def check(
     for done, entry in enumerate(data.studies, 1):
         try:
             study = Study.outline(entry.files)
+            heart_mask(entry, study, read_outline)
             resampled += not all(same_grid(volume, study.reference) for volume in study.volumes.values())
             good.append(entry)
         except CopeditError as error:
