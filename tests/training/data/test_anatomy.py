@@ -94,7 +94,7 @@ def test_a_map_that_was_resampled_linearly_is_refused(altered, value):
     def change(labels):
         labels[30, 30, 30] = value
 
-    with pytest.raises(CopeditError, match=rf"x\.nii\.gz is no label map \(it holds {value:g}\); resample it with nearest"):
+    with pytest.raises(CopeditError, match=rf"x\.nii\.gz is no label map \(it holds {value:g}\); resample it with"):
         anatomy.read_map(altered(change))
 
 

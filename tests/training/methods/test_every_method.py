@@ -152,6 +152,7 @@ def test_what_is_no_method_or_not_for_one_is_refused(tmp_path):
         ("augment=true", "augment = True: MM-GAN is trained without"),
         ("guidance=mask", "guidance = 'mask': there is no place for it in MM-GAN"),
         ("guidance=some", "guidance = 'some': must be full or mask or none"),
+        ("tokenizer=demo-brain", "--set tokenizer=demo-brain: MM-GAN does not go by it; leave it out"),
         ("speed=1", "--set speed=1: expected key=value with a key among steps, "),
     ):
         with pytest.raises(CopeditError, match=message):

@@ -79,6 +79,12 @@ def test_what_would_change_nothing_is_refused(idle, other):
         load_settings("tokenizer", "brain-brats", [idle])
 
 
+def test_patients_of_whom_none_is_drawn_are_refused():
+    with pytest.raises(CopeditError, match=r"--set patients=FOLDER: has no effect with patients_share = 0\.0; set"):
+        load_settings("tokenizer", "brain-2mm", ["patients=FOLDER", "patients_share=0"])
+    assert load_settings("tokenizer", "brain-2mm", ["patients=FOLDER"]).patients_share == 0.2
+
+
 def test_steps_that_leave_none_for_the_rest_say_what_to_do():
     with pytest.raises(CopeditError, match="prompt_steps = 300: must be below steps = 4; set both, or try --quick"):
         load_settings("tokenizer", "demo-brain", ["steps=4"])

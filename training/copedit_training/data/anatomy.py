@@ -197,7 +197,7 @@ def read_map(path: Path) -> HeadMap:
     if counts.sum() * zooms.prod() > _UNKNOWN:
         named = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
         raise CopeditError(
-            f"{path} holds {counts.sum() * zooms.prod() / 1000:.0f} ml of labels that are of no known tissue ({named}); "
+            f"{path} holds {counts.sum() * zooms.prod() / 1000:.0f} ml of labels that are no known tissue's ({named}); "
             f"give them labels of FreeSurfer's aseg, or remove the map"
         )
     labels = _crop(labels, inside, zooms)

@@ -304,6 +304,7 @@ class Method(LatentTask[M, Drawn], Generic[M]):
 def check(kind: type[Method[Any]], settings: MethodSettings, overrides: Sequence[str] = ()) -> None:
     """Raises CopeditError for settings that a method does not have, and overrides that it does not go by."""
     heeded = {"slices": kind.sliced, "sampler_steps": "sampler_steps" in kind.adjustable}
+    heeded["tokenizer"] = kind.needs_tokenizer(settings)
     for item in overrides:
         if not heeded.get(item.partition("=")[0], True):
             raise CopeditError(f"--set {item}: {kind.title} does not go by it; leave it out")

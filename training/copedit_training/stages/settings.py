@@ -52,6 +52,7 @@ _IDLE: dict[str, tuple[str, Any]] = {
     "prompt_batch": ("prompt_steps", 0),
     "prompt_crop": ("prompt_steps", 0),
     "patients_share": ("patients", ""),
+    "patients": ("patients_share", 0.0),
     "validate_subjects": ("validate_every", 0),
     "whole_steps": ("crop", 0),
     "muon_lr": ("optimizer", "adam"),
