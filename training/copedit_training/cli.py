@@ -450,7 +450,9 @@ def train_check_simulation(
     if labels is None:
         raise CopeditError(f"--data {data}: give label maps to simulate from, as labels:FOLDER")
     with counting("simulating") as progress:
-        rows, names = reality.check(studies, labels, config, count, progress)
+        rows, names, left_out = reality.check(studies, labels, config, count, progress)
+    for sentence in left_out:
+        say(sentence)
     say(reality.table(rows, names))
     inside = sum(row.inside() for row in rows)
     say(f"{inside} of {len(rows)} measures lie within 5 to 95 % of the simulated ones, in every study")

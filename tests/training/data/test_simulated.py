@@ -165,10 +165,18 @@ def test_the_check_reads_studies_and_compares_what_they_have_in_common(folder, b
     write("two", brains.study(21), ("t1", "t2"))
     config = dataclasses.replace(ModelConfig.preset("brain-2mm"), image=(48, 56, 24))
     labels, counted = Labels(folder), []
-    rows, names = reality.check(tmp_path, labels, config, 12, lambda done, total: counted.append((done, total)))
+    rows, names, left_out = reality.check(
+        tmp_path, labels, config, 12, lambda done, total: counted.append((done, total))
+    )
+    assert left_out == [f"{element} is left out, as it is missing in two" for element in ("t1ce", "flair")]
     assert names == ["one", "two"] and counted[-1] == (12, 12)
     assert {row.name.split()[0] for row in rows if "%" in row.name} == {"t1", "t2"}
     assert np.mean([row.inside() for row in rows]) > 0.5, "they are of the simulation themselves"
+    write("three", brains.study(22), ("t2", "flair"))
+    rows, _, left_out = reality.check(tmp_path, labels, config, 3)
+    assert left_out[0] == "t1 is left out, as it is missing in three"
+    assert left_out[-1] == "tissue ratios are left out, as they need t1 and t2 of every study"
+    assert not any("grey" in row.name for row in rows)
     write("head", simulator(folder, stripped=0.0).study(1), ("t1", "t2"))
     with pytest.raises(CopeditError, match="head: the check is of brains whose skull is off"):
         reality.check(tmp_path, labels, config, 1)

@@ -108,9 +108,9 @@ def compare(studies: Sequence[Images], simulated: Iterable[Images]) -> list[Row]
 
 def check(
     folder: Path, labels: Labels, config: ModelConfig, count: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Row], list[str], list[str]]:
     """`compare` of the skull-stripped studies in a folder with `count` simulated ones on a model's grid, in the images
-    that all of them have; and their names.
+    that all of them have; their names; and a sentence for all that is left out.
 
     Raises CopeditError for a folder without studies, and for one whose image has no empty background.
     """
@@ -119,6 +119,12 @@ def check(
     names = [name for name, there in zip(config.elements, common, strict=True) if there]
     if not names:
         raise CopeditError(f"{folder}: no image is there in all of its studies; give studies with the same images")
+    left_out = []
+    for i in np.flatnonzero(~common):
+        lacking = ", ".join(patient.name for patient in patients if not patient.there[i])
+        left_out.append(f"{config.elements[i]} is left out, as it is missing in {lacking}")
+    if not {"t1", "t2"} <= set(names):
+        left_out.append("tissue ratios are left out, as they need t1 and t2 of every study")
     for patient in patients:
         if np.mean((patient.images > 0).any(0)) > BRAIN_ALONE:
             raise CopeditError(f"{patient.name}: the check is of brains whose skull is off; strip it, or leave it out")
@@ -132,7 +138,7 @@ def check(
             if progress:
                 progress(seed + 1, count)
 
-    return compare(real, drawn()), [patient.name for patient in patients]
+    return compare(real, drawn()), [patient.name for patient in patients], left_out
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:
