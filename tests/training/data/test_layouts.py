@@ -313,9 +313,11 @@ def test_the_command(tmp_path):
     root = broken(tmp_path / "in")
     result = run("--data", root, "--preset", "brain-brats", "-o", tmp_path / "report.json")
     assert result.exit_code == 0
-    assert "complete studies   BraTS 6" in result.stdout and "to train on        4 studies" in result.stdout
+    assert "complete studies   BraTS 6" in result.stdout and "can be used        4 studies; subjects: " in result.stdout
     assert "truncated" in result.stdout and "passed over" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
+    train, test = (report["subjects"][side] for side in ("train", "test"))
+    assert test and f"subjects: {train} to train on, {test} held out" in result.stdout
     assert report == json.loads(run("--data", root, "--preset", "brain-brats", "--json").stdout)
     nothing = run("--data", root, "--preset", "brain-ixi", "--json")
     assert nothing.exit_code == 1 and json.loads(nothing.stdout)["studies"] == 0

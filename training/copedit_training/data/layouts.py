@@ -352,11 +352,12 @@ def render(report: dict[str, Any]) -> str:
     def counts(numbers: dict[str, int]) -> str:
         return ", ".join(f"{name} {number}" for name, number in numbers.items()) or "none"
 
+    train, test = (report["subjects"][side] for side in ("train", "test"))
     lines = [
         f"{report['folder']} for {report['model']}, {'every voxel' if report['deep'] else 'headers and sizes'} read",
         f"complete studies   {counts(report['layouts'])}",
         f"images             {counts(report['images'])}",
-        f"to train on        {report['studies']} studies; subjects: {counts(report['subjects'])}",
+        f"can be used        {report['studies']} studies; subjects: {train} to train on, {test} held out",
     ]
     if report["resampled"]:
         lines.append(f"resampled          {report['resampled']} studies with files on different grids")
