@@ -90,6 +90,26 @@ def test_steps_that_leave_none_for_the_rest_say_what_to_do():
         load_settings("tokenizer", "demo-brain", ["steps=4"])
 
 
+def test_what_a_run_is_too_short_for_is_said():
+    given = ["steps=1000", "warmup=700", "adversarial_from=700"]
+    run = "the run has 700 steps before its last phase"
+    assert load_settings("tokenizer", "demo-brain", given).too_late() == [
+        f"warmup = 700 lasts to the end: {run}",
+        f"quantise_from = 2400 never begins: {run}",
+        f"adversarial_from = 700 never begins: {run}",
+    ]
+    assert load_settings("denoiser", "demo-brain", ["steps=150"]).too_late() == [
+        "whole_steps = 200 leaves no step on crops: the run has 150 steps"
+    ]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "denoiser"])
+@pytest.mark.parametrize("preset", sorted(path.stem for path in settings._PRESETS.glob("*.toml")))
+def test_the_presets_own_steps_are_enough(stage, preset):
+    for quick in (False, True):
+        assert load_settings(stage, preset, quick=quick).too_late() == []
+
+
 @pytest.mark.parametrize("preset", ["demo-brain", "demo-cardiac", "brain-brats", "brain-ixi", "cardiac"])
 def test_quick_is_a_few_steps_on_a_few_subjects(preset):
     for stage in ("tokenizer", "denoiser"):

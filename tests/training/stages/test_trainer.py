@@ -422,8 +422,9 @@ def test_without_a_terminal_lines_say_how_far_it_is(tmp_path, capfd, monkeypatch
     assert lines[0].startswith("tokenizer: step 1 of 3, 0:00:") and " left, " in lines[0] and " l1 " in lines[0]
     assert lines[-1].startswith("tokenizer: step 3 of 3, 0:00:00 left, ") and len(lines) == 2
     monkeypatch.setattr(progress, "PAUSE", 0.0)
-    vae = train("tokenizer", tmp_path / "b", "steps=3", "readout_steps=1")
+    vae = train("tokenizer", tmp_path / "b", "steps=3", "readout_steps=1", "quantise_from=3")
     said = capfd.readouterr().err
+    assert "\nquantise_from = 3 never begins: the run has 3 steps\n" in said
     assert said.count("tokenizer: step ") == 3 and said.count("reading out: subject ") == 4
     train("denoiser", tmp_path / "c", "steps=1", f"tokenizer={vae}")
     assert capfd.readouterr().err.count("encoding: view ") == 2 * 4

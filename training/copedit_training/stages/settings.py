@@ -123,6 +123,18 @@ class Settings:
         """Of the part of the run that a step is in: the peak of its learning rate, the step in it, and its length."""
         return self.lr, step, self.steps
 
+    def too_late(self) -> list[str]:
+        """What the run is too short for, a sentence each."""
+        first = self.phase(0)[2]
+        run = f"the run has {first} steps" + " before its last phase" * (first < self.steps)
+        said = [f"warmup = {self.warmup} lasts to the end: {run}"] if self.warmup >= first else []
+        for name in ("quantise_from", "adversarial_from"):
+            if (begin := getattr(self, name, -1)) >= first:
+                said.append(f"{name} = {begin} never begins: {run}")
+        if self.crop and (whole := getattr(self, "whole_steps", 0)) >= self.steps:
+            said.append(f"whole_steps = {whole} leaves no step on crops: {run}")
+        return said
+
 
 @dataclass(frozen=True)
 class TokenizerSettings(Settings):

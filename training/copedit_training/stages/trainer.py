@@ -186,6 +186,8 @@ def carry_out(
     so many), make the task of them, and train."""
     console = terminal()
     console.print_json(data=described["settings"])
+    for sentence in settings.too_late():
+        console.print(sentence, highlight=False, soft_wrap=True)
     with distributed.first():
         if not distributed.rank():
             claim(output, described, resume)
