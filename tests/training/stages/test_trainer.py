@@ -97,6 +97,10 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stage, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "fit", lambda *_: pytest.fail("a finished run was finished again"))
         assert train(stage, tmp_path / "stopped", *extra, resume=True) == resumed
+    for name in (f"{stage}.safetensors", "config.json"):
+        (resumed / name).unlink()
+        train(stage, tmp_path / "stopped", *extra, resume=True)
+        assert (resumed / name).exists() and same_weights(whole, resumed, f"{stage}.safetensors")
     assert [p.name for p in sorted((tmp_path / "stopped").glob("checkpoint-*"))] == [
         "checkpoint-00000004",
         "checkpoint-00000005",

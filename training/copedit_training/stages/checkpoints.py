@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from copedit_rt import checkpoint, files
+from copedit_rt.checkpoint import CONFIG, DENOISER, TOKENIZER
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import new_folder, read_json, write_atomically
@@ -138,10 +139,14 @@ def store(output: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], ke
         shutil.rmtree(old)
 
 
-def finished(output: Path, steps: int) -> bool:
-    """Whether a run of so many steps has come to its end, which writes what its model was trained on last of all."""
+def finished(output: Path, stage: str, steps: int) -> bool:
+    """Whether a run of so many steps has come to its end, which writes what its model was trained on last of all, and
+    its model is still there."""
     every = checkpoints(output)
-    return bool(every) and every[-1].name == f"checkpoint-{steps:08d}" and (output / "model" / TRAINING).is_file()
+    own = {"tokenizer": (TOKENIZER,), "denoiser": (TOKENIZER, DENOISER)}
+    names = (CONFIG, TRAINING, *own.get(stage, ("method.json", "method.safetensors")))
+    there = all((output / "model" / name).is_file() for name in names)
+    return there and bool(every) and every[-1].name == f"checkpoint-{steps:08d}"
 
 
 def restore(output: Path) -> tuple[int, Tensors, Tensors] | None:
