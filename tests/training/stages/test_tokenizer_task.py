@@ -203,6 +203,8 @@ def test_whole_subjects_are_left_out_of_the_read_out(subjects, out, monkeypatch)
 
 def test_shares_are_checked(tmp_path):
     config = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, prior=True))
+    with pytest.raises(CopeditError, match=r"patients = 'P': patients join .*, but there is neither; set"):
+        TokenizerTask(TINY, settings("tokenizer", "patients=P"))
     with pytest.raises(CopeditError, match="phantoms_share and patients_share: together"):
         train("tokenizer", tmp_path / "no", "prior_steps=2", "phantoms_share=0.8", config=config)
     with pytest.raises(CopeditError, match="phantoms_share: phantoms join the prior of a brain model"):
@@ -256,7 +258,8 @@ def test_what_a_run_has_read_is_not_needed_at_its_end(tmp_path, real, stage, mon
         told = ("subjects=4", "prior_steps=2", "phantoms_share=0", patients)
         model = trainer.fit_prior_alone("brain-2mm", output, "phantom", str(vae), told, config=config)
     else:
-        model = train(stage, output, "steps=1", patients if stage == "tokenizer" else f"tokenizer={vae}")
+        told = ("readout_steps=1", patients) if stage == "tokenizer" else (f"tokenizer={vae}",)
+        model = train(stage, output, "steps=1", *told)
     words = "simulated phantoms" if stage == "denoiser" else "simulated phantoms and 3 patients"
     assert TrainedOn.load(model).words == words
 

@@ -73,13 +73,18 @@ class Shared:
 
 
 def check_prior(config: ModelConfig, settings: TokenizerSettings) -> None:
-    """Raises CopeditError for a prior without steps, steps without a prior, phantoms that nothing would be learnt from,
-    and shares that leave none."""
+    """Raises CopeditError for a prior without steps, steps without a prior, patients and phantoms that nothing would be
+    learnt from, and shares that leave none."""
     fitted = config.denoiser.prior and not config.task.joint  # that of hearts is solved, not descended to
     if fitted != (settings.prior_steps > 0):
         has, remedy = ("a", "set more than 0") if fitted else ("no", "leave it at 0")
         raise CopeditError(
             f"prior_steps = {settings.prior_steps}: {config.name} has {has} prior that is fitted in steps; {remedy}"
+        )
+    if settings.patients and not fitted and not settings.readout_steps:
+        raise CopeditError(
+            f"patients = {settings.patients!r}: patients join a fitted prior and the read-out, but there is neither; "
+            f"set readout_steps, or leave it out"
         )
     if not settings.phantoms_share:
         return
