@@ -11,6 +11,7 @@ from copedit_rt.errors import CopeditError
 from copedit_training.evaluation.baselines import mean_of_observed
 from copedit_training.methods import METHODS, method
 from copedit_training.methods.base import load_method
+from copedit_training.stages import trainer
 from copedit_training.stages.denoiser_task import DenoiserTask
 from copedit_training.stages.settings import load_settings
 from tests.training.methods.small import (
@@ -54,13 +55,16 @@ def test_synthesis_keeps_what_is_observed_and_reads_nothing_else(name, where):
 
 
 @pytest.mark.parametrize(("name", "where"), EVERY)
-def test_a_resumed_run_has_the_same_bits_and_its_folder_the_same_method(name, where, tmp_path):
+def test_a_resumed_run_has_the_same_bits_and_its_folder_the_same_method(name, where, tmp_path, monkeypatch):
     config = CONFIGS[where]
     whole = train(name, tmp_path / "a", config)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "model")
     shutil.rmtree(tmp_path / "b" / "checkpoint-00000004")
     again = train(name, tmp_path / "b", config, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "fit", lambda *_: pytest.fail("a finished run was finished again"))
+        assert train(name, tmp_path / "b", config, resume=True) == again
     for file in ("task.safetensors", "optimizer.safetensors"):
         assert same_weights(*(tmp_path / run / "checkpoint-00000004" for run in "ab"), file), file
     assert same_weights(whole, again, "method.safetensors")
