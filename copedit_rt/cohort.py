@@ -319,7 +319,7 @@ class Job:
             if self.overwrite and self.target is None and opened.entry["status"] in ("written", "complete"):
                 self.clear(opened)
         except Exception as error:
-            opened.error = self.failure(opened, error)
+            opened.error, opened.entry["status"] = self.failure(opened, error), "failed"
         told = opened.error
         if told and opened.entry["status"] == "complete":
             told = CopeditError("; ".join((str(told), *opened.entry["outlived"])))

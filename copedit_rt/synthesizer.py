@@ -316,8 +316,10 @@ class Synthesizer:
 
     def _targets(self, prepared: Prepared, target: str | Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
+        if isinstance(target, str) and target.strip().lower() == "all":
+            target = None
         if self.config.task.joint:
-            if target:
+            if target is not None:
                 asked = target if isinstance(target, str) else ", ".join(target)
                 raise CopeditError(f"target {asked}: a cardiac stack is filled as a whole; leave target out")
             return [STACK]

@@ -154,7 +154,7 @@ def _result(study: Study, made: dict[str, np.ndarray]) -> Result:
         identity={name: list(row.values()) for name, row in seen["identity"].items()},
         elements=tuple(seen["missing"]),
         unlike=tuple(about["unlike"]),
-        seen_only=about["seen_only"],
+        seen_only=about.get("seen_only", ""),
     )
     std = dict(zip(names, made["deviation"], strict=True)) if len(made["deviation"]) else {}
     return Result(whole, perception, about["record"] | {"inputs": inputs_of(study), "notes": notes_of(whole)}, std)

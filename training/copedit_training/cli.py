@@ -134,7 +134,7 @@ def evaluate(
     if beside and samples > 1:
         raise CopeditError(f"--samples {samples}: methods give one each; leave it out beside --beside, or take --seeds")
     check_writable(output)
-    synthesizer = _load(model, device)
+    synthesizer, about = _load(model, device), model_of(model)
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     others, budget = _beside(beside or [], synthesizer, model, device, steps=steps, solver=solver)
     seeds = max([seeds, *(len(method.runs) for method in others.values())])
@@ -143,7 +143,7 @@ def evaluate(
     options |= {"beside": others, "seeds": seeds, "budget": budget}
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
-    report |= model_of(model)
+    report |= about
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
@@ -170,13 +170,13 @@ def side_by_side(
     from copedit_training.experiments import pictures as body
 
     check_writable(output)
-    synthesizer = _load(model, device)
+    synthesizer, about = _load(model, device), model_of(model)
     patterns = body.wanted_patterns(synthesizer.config, missing or ())
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     others, _ = _beside(beside or [], synthesizer, model, device)
     with counting("synthesising") as progress:
         report, rows = body.compare(synthesizer, whom, others, patterns, seed, progress)
-    report |= model_of(model)
+    report |= about
     present(report, body.markdown(report), body.write_report(report, rows, output), as_json, unplotted())
 
 
@@ -201,11 +201,11 @@ def sweep(
 
     counts = numbers(steps, "--steps") or []
     check_writable(output)
-    synthesizer = _load(model, device)
+    synthesizer, about = _load(model, device), model_of(model)
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     with counting("evaluating") as progress:
         report = body.sweep(synthesizer, whom, steps=counts, seed=seed, patterns=patterns, progress=progress)
-    report |= model_of(model)
+    report |= about
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 

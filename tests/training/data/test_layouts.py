@@ -327,13 +327,15 @@ def test_the_command(tmp_path):
 
 def test_remedies_are_of_the_command(tmp_path):
     (tmp_path / "maps").mkdir()
-    maps, hearts = made_up(tmp_path / "maps"), tmp_path / "hearts"
+    maps, hearts, flat = made_up(tmp_path / "maps"), tmp_path / "hearts", tmp_path / "flat"
+    shutil.copytree(maps / "synthseg", flat)
     for i in range(4):
         for name in (f"patient{i:03d}_frame01", f"patient{i:03d}_frame01_lv"):
             save(hearts / f"{name}.nii.gz", data=np.ones((4, 4, 4)))
     for folder, words in (
-        (maps, f"one.nii.gz looks like a label map: give these as --data labels:{maps}"),
-        (maps / "synthseg", f"--data labels:{maps}"),
+        (maps, f"one.nii.gz looks like a label map: give --data labels:{maps}"),
+        (maps / "synthseg", f"give --data labels:{maps}"),
+        (flat, f"one.nii.gz looks like a label map: move these into {flat}/synthseg and give --data labels:{flat}"),
         (hearts, "patient000_frame01.nii.gz: a heart by its name; patient000_frame01_lv.nii.gz: a label map or mask"),
     ):
         with pytest.raises(CopeditError) as refused:

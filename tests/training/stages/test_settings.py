@@ -75,12 +75,12 @@ def test_words_are_among_those_there_are():
     ("idle", "other"), [("patients_share=0.5", "patients = ''"), ("prompt_crop=64", "prompt_steps = 0")]
 )
 def test_what_would_change_nothing_is_refused(idle, other):
-    with pytest.raises(CopeditError, match=f"--set {idle}: has no effect with {other}; set both, or neither"):
+    with pytest.raises(CopeditError, match=f"--set {idle}: has no effect with {other}; change that, or leave it out"):
         load_settings("tokenizer", "brain-brats", [idle])
 
 
 def test_patients_of_whom_none_is_drawn_are_refused():
-    with pytest.raises(CopeditError, match=r"--set patients=FOLDER: has no effect with patients_share = 0\.0; set"):
+    with pytest.raises(CopeditError, match=r"--set patients=FOLDER: has no effect with patients_share = 0\.0; change that"):
         load_settings("tokenizer", "brain-2mm", ["patients=FOLDER", "patients_share=0"])
     assert load_settings("tokenizer", "brain-2mm", ["patients=FOLDER"]).patients_share == 0.2
 

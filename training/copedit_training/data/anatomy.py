@@ -96,6 +96,7 @@ _MNI = {
 _MNI_MIDDLE = {16: (0, -29, -32)}
 _STEP = 0.125  # mm a unit of the stored distances, which are clipped to about +-16 mm
 _ZERO = 128
+VERSION = 2  # of prepared maps
 _UNKNOWN = 1000.0  # mm^3 of labels outside the table that a map may hold; they become air
 _COARSE = 4.0  # mm of the maps of what is near the head and of the push of growing ventricles
 

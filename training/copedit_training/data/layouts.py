@@ -109,10 +109,13 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
     try:
         found = find_studies(folder, task=config.task)
     except CopeditError as error:
-        one_of_each = {path.parent: path for path in folder.rglob("*.nii*")}.values()
-        labels = None if config.task.joint else next(filter(_is_label_map, islice(one_of_each, 9)), None)
-        where = labels.parent.parent if labels and labels.parent.name == "synthseg" else folder
-        remedy = f"; {labels.name} looks like a label map: give these as --data labels:{where}" if labels else ""
+        some = () if config.task.joint else islice(folder.rglob("*.nii*"), 9)
+        remedy = ""
+        if labels := next(filter(_is_label_map, some), None):
+            there = labels.parent.name == "synthseg"
+            move = "" if there else f"move these into {folder}/synthseg and "
+            where = labels.parent.parent if there else folder
+            remedy = f"; {labels.name} looks like a label map: {move}give --data labels:{where}"
         raise CopeditError(_without_options(str(error)) + remedy) from error
     wanted = config.task.volumes(config.elements)
     passed_over = [(path, _without_options(reason)) for path, reason in found.skipped]
@@ -120,7 +123,7 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
     places: dict[str, Path] = {}
     for study in found:
         if not study.files:  # of DICOM, no series of which was understood
-            data.skipped.append(Skipped(study.name, "incomplete", str(study.problem)))
+            data.skipped.append(Skipped(study.name, "incomplete", _without_options(str(study.problem))))
             continue
         layout, subject, name = _whose(study, folder)
         files = {element: path for element, path in study.files.items() if element in wanted}
@@ -143,16 +146,17 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
 
 def _without_options(text: str) -> str:
     """Without remedies by options such as --file, which the commands on data sets lack."""
+    text = re.sub(r" or (?:give|name|with)\b[^;]* --[^;]*", "", text)
     return "; ".join(part for part in text.split("; ") if " --" not in part)
 
 
 def _is_label_map(path: Path) -> bool:
     """Whether a file holds few whole numbers, FreeSurfer's for white matter among them."""
     try:
-        values = set(np.unique(read_volume(path).data).tolist())
+        values = np.unique(read_volume(path).data)
     except CopeditError:
         return False
-    return len(values) < 200 and all(value.is_integer() for value in values) and not values.isdisjoint((2, 41))
+    return values.size < 200 and not (values % 1).any() and bool(np.isin((2, 41), values).any())
 
 
 def _whose(study: StudyFiles, folder: Path) -> tuple[str, str, str]:

@@ -21,6 +21,7 @@ from copedit_rt.errors import CopeditError
 from copedit_training.data import physics
 from copedit_training.data.anatomy import (
     INDEX,
+    VERSION,
     Disease,
     Draw,
     HeadMap,
@@ -108,7 +109,7 @@ class Simulator:
     def _load(self, path: Path) -> HeadMap:
         if self.cache is None:
             return read_map(path)
-        stored = self.cache / f"{path.name.split('.')[0]}-{path.stat().st_size}.npz"
+        stored = self.cache / f"{path.name.split('.')[0]}-{path.stat().st_size}-{VERSION}.npz"
         if not stored.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
             temporary = stored.with_suffix(".tmp.npz")

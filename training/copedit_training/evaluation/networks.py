@@ -340,6 +340,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, MemoryError) as error:
+            raise CopeditError(f"{path}: cannot be read ({error})") from error
         except Exception as error:
             raise CopeditError(f"{path}: not a file of weights alone; give the published weights") from error
         state = state.get("state_dict", state) if isinstance(state, dict) else {}

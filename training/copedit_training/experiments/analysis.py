@@ -694,13 +694,13 @@ def analyse(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    probe = Probe(model, subjects, device, **whose)
+    about, probe = model_of(model), Probe(model, subjects, device, **whose)
     style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
     with matplotlib.rc_context(style):
         report, figure = ANALYSES[kind](probe)
         save_figure(figure, folder / f"{kind}.png", dpi=220)
         plt.close(figure)
-    return {"analysis": kind, **model_of(model), "figure": f"{kind}.png"} | probe.whom.about() | report
+    return {"analysis": kind, **about, "figure": f"{kind}.png"} | probe.whom.about() | report
 
 
 def _rows(report: Mapping[str, Any]) -> tuple[str, Sequence[str], list[tuple[str, ...]]]:

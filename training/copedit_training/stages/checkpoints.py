@@ -18,6 +18,7 @@ from copedit_rt.checkpoint import CONFIG, DENOISER, TOKENIZER
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.files import new_folder, read_json, write_atomically
+from copedit_rt.prior import PRIOR
 from copedit_rt.trained import TRAINING
 from copedit_training.stages.settings import DenoiserSettings, TokenizerSettings
 
@@ -139,11 +140,12 @@ def store(output: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], ke
         shutil.rmtree(old)
 
 
-def finished(output: Path, stage: str, steps: int) -> bool:
+def finished(output: Path, stage: str, steps: int, prior: bool) -> bool:
     """Whether a run of so many steps has come to its end, which writes what its model was trained on last of all, and
-    its model is still there."""
+    its model is still there. prior: whether that has one."""
     every = checkpoints(output)
-    own = {"tokenizer": (TOKENIZER,), "denoiser": (TOKENIZER, DENOISER)}
+    more = (PRIOR,) * prior
+    own = {"tokenizer": (TOKENIZER, *more), "denoiser": (TOKENIZER, DENOISER, *more)}
     names = (CONFIG, TRAINING, *own.get(stage, ("method.json", "method.safetensors")))
     there = all((output / "model" / name).is_file() for name in names)
     return there and bool(every) and every[-1].name == f"checkpoint-{steps:08d}"

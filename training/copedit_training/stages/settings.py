@@ -298,7 +298,7 @@ def _check_idle(settings: Settings, own: Mapping[str, Any]) -> None:
     for key, (other, without) in _IDLE.items():
         if key in own and own[key] != defaults[key] and getattr(settings, other, None) == without:
             idle = f"{other} = {without or repr(without)}"
-            raise CopeditError(f"--set {key}={own[key]}: has no effect with {idle}; set both, or neither")
+            raise CopeditError(f"--set {key}={own[key]}: has no effect with {idle}; change that, or leave it out")
 
 
 def _parsed(stage: Stage, item: str, known: Mapping[Stage, type[Settings]]) -> tuple[str, Any]:

@@ -191,7 +191,7 @@ def carry_out(
     with distributed.first():
         if not distributed.rank():
             claim(output, described, resume)
-    if resume and finished(output, settings.stage, settings.steps):
+    if resume and finished(output, settings.stage, settings.steps, config.denoiser.prior):
         console.print(f"{output}: finished before, nothing is left to do", highlight=False)
         return output / "model"
     with distributed.first():
