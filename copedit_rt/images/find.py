@@ -16,7 +16,7 @@ from copedit_rt.errors import CopeditError
 from copedit_rt.files import SUFFIX, is_file, refuse_broken, walk
 from copedit_rt.images import bids
 from copedit_rt.images.dicom.headers import is_dicom
-from copedit_rt.images.dicom.match import left_out, named
+from copedit_rt.images.dicom.match import left_out, named, perhaps
 from copedit_rt.images.dicom.studies import DicomStudy, dicom_studies
 from copedit_rt.images.names import (
     FOREIGN,
@@ -459,7 +459,8 @@ class _Search:
             ]
             heads = [(n, i) for n, i in there if n and stem_of(path).startswith(found[i][1].naming.head)]
             anyones = nameless(stem_of(path)) and not left_out(stem_of(path)) and _mentioned(stem_of(path))
-            lacking = [(n, i) for n, i in there if anyones and anyones not in found[i][1].files]
+            maybe = perhaps(anyones, stem_of(path)) if anyones else set()
+            lacking = [(n, i) for n, i in there if maybe - found[i][1].files.keys()]
             for n, i in heads or (there if len(there) == 1 else lacking):
                 if not heads or n == max(heads)[0]:
                     beside.setdefault(i, []).append((path, reason))

@@ -36,6 +36,7 @@ _LEFT_OUT = (
     ("not the short axis", r"[234]ch [234]chamber lax longaxis lvot rvot aorta"),
 )
 _INVERSION = r"tirm?|irtse"  # with a long time the fluid's, with a short one the fat's
+_DARK = r"dark|csf|suppress\w*"  # of a T2 perhaps the fluid, as of FLAIR
 _WORDS = {row.name: row.series for row in TABLE if row.series} | {
     STACK: r"sax|shortaxis|shax|kurzachse|kurzeachse|sacine|cinesa|sastack",
 }
@@ -172,6 +173,16 @@ def agent(text: str) -> bool | None:
     if MINUS.search(text) or _has(tokens, _PLAIN):
         return False
     return True if _has(tokens, f"{_AGENT}|{_T1_AGENT}") else None
+
+
+def perhaps(element: str, text: str) -> set[str]:
+    """What an image of an element may be by other words: T1 with contrast agent or without, T2 or FLAIR."""
+    tokens = _tokens(text.replace("_", " "))
+    if element == "t1" and _has(tokens, f"{_AGENT}|{_T1_AGENT}"):
+        return {"t1", "t1ce"}
+    if element == "t2" and _has(tokens, f"{_INVERSION}|{_DARK}"):
+        return {"t2", "flair"}
+    return {element}
 
 
 def by_times(header: Header) -> str | None:

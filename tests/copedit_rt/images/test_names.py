@@ -199,7 +199,21 @@ def test_a_file_that_may_be_anyones_stops_the_studies_of_its_folder_that_lack_it
     assert [bool(study.problem) for study in find_studies(tmp_path)] == [False, True, False], "one lacks no FLAIR"
 
 
-@pytest.mark.parametrize("stem", ["t1_to_mni_warp", "T1_template_brainweb", "axial"])
+@pytest.mark.parametrize(
+    ("stem", "held", "maybe"),
+    [
+        ("T1_GD_foo", "t1", "t1ce"), ("ax_post_T1", "t1", "t1ce"), ("t1_tse_foo_km", "t1", "t1ce"),
+        ("T1_fatsat_GD_foo", "t1", "t1ce"), ("T1_GD_foo", "t1ce", "t1"), ("t2_spair_dark", "t2", "flair"),
+        ("t2_tirm_tra", "t2", "flair"), ("t2_spair_dark", "flair", "t2"),
+    ],
+)  # fmt: skip
+def test_a_file_that_may_be_one_of_two_stops_the_studies_that_lack_either(tmp_path, stem, held, maybe):
+    touch(tmp_path, f"p1_{held}.nii.gz", f"p2_{held}.nii.gz", f"p2_{maybe}.nii.gz", f"{stem}.nii.gz")
+    one, two = find_studies(tmp_path)
+    assert one.unclear == (tmp_path / f"{stem}.nii.gz",) and two.problem is None
+
+
+@pytest.mark.parametrize("stem", ["t1_to_mni_warp", "T1_template_brainweb", "t1_nativ_foo", "axial"])
 def test_what_no_study_lacks_stops_none(tmp_path, stem):
     touch(tmp_path, "p1_t1.nii.gz", "p2_t1.nii.gz", f"{stem}.nii.gz")
     assert [study.problem for study in find_studies(tmp_path)] == [None, None]
