@@ -57,7 +57,7 @@ _BOTH = re.compile(  # pre/post, c+/c-
     + r"|\bc\+\s*/\s*c-|\bc-\s*/\s*c\+"
 )
 _T1_AGENT = r"s?[23]?d?t1w?\+?(?:ce|c|gd|gad|gado|km|post|\+)"
-_FAT = re.compile(r"(?:fat|fett)[-_ ]?(?:sat|sup|saettig|suppr)\w*|water[-_ ]?(?:exc|sel)\w*", re.I)
+_FAT = re.compile(r"(?:fat|fett)[-_ ]?(?:sat|sup|saettig|suppr)[^\W_]*|water[-_ ]?(?:exc|sel)[^\W_]*", re.I)
 _CHEST = ("HEART", "CARDIAC", "CHEST", "THORAX")  # body parts
 _HEAD = ("HEAD", "BRAIN", "SKULL", "HEADNECK")
 _SPLIT = re.compile(r"[^a-z0-9+*/]+")
@@ -177,7 +177,7 @@ def agent(text: str) -> bool | None:
 
 def perhaps(element: str, text: str) -> set[str]:
     """What an image of an element may be by other words: T1 with contrast agent or without, T2 or FLAIR."""
-    tokens = _tokens(text.replace("_", " "))
+    tokens = _tokens(text)
     if element == "t1" and _has(tokens, f"{_AGENT}|{_T1_AGENT}"):
         return {"t1", "t1ce"}
     if element == "t2" and _has(tokens, f"{_INVERSION}|{_DARK}"):

@@ -33,10 +33,10 @@ DESCRIPTIONS = {
     "t1ce": "T1 MPRAGE +C | T1+C | AX T1 POST | t1_mprage_sag_KM | AX T1 POST GD FS | T1 C+ | Ax T1 w/ contrast | "
     "T1CE | t1_tse_tra_Gd | Post T1 SE | T1 GAD | SAG T1 MPRAGE POST CONTRAST | T1 +Gadovist | T1c | 3D T1 MDC | "
     "AX T1 W/GAD | AX T1 W/CONTRAST | T1 W/GD | T1 POST/GAD | T1 Gadavist | T1 c/contraste | T1 +GD/FS | "
-    "T1-C | T1 - C+ | T1 sinc +C",
+    "T1-C | T1 - C+ | T1 sinc +C | t1_tse_fatsat_km | t1_fatsaturated_gd",
     "t2": "T2 | t2_tse_tra_320_p2 | AX T2 FSE | Ax T2 FRFSE | T2W_TSE | sT2W | T2 BLADE | t2_space_sag | AX T2 PROP FS",
     "flair": "FLAIR | FLAIR_AX | t2_tirm_tra_dark-fluid | t2_tirm_tra_dark_fluid | AX T2 FLAIR | T2FLAIR | FLAIR +C | "
-    "3D FLAIR SPACE | t2_spc_da-fl_sag_p2_iso | sag CUBE flair | T2W_FLAIR_SPIR | 3D_Brain_VIEW_FLAIR",
+    "3D FLAIR SPACE | t2_spc_da-fl_sag_p2_iso | sag CUBE flair | T2W_FLAIR_SPIR | 3D_Brain_VIEW_FLAIR | t2_fatsat_flair",
     "pd": "PD | pd_tse_tra | AX PD | PDW | Proton Density",
     "sax": "SAX | Short Axis stack | cine_sax | short-axis | cine SA",
 }

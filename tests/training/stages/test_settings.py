@@ -80,7 +80,7 @@ def test_what_would_change_nothing_is_refused(idle, other):
 
 
 def test_patients_of_whom_none_is_drawn_are_refused():
-    with pytest.raises(CopeditError, match=r"--set patients=FOLDER: has no effect with patients_share = 0\.0; change that"):
+    with pytest.raises(CopeditError, match=r"--set patients=FOLDER: has no effect with patients_share = 0\.0;"):
         load_settings("tokenizer", "brain-2mm", ["patients=FOLDER", "patients_share=0"])
     assert load_settings("tokenizer", "brain-2mm", ["patients=FOLDER"]).patients_share == 0.2
 
