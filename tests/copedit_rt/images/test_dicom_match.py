@@ -36,7 +36,8 @@ DESCRIPTIONS = {
     "T1-C | T1 - C+ | T1 sinc +C | t1_tse_fatsat_km | t1_fatsaturated_gd",
     "t2": "T2 | t2_tse_tra_320_p2 | AX T2 FSE | Ax T2 FRFSE | T2W_TSE | sT2W | T2 BLADE | t2_space_sag | AX T2 PROP FS",
     "flair": "FLAIR | FLAIR_AX | t2_tirm_tra_dark-fluid | t2_tirm_tra_dark_fluid | AX T2 FLAIR | T2FLAIR | FLAIR +C | "
-    "3D FLAIR SPACE | t2_spc_da-fl_sag_p2_iso | sag CUBE flair | T2W_FLAIR_SPIR | 3D_Brain_VIEW_FLAIR | t2_fatsat_flair",
+    "3D FLAIR SPACE | t2_spc_da-fl_sag_p2_iso | sag CUBE flair | T2W_FLAIR_SPIR | 3D_Brain_VIEW_FLAIR | "
+    "t2_fatsat_flair",
     "pd": "PD | pd_tse_tra | AX PD | PDW | Proton Density",
     "sax": "SAX | Short Axis stack | cine_sax | short-axis | cine SA",
 }
