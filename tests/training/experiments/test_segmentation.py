@@ -138,6 +138,71 @@ def test_studies_that_cannot_be_used_are_left_out_by_name(model_folder, tmp_path
         assert len(cases.images) == 1 and np.array_equal(cases.regions[0, 0], wanted > 0)
 
 
+def test_no_patient_has_what_was_synthesised_of_another(model_folder, tmp_path, monkeypatch):
+    """Nor are scores of other patients kept, where a study is damaged or mended or was not left out before."""
+    model = str(model_folder("demo-brain"))
+    config, names = checkpoint.read_config(model_folder("demo-brain")), [f"BraTS2021_{i:05d}" for i in range(4)]
+    for seed, name in enumerate(names):
+        write_brats(tmp_path / "data", name, config, seed)
+    people, out = [f"BraTS/{name}" for name in names], tmp_path / "out"
+    out.mkdir()
+    (out / "split.json").write_text(json.dumps({"train": people[:3], "test": people[3:]}))
+    filler, seen = seg.Filler("synthesised", "digest", lambda images, there, seed, study: images / 2), []
+    monkeypatch.setattr(seg, "fillers_of", lambda *given: (config, {"synthesised": [filler]}, {}))
+    monkeypatch.setattr(seg, "test", lambda net, cases, *given: np.full((len(cases.images), 4, 3), 0.5))
+
+    def train(cases, kind, *given):
+        seen.append(kind)
+        if kind == "synthesised":
+            assert np.array_equal(cases.synthesised, cases.images / np.float16(2))
+
+    monkeypatch.setattr(seg, "train", train)
+
+    def compare():
+        seen.clear()
+        budget = replace(TINY, test=1, seeds=1)
+        return seg.compare(model, out, str(tmp_path / "data"), "cpu", budget)
+
+    def labels(top):
+        wanted = np.zeros(phantom_subject(config, 0).labels.shape, np.float32)
+        wanted[4:8, 4:8, 2:4] = top
+        path = tmp_path / "data" / names[0] / f"{names[0]}_seg.nii.gz"
+        Volume.from_array(wanted, phantom_subject(config, 0).affine()).save(path)
+
+    assert compare()["train"] == 3 and len(seen) == 3
+    assert compare()["train"] == 3 and not seen, "kept"
+    labels(255)
+    report = compare()
+    assert report["train"] == 2 and [item["study"] for item in report["skipped"]] == names[:1] and len(seen) == 3
+    labels(4)
+    assert compare()["train"] == 3 and len(seen) == 3, "looked at again"
+    # The files of a version that left nothing out: without an index.
+    for path in out.glob("train-*.json"):
+        path.unlink()
+    case = seg._case
+
+    def strict(config, entry, path):
+        if entry.files.name == names[0]:
+            raise CopeditError("is refused now")
+        return case(config, entry, path)
+
+    monkeypatch.setattr(seg, "_case", strict)
+    assert compare()["train"] == 2 and len(seen) == 3
+
+
+def test_simulated_cases_of_an_older_version_are_kept(tmp_path, monkeypatch):
+    """Which wrote no index of what is left out."""
+    config = replace(ModelConfig.preset("demo-brain"), image=(32, 32, 16))
+    row = np.full((4, 32, 32, 16), 0.5, np.float32), np.ones((3, 32, 32, 16), bool)
+    monkeypatch.setattr(seg, "phantom_cases", lambda config, first, count: (row for _ in range(count)))
+    seg.load_cases(config, tmp_path, "phantom", TINY)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy"}
+    short = seg._short(config.name, "phantom")
+    assert (tmp_path / f"train-{short}-3.npy").exists(), "the name of all versions"
+    monkeypatch.setattr(seg, "phantom_cases", lambda *given: pytest.fail("made again"))
+    assert len(seg.load_cases(config, tmp_path, "phantom", TINY)["train"].images) == 3
+
+
 def test_half_made_cases_are_begun_anew_where_the_studies_are_others(model_folder, tmp_path, monkeypatch):
     """And no more studies are looked for than are wanted."""
     config = checkpoint.read_config(model_folder("demo-brain"))

@@ -192,38 +192,51 @@ def fillers_of(
 def load_cases(
     config: ModelConfig, folder: Path, data: str, budget: Budget, progress: Progress | None = None
 ) -> dict[str, Cases]:
-    """Cases to train and to test on, kept in the folder and mapped from there; nothing is synthesised yet."""
+    """Cases to train and to test on, kept in the folder and mapped from there; nothing is synthesised yet.
+
+    Those of a data set are kept under a name that its files decide: once one has changed, they are made anew."""
     found = None if data == "phantom" else layouts.find(Path(data), config)
     sides = layouts.split(found.subjects, folder / "split.json") if found else {}
 
     def of(side: str, wanted: int, first: int) -> Cases:
-        path = folder / f"{side}-{_short(config.name, _origin(data))}-{wanted}.npy"
-        outlines, index = path.with_name(f"{path.stem}-regions.npy"), path.with_suffix(".json")
-        if not (path.exists() and outlines.exists() and index.exists()):
-            skipped: list[layouts.Skipped] = []
-            count, source, names = wanted, phantom_cases(config, first, wanted), ""
-            if found:
-                members = set(sides[side])
-                entries = list(islice((e for e in found.studies if e.subject in members and label_file(e)), wanted))
-                count, source = len(entries), folder_cases(config, entries, skipped)
-                names = _short(*(e.files.name for e in entries))
-            if not count:
+        entries: list[layouts.Entry] = []
+        if found:
+            members = set(sides[side])
+            entries = list(islice((e for e in found.studies if e.subject in members and label_file(e)), wanted))
+            if not entries:
                 raise CopeditError(
                     f"{data}: no study to {side} on has its segmentation (*_seg.nii.gz, *-seg.nii.gz) beside it"
                 )
+        used = (word for entry in entries for word in _state(entry))
+        path = folder / f"{side}-{_short(config.name, _origin(data), *used)}-{wanted}.npy"
+        outlines, index = path.with_name(f"{path.stem}-regions.npy"), path.with_suffix(".json")
+        if not (path.exists() and outlines.exists() and (index.exists() or not found)):
+            skipped: list[layouts.Skipped] = []
+            count = len(entries) if found else wanted
+            source = folder_cases(config, entries, skipped) if found else phantom_cases(config, first, wanted)
             files: Files = {
                 path: ((count, len(config.elements), *config.image), np.float16),
                 outlines: ((count, len(REGIONS), *config.image), np.bool_),
             }
-            grow(files, lambda rows: islice(source, rows.start, None), progress, names)
+            grow(files, lambda rows: islice(source, rows.start, None), progress)
             if len(skipped) == count:
                 raise CopeditError(f"{data}: no study to {side} on can be used, such as {skipped[0].reason}")
-            write_atomically(index, (json.dumps([asdict(item) for item in skipped], indent=1) + "\n").encode())
-        left_out = [layouts.Skipped(**item) for item in read_json(index)]
-        used = slice(len(mapped(path)) - len(left_out))  # the rows at the end are blank instead
-        return Cases(mapped(path)[used], None, mapped(outlines)[used], path, left_out)
+            if found:
+                write_atomically(index, (json.dumps([asdict(item) for item in skipped], indent=1) + "\n").encode())
+        left_out = [layouts.Skipped(**item) for item in read_json(index)] if found else []
+        rows = slice(len(mapped(path)) - len(left_out))  # those at the end are blank instead
+        return Cases(mapped(path)[rows], None, mapped(outlines)[rows], path, left_out)
 
     return {"train": of("train", budget.train, TRAINING), "test": of("test", budget.test, HELD_OUT)}
+
+
+def _state(entry: layouts.Entry) -> Iterator[str]:
+    """A study's name, and of its images and labels the name, size and time of change."""
+    yield entry.files.name
+    for path in (*entry.files.files.values(), label_file(entry)):
+        if path and path.exists():
+            state = path.stat()
+            yield f"{path.name} {state.st_size} {state.st_mtime_ns}"
 
 
 def _origin(data: str) -> str:
@@ -237,7 +250,8 @@ def _short(*parts: str) -> str:
 def synthesised(side: str, cases: Cases, filler: Filler, progress: Progress | None = None) -> Cases:
     """Cases of a side with every modality as a method makes it from all others, which is kept beside them."""
     assert cases.path is not None
-    path = cases.path.with_name(f"{cases.path.stem}-{_short(filler.digest)}.npy")
+    left_out = [item.study for item in cases.skipped]  # which rows are whose
+    path = cases.path.with_name(f"{cases.path.stem}-{_short(filler.digest, *left_out)}.npy")
     if not path.exists():
         every = ~np.eye(cases.images.shape[1], dtype=bool)
 
@@ -360,6 +374,8 @@ def compare(
     cases = load_cases(config, folder, data, budget, progress)
     scores: dict[str, list[np.ndarray]] = {row: [] for row in ("missing", *fillers, "complete")}
     told = {key: value for key, value in vars(budget).items() if key != "seeds"}
+    if data != "phantom":
+        told["cases"] = [_short(x.path.stem, *(item.study for item in x.skipped)) for x in cases.values() if x.path]
     for seed in range(budget.seeds):
         for row, values in scores.items():
             filler = fillers[row][seed % len(fillers[row])] if row in fillers else None
