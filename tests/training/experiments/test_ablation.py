@@ -126,7 +126,7 @@ def test_an_ablation_is_reported_resumed_and_kept(experiment, tmp_path, monkeypa
     values = {n: np.array([[s["2"]["psnr"] for s in run["subjects"]] for run in runs[n]]) for n in runs}
     cell = report["table"]["both"]["2"]["psnr"]
     assert cell["mean"] == pytest.approx(values["both"].mean())
-    assert cell["sd"] == pytest.approx(values["both"].mean(0).std())
+    assert cell["sd"] == pytest.approx(values["both"].mean(0).std(ddof=1))
     change = (values["both"] - values["full"]).mean(0)
     assert cell["difference"]["mean"] == pytest.approx(change.mean())
     assert cell["difference"]["standard_error"] == pytest.approx(change.std(ddof=1) / np.sqrt(3))
@@ -283,6 +283,12 @@ def test_differences_are_paired():
     assert not ablation.paired(base + np.array([[2.0], [-1.0]]), base)["resolved"], "seeds disagree"
     assert not ablation.paired(base + np.array([-1.0, 0.1, 2.0]), base)["resolved"], "within the error"
     assert not ablation.paired(base[:1] + 1, base[:1])["resolved"], "one seed is no evidence"
+
+
+def test_one_subject_has_no_deviation():
+    run = {"subjects": [{"1": {"psnr": 20.0, "ssim": 0.5, "mse": 0.1}}]}
+    cell = ablation.summarise({"full": [run]}, "full")["full"]["1"]["psnr"]
+    assert cell == {"mean": 20, "sd": None} and ablation.spread(cell, 2) == "20.00"
 
 
 def test_noise_shows():

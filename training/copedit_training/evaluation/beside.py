@@ -28,6 +28,11 @@ class Beside:
         return self.runs[turn % len(self.runs)](study, seed)
 
 
+def deviation(values: Sequence[float] | np.ndarray) -> float | None:
+    """Standard deviation of a sample (n - 1); None of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def paired(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """Difference a - b of [seeds, subjects] on the same subjects: mean, standard error over subjects (after averaging
     over seeds), and the mean under each seed.

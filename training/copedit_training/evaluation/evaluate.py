@@ -19,7 +19,7 @@ from copedit_rt.task import Task
 from copedit_training.evaluation.baselines import (
     LinearRegression,
 )
-from copedit_training.evaluation.beside import Beside, Differences
+from copedit_training.evaluation.beside import Beside, Differences, deviation
 from copedit_training.evaluation.calibration import Calibration
 from copedit_training.evaluation.compare import (
     compare,
@@ -120,11 +120,8 @@ class Scores:
             people.setdefault(i if subject is None else subject, []).append(values)
         out: dict[str, Any] = {"images": len(rows), "subjects": len(people)}
         for metric in rows[0][1]:
-            means = [np.mean([values[metric] for values in images]) for images in people.values()]
-            out[metric] = {
-                "mean": float(np.mean(means)),
-                "sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
-            }
+            means = [float(np.mean([values[metric] for values in images])) for images in people.values()]
+            out[metric] = {"mean": float(np.mean(means)), "sd": deviation(means)}
         return out
 
 

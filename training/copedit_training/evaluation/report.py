@@ -200,7 +200,7 @@ def _scores(keys: Report, heading: str) -> list[str]:
             key,
             method,
             str(row["images"]),
-            *(_spread(row[name], digits) for name, (_, digits) in metrics.items()),
+            *(spread(row[name], digits) for name, (_, digits) in metrics.items()),
         ]
         for key, methods in keys.items()
         for method, row in methods.items()
@@ -208,7 +208,8 @@ def _scores(keys: Report, heading: str) -> list[str]:
     return table([heading, "method", "images", *(title for title, _ in metrics.values())], body, 2)
 
 
-def _spread(value: Report, digits: int) -> str:
+def spread(value: Report, digits: int) -> str:
+    """Mean ± standard deviation, which one subject has not."""
     return f"{value['mean']:.{digits}f}" + ("" if value["sd"] is None else f" ± {value['sd']:.{digits}f}")
 
 

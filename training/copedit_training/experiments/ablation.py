@@ -28,11 +28,11 @@ from copedit_rt.networks.tokenizer import CoPeVAE
 from copedit_rt.prior import PRIOR, Prior
 from copedit_rt.schedule import begun, noise
 from copedit_rt.task import Task
-from copedit_training.evaluation.beside import paired
+from copedit_training.evaluation.beside import deviation, paired
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
-from copedit_training.evaluation.report import difference, number, table, write
+from copedit_training.evaluation.report import difference, number, spread, table, write
 from copedit_training.experiments.analysis import check_prior
 from copedit_training.experiments.experiment import Experiment, Variant, distances, held_out_words, look, looked
 from copedit_training.stages.denoiser_task import DenoiserTask
@@ -376,7 +376,7 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -
             cell: dict[str, Any] = {}
             for metric in METRICS:
                 values = means(own, metric, count)
-                cell[metric] = {"mean": float(values.mean()), "sd": float(values.mean(0).std())}
+                cell[metric] = {"mean": float(values.mean()), "sd": deviation(values.mean(0))}
                 if name != reference:
                     cell[metric]["difference"] = paired(values, means(runs[reference], metric, count))
             rows[count or "all"] = cell
@@ -468,7 +468,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         cells = []
         for c in counts:
             for metric, digits in (("psnr", 2), ("ssim", 3)):
-                cells.append(f"{rows[c][metric]['mean']:.{digits}f} ± {rows[c][metric]['sd']:.{digits}f}")
+                cells.append(spread(rows[c][metric], digits))
             cells += [number(x) for x in variants[name].get("frechet", {}).get(c, {}).values()]
         body.append([variants[name]["label"], *cells, f"{rows['all']['mse']['mean']:.4f}"])
     heads = [f"{c} missing: {what}" for c in counts for what in ("PSNR (dB)", "SSIM", *far)]

@@ -20,11 +20,11 @@ from copedit_rt import checkpoint
 from copedit_rt.config import ModelConfig
 from copedit_rt.errors import CopeditError
 from copedit_rt.networks.tokenizer import CoPeVAE
-from copedit_training.evaluation.beside import paired
+from copedit_training.evaluation.beside import deviation, paired
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.features import Networks
 from copedit_training.evaluation.metrics import measure
-from copedit_training.evaluation.report import number, save_figure, table, write
+from copedit_training.evaluation.report import number, save_figure, spread, table, write
 from copedit_training.experiments.analysis import KINDS, Grouped, Probe, distribution, separation
 from copedit_training.experiments.experiment import Experiment, Variant, distances, held_out_words, look, looked
 from copedit_training.stages.settings import TokenizerSettings, load_settings
@@ -202,7 +202,7 @@ def ablate(experiment: TokenizerExperiment) -> dict[str, Any]:
         own = runs[v.name]
         cell: dict[str, Any] = {"label": v.label, "without": v.without}
         for key in ("psnr", "ssim"):
-            cell[key] = {"mean": float(values[v.name][key].mean()), "sd": float(values[v.name][key].mean(0).std())}
+            cell[key] = {"mean": float(values[v.name][key].mean()), "sd": deviation(values[v.name][key].mean(0))}
             if v.without:
                 cell[key]["difference"] = paired(values[v.name][key], values["full"][key])
         for key in ("count", "which"):
@@ -240,7 +240,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     body, far = [], [name.upper() for name in report.get("networks", {})]
     for row in rows:
-        cells = [f"{row[k]['mean']:.{n}f} ± {row[k]['sd']:.{n}f}" for k, n in (("psnr", 2), ("ssim", 3))]
+        cells = [spread(row[k], n) for k, n in (("psnr", 2), ("ssim", 3))]
         cells += [number(x) for x in row.get("frechet", {}).values()]
         if difference := row["psnr"].get("difference"):
             cells += [

@@ -34,7 +34,7 @@ from copedit_rt.images.study import Study
 from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, phantom
 from copedit_training.data.prepared import HELD_OUT, Files, grow, mapped, model_images, phantom_subject
-from copedit_training.evaluation.beside import paired
+from copedit_training.evaluation.beside import deviation, paired
 from copedit_training.evaluation.report import costs, model_of, table, write
 from copedit_training.experiments import beside as methods
 from copedit_training.experiments.analysis import check_prior
@@ -424,7 +424,7 @@ def summarise(scores: Mapping[str, np.ndarray], elements: Sequence[str]) -> dict
                 continue
             cell[region] = {
                 "mean": float(own.mean()),
-                "sd": float(own.mean(0).std(ddof=1)) if n > 1 else None,
+                "sd": deviation(own.mean(0)),
                 "subjects": n,
                 "by_missing": {e: float(each[:, there, i].mean()) for i, e in enumerate(elements)},
             }
