@@ -369,6 +369,7 @@ def compare(
     again. beside: runs of methods and denoisers, as `beside.rows` takes them; those of several seeds take turns, one
     for each seed."""
     budget, where = budget or Budget(), choose_device(device)
+    about = model_of(model)
     config, fillers, spent = fillers_of(model, beside, device)
     budget = replace(budget, seeds=max(budget.seeds, *(len(some) for some in fillers.values())))
     cases = load_cases(config, folder, data, budget, progress)
@@ -393,7 +394,7 @@ def compare(
             values.append(np.array(stored["dice"], dtype=np.float64))
     return {
         "segmentation": True,
-        **model_of(model),
+        **about,
         "data": data,
         "elements": list(config.elements),
         "budget": vars(budget),
