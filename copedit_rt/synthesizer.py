@@ -316,10 +316,8 @@ class Synthesizer:
 
     def _targets(self, prepared: Prepared, target: str | Sequence[str] | None) -> list[str]:
         """Names of the volumes to return."""
-        if isinstance(target, str) and target.strip().lower() == "all":
-            target = None
         if self.config.task.joint:
-            if target is not None:
+            if target is not None and str(target).strip().lower() != "all":
                 asked = target if isinstance(target, str) else ", ".join(target)
                 raise CopeditError(f"target {asked}: a cardiac stack is filled as a whole; leave target out")
             return [STACK]

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def little_to_collect():
-    """Benchmarks collect garbage before they time, and look through all that earlier tests have left: 0.3 s a time."""
+    """Benchmarks collect garbage before they time, which would look through all that earlier tests have left."""
     gc.collect()
     gc.freeze()
     yield

@@ -463,7 +463,7 @@ def test_an_output_of_another_patient_is_not_kept(tmp_path, brain_model):
     assert "kept" in run(*command, tmp_path / "renamed").stdout, "the same images"
 
 
-def test_a_synthetic_image_of_what_was_acquired_since_is_told_and_goes_on_request(tmp_path, brain_model):
+def test_a_synthetic_image_of_what_was_acquired_since_is_told_and_goes_on_request(tmp_path, brain_model, monkeypatch):
     for name in "ab":
         study(tmp_path / "in" / name, name, ("t1", "t2"))
     command = ["synth", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", brain_model]
@@ -475,6 +475,15 @@ def test_a_synthetic_image_of_what_was_acquired_since_is_told_and_goes_on_reques
     rows = json.loads(run(*command, "--summary", "--json").stdout)["studies"]
     assert [row.get("outlived") for row in rows] == [[f"{told}remove it, or repeat with --overwrite"], None]
     assert "the study has a flair" in " ".join(run(*command, "--summary").stdout.replace("│", " ").split())
+
+    def withdraw(*given):
+        raise PermissionError("a read-only folder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cohort, "withdraw", withdraw)
+        failed = run(*command, "--overwrite", "--json")
+    assert failed.exit_code == 1
+    assert [entry["status"] for entry in json.loads(failed.stdout)["studies"]] == ["failed", "written"]
     assert f"a: {told}it was removed" in run(*command, "--overwrite").stderr
     left = {
         f"{n}/{n}_{e}{end}" for n, e in (("a", "t1ce"), ("b", "t1ce"), ("b", "flair")) for end in (".nii.gz", ".json")

@@ -442,6 +442,7 @@ def test_a_study_of_the_other_task_is_refused(brain_model, heart_model):
         brain_model.synthesize(heart([1]))
     with pytest.raises(CopeditError, match="leave target out"):
         heart_model.synthesize(heart([1]), target=["sax"])
+    assert heart_model.synthesize(heart([1]), target="all").study.synthetic
 
 
 @pytest.mark.parametrize(

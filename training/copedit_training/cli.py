@@ -128,13 +128,13 @@ def evaluate(
     """PSNR, SSIM and MAE beside baselines, per missing count and pattern; tokenizer, heads, and more on demand."""
     from copedit_training.evaluation import evaluate as body
     from copedit_training.evaluation.features import Networks
-    from copedit_training.evaluation.report import markdown, model_of, unplotted, write_report
+    from copedit_training.evaluation.report import markdown, unplotted, write_report
     from copedit_training.evaluation.subjects import held_out
 
     if beside and samples > 1:
         raise CopeditError(f"--samples {samples}: methods give one each; leave it out beside --beside, or take --seeds")
     check_writable(output)
-    synthesizer, about = _load(model, device), model_of(model)
+    synthesizer = _load(model, device)
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     others, budget = _beside(beside or [], synthesizer, model, device, steps=steps, solver=solver)
     seeds = max([seeds, *(len(method.runs) for method in others.values())])
@@ -143,7 +143,7 @@ def evaluate(
     options |= {"beside": others, "seeds": seeds, "budget": budget}
     with counting("evaluating") as progress:
         report = body.evaluate(synthesizer, whom, samples=samples, networks=networks, progress=progress, **options)
-    report |= about
+    report |= {"model": model, "weights": synthesizer.weights}
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 
@@ -165,18 +165,18 @@ def side_by_side(
     as_json: Json = False,
 ) -> None:
     """A figure of what was observed, the truth, the model and other methods, with how far each is off."""
-    from copedit_training.evaluation.report import model_of, unplotted
+    from copedit_training.evaluation.report import unplotted
     from copedit_training.evaluation.subjects import held_out
     from copedit_training.experiments import pictures as body
 
     check_writable(output)
-    synthesizer, about = _load(model, device), model_of(model)
+    synthesizer = _load(model, device)
     patterns = body.wanted_patterns(synthesizer.config, missing or ())
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     others, _ = _beside(beside or [], synthesizer, model, device)
     with counting("synthesising") as progress:
         report, rows = body.compare(synthesizer, whom, others, patterns, seed, progress)
-    report |= about
+    report |= {"model": model, "weights": synthesizer.weights}
     present(report, body.markdown(report), body.write_report(report, rows, output), as_json, unplotted())
 
 
@@ -196,16 +196,16 @@ def sweep(
 ) -> None:
     """Quality and time of every solver at several numbers of steps."""
     from copedit_training.evaluation import evaluate as body
-    from copedit_training.evaluation.report import markdown, model_of, unplotted, write_report
+    from copedit_training.evaluation.report import markdown, unplotted, write_report
     from copedit_training.evaluation.subjects import held_out
 
     counts = numbers(steps, "--steps") or []
     check_writable(output)
-    synthesizer, about = _load(model, device), model_of(model)
+    synthesizer = _load(model, device)
     whom = held_out(synthesizer.config, data, subjects, first_seed, split)
     with counting("evaluating") as progress:
         report = body.sweep(synthesizer, whom, steps=counts, seed=seed, patterns=patterns, progress=progress)
-    report |= about
+    report |= {"model": model, "weights": synthesizer.weights}
     present(report, markdown(report), write_report(report, output), as_json, unplotted())
 
 

@@ -325,6 +325,11 @@ def test_the_command(tmp_path):
     assert "is not a folder" in run("--data", tmp_path / "nowhere", "--preset", "cardiac").stderr
 
 
+def test_of_a_remedy_what_the_command_can_do_stays():
+    told = "A_x.nii.gz: it may be a T1; rename it to end in t1 or give it by --file t1=FILE; or with --task cardiac"
+    assert layouts._without_options(told) == "A_x.nii.gz: it may be a T1; rename it to end in t1"
+
+
 def test_remedies_are_of_the_command(tmp_path):
     (tmp_path / "maps").mkdir()
     maps, hearts, flat = made_up(tmp_path / "maps"), tmp_path / "hearts", tmp_path / "flat"

@@ -148,7 +148,7 @@ def test_no_patient_has_what_was_synthesised_of_another(model_folder, tmp_path, 
     out.mkdir()
     (out / "split.json").write_text(json.dumps({"train": people[:3], "test": people[3:]}))
     filler, seen = seg.Filler("synthesised", "digest", lambda images, there, seed, study: images / 2), []
-    monkeypatch.setattr(seg, "fillers_of", lambda *given: (config, {"synthesised": [filler]}, {}))
+    monkeypatch.setattr(seg, "fillers_of", lambda *given: (config, {}, {"synthesised": [filler]}, {}))
     monkeypatch.setattr(seg, "test", lambda net, cases, *given: np.full((len(cases.images), 4, 3), 0.5))
 
     def train(cases, kind, *given):

@@ -15,7 +15,7 @@ from copedit_rt.task import Task
 from copedit_rt.trained import TrainedOn
 from copedit_training.data.patients import read_patients
 from copedit_training.data.prepared import draw_observed
-from copedit_training.stages import prior, trainer
+from copedit_training.stages import checkpoints, prior, trainer
 from copedit_training.stages.losses import pretext_losses, weigh
 from copedit_training.stages.settings import TokenizerSettings
 from copedit_training.stages.step import gradients, learning_rate
@@ -232,6 +232,10 @@ def test_the_prior_alone_is_that_of_stage_one(tmp_path, real, monkeypatch):
         alone("again", *mixed[:2], resume=True)
     with pytest.raises(CopeditError, match="prior_steps = 0: tiny has a prior that is fitted in steps"):
         alone("no", "prior_steps=0")
+    assert checkpoints.finished(tmp_path / "first", "tokenizer", 2, prior=True)
+    (first / "prior.safetensors").rename(first / "gone")
+    assert not checkpoints.finished(tmp_path / "first", "tokenizer", 2, prior=True)
+    (first / "gone").rename(first / "prior.safetensors")
     denoiser = tmp_path / "denoiser", "steps=1", f"tokenizer={first}"
     train("denoiser", *denoiser, config=config)
     shutil.copy(tmp_path / "without" / "model" / "prior.safetensors", first)

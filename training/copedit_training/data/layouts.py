@@ -146,8 +146,8 @@ def find(folder: Path, config: ModelConfig) -> DataSet:
 
 def _without_options(text: str) -> str:
     """Without remedies by options such as --file, which the commands on data sets lack."""
-    text = re.sub(r" or (?:give|name|with)\b[^;]* --[^;]*", "", text)
-    return "; ".join(part for part in text.split("; ") if " --" not in part)
+    parts = (re.sub(r"(?:^| )or (?:give|name|with)\b.* --.*", "", part) for part in text.split("; "))
+    return "; ".join(part for part in parts if part and " --" not in part)
 
 
 def _is_label_map(path: Path) -> bool:

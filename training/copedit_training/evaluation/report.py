@@ -10,9 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copedit_rt import checkpoint
 from copedit_rt.files import write_atomically
-from copedit_rt.prior import PRIOR
 from copedit_rt.task import Task
 from copedit_rt.terminal import finite
 from copedit_training.evaluation.features import said
@@ -38,12 +36,6 @@ PLOTS = {
     "sweep": ("sweep",),
     "side-by-side": ("side-by-side",),
 }
-
-
-def model_of(name: str) -> dict[str, Any]:
-    """Which model a report is of: as it was named, a folder or a built-in one, and the SHA-256 of its files."""
-    files = (checkpoint.TOKENIZER, checkpoint.DENOISER, PRIOR)
-    return {"model": name, "weights": checkpoint.digests(checkpoint.locate(name), files)}
 
 
 def write(

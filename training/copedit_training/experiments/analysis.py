@@ -29,7 +29,7 @@ from copedit_training.data import phantom
 from copedit_training.data.prepared import phantom_subject
 from copedit_training.evaluation.evaluate import missing_patterns
 from copedit_training.evaluation.metrics import psnr
-from copedit_training.evaluation.report import model_of, save_figure, write
+from copedit_training.evaluation.report import save_figure, write
 from copedit_training.evaluation.report import table as markdown_table
 from copedit_training.evaluation.subjects import Phantoms, held_out
 
@@ -69,7 +69,7 @@ class Probe:
 
     names: whose they are. people: which studies are of the same person [N], from 0 on. images: float32 [N, m, 1, H, W,
     D] in 0..1. raw: latents [N, m, C, h, w, d] in the autoencoder's scale. each: prompts of every element alone [N, m,
-    3, P]. patterns: every missing pattern as observed elements [S, m], bool.
+    3, P]. patterns: every missing pattern as observed elements [S, m], bool. weights: SHA-256 of both networks.
     """
 
     @torch.no_grad()
@@ -87,9 +87,10 @@ class Probe:
         does, and where no study of a data set can be used."""
         where = checkpoint.locate(model)
         self.device = choose_device(device)
-        self.config, self.vae, _ = checkpoint.load_tokenizer(where)
+        self.config, self.vae, tokenizer = checkpoint.load_tokenizer(where)
         check_prior(self.config)
-        self.net = checkpoint.load_denoiser(where)[1].to(self.device)
+        _, net, denoiser = checkpoint.load_denoiser(where)
+        self.net, self.weights = net.to(self.device), {"tokenizer": tokenizer, "denoiser": denoiser}
         self.vae.to(self.device)
         self.joint = self.config.task.joint
         self.whom = held_out(self.config, data, subjects, first_seed, split)
@@ -694,13 +695,14 @@ def analyse(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    about, probe = model_of(model), Probe(model, subjects, device, **whose)
+    probe = Probe(model, subjects, device, **whose)
     style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
     with matplotlib.rc_context(style):
         report, figure = ANALYSES[kind](probe)
         save_figure(figure, folder / f"{kind}.png", dpi=220)
         plt.close(figure)
-    return {"analysis": kind, **about, "figure": f"{kind}.png"} | probe.whom.about() | report
+    found = {"analysis": kind, "model": model, "weights": probe.weights, "figure": f"{kind}.png"}
+    return found | probe.whom.about() | report
 
 
 def _rows(report: Mapping[str, Any]) -> tuple[str, Sequence[str], list[tuple[str, ...]]]:

@@ -35,7 +35,7 @@ from copedit_rt.synthesizer import Synthesizer
 from copedit_training.data import layouts, phantom
 from copedit_training.data.prepared import HELD_OUT, Files, grow, mapped, model_images, phantom_subject
 from copedit_training.evaluation.beside import deviation, paired
-from copedit_training.evaluation.report import costs, model_of, table, write
+from copedit_training.evaluation.report import costs, table, write
 from copedit_training.experiments import beside as methods
 from copedit_training.experiments.analysis import check_prior
 
@@ -167,8 +167,9 @@ class Filler:
 
 def fillers_of(
     model: str, beside: Sequence[str], device: str
-) -> tuple[ModelConfig, dict[str, list[Filler]], dict[str, Any]]:
-    """The model's configuration; what synthesises, by row, the model first; and what the training of each has cost.
+) -> tuple[ModelConfig, dict[str, str], dict[str, list[Filler]], dict[str, Any]]:
+    """The model's configuration and the SHA-256 of its networks; what synthesises, by row, the model first; and what
+    the training of each has cost.
 
     Raises CopeditError for a heart, a model with a prior, and as `beside.rows`.
     """
@@ -180,13 +181,13 @@ def fillers_of(
     digest = f"{weights['tokenizer']} {weights['denoiser']}"
     rows = {SYNTHESISED: [Filler(SYNTHESISED, digest, methods.model_on_grid(synthesizer))]}
     if not beside:
-        return config, rows, {}
+        return config, weights, rows, {}
     found, budget = methods.rows(beside, synthesizer, model, device)
     for label, runs in found.items():
         for run in runs:
             check_prior(run.config)
         rows[label] = [Filler(label, run.digest, run.on_grid) for run in runs]
-    return config, rows, {"model": budget} | {label: methods.cost(runs) for label, runs in found.items()}
+    return config, weights, rows, {"model": budget} | {label: methods.cost(runs) for label, runs in found.items()}
 
 
 def load_cases(
@@ -369,8 +370,7 @@ def compare(
     again. beside: runs of methods and denoisers, as `beside.rows` takes them; those of several seeds take turns, one
     for each seed."""
     budget, where = budget or Budget(), choose_device(device)
-    about = model_of(model)
-    config, fillers, spent = fillers_of(model, beside, device)
+    config, weights, fillers, spent = fillers_of(model, beside, device)
     budget = replace(budget, seeds=max(budget.seeds, *(len(some) for some in fillers.values())))
     cases = load_cases(config, folder, data, budget, progress)
     scores: dict[str, list[np.ndarray]] = {row: [] for row in ("missing", *fillers, "complete")}
@@ -394,7 +394,8 @@ def compare(
             values.append(np.array(stored["dice"], dtype=np.float64))
     return {
         "segmentation": True,
-        **about,
+        "model": model,
+        "weights": weights,
         "data": data,
         "elements": list(config.elements),
         "budget": vars(budget),
